@@ -1,0 +1,57 @@
+"""Which implementation of an operator runs: chosen by the device, or by `use` for a while."""
+
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from . import cpu, storage
+
+_chosen: ContextVar[str] = ContextVar("hasten_backend", default="auto")
+
+
+def available() -> dict[str, str | None]:
+    """Each implementation, with why it cannot run here, or None where it can."""
+    return {"reference": None, "cpu": cpu.reason(), "triton": _without_triton()}
+
+
+@contextmanager
+def use(name: str):
+    """Within the block every operator runs as `name`: "reference", "cpu" (compiled C++), "triton", or "auto" (by the device).
+
+    Holds for this thread or task. Raises RuntimeError where that implementation cannot run.
+    """
+    reasons = {"auto": None, **available()}
+    if name not in reasons:
+        raise ValueError(f"backend {name!r}: expected one of {', '.join(reasons)}")
+    if reasons[name]:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reasons[name]}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choose(x: torch.Tensor) -> str:
+    """The implementation that an operator on x runs as: "reference", "cpu" or "triton"."""
+    name = _chosen.get()
+    if x.dtype not in storage.DTYPE_CODES:
+        return "reference"
+    if name != "auto":
+        return name
+    if x.is_cpu:
+        return "cpu" if cpu.reason() is None else "reference"
+    return "triton" if x.is_cuda and _without_triton() is None else "reference"
+
+
+@cache
+def _without_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no GPU (with TRITON_INTERPRET=1 the kernels run on the CPU, slowly, to be tested)"
+    return None

@@ -1,0 +1,14 @@
+// Which of the instruction sets that the library was compiled for this CPU and its operating system have.
+#define HASTEN_SUPPORTED(name, test) \
+    extern "C" __attribute__((visibility("default"))) int hasten_supported_##name() { return (test) != 0; }
+
+HASTEN_SUPPORTED(scalar, 1)
+#if defined(__x86_64__)
+#define HASTEN_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+#define HASTEN_AVX512                                                                                              \
+    (HASTEN_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                      \
+     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+HASTEN_SUPPORTED(avx2, HASTEN_AVX2)
+HASTEN_SUPPORTED(avx512, HASTEN_AVX512)
+HASTEN_SUPPORTED(avx512bf16, HASTEN_AVX512&& __builtin_cpu_supports("avx512bf16"))
+#endif

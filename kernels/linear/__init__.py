@@ -1,0 +1,5 @@
+"""Dense linear layer."""
+
+from .op import linear
+
+__all__ = ["linear"]

@@ -1,0 +1,68 @@
+// Dot products of rows of a row-major weight with a few rows of x: what linear and row_sparse_linear share.
+#pragma once
+#include "simd.h"
+
+namespace {
+
+// x [rows, K] packed for Dot<T> as [ROWS, stride], zeros where it is padded.
+template <class T> struct PackedRows {
+    using X = typename Dot<T>::X;
+    int64_t stride;
+    Scratch scratch;
+    PackedRows(const T* x, int64_t rows, int64_t ROWS, int64_t K)
+        : stride(round_up(K, Dot<T>::STEP)), scratch(sizeof(X) * ROWS * stride) {
+        if (!scratch.memory) return;
+        memset(scratch.memory, 0, sizeof(X) * ROWS * stride);
+        for (int64_t b = 0; b < rows; b++)
+            for (int64_t k = 0; k < K; k++) data()[b * stride + k] = Dot<T>::pack(x[b * K + k]);
+    }
+    X* data() const { return (X*)scratch.memory; }
+};
+
+// How many rows of the weight are taken together, so that the sums stay in registers.
+template <int ROWS> constexpr int rows_together() {
+    return ROWS <= REGISTERS / 8 ? 4 : ROWS <= REGISTERS / 4 ? 2 : 1;
+}
+
+// out[i][b] = w[i] . x[b] for R rows of the weight; next are the rows that the caller takes after these.
+template <class T, int ROWS, int R>
+inline void dot_rows(const T* const (&w)[R], const T* const (&next)[R], const PackedRows<T>& x, int64_t K, float (&out)[R][ROWS]) {
+    using D = Dot<T>;
+    constexpr int AHEAD = 1024 / sizeof(T);
+    const auto* packed = x.data();
+    Vec sums[R][ROWS] = {};
+    int64_t k = 0;
+    for (; k + D::STEP <= K; k += D::STEP)
+        for (int i = 0; i < R; i++) {
+            prefetch(k + AHEAD < K ? w[i] + k + AHEAD : next[i] + (k + AHEAD - K));
+            const auto weights = D::load_weights(w[i] + k);
+            for (int b = 0; b < ROWS; b++) sums[i][b] = D::add(sums[i][b], weights, packed + b * x.stride + k);
+        }
+    if (k < K)
+        for (int i = 0; i < R; i++) {
+            T tail[D::STEP] = {};
+            memcpy(tail, w[i] + k, (K - k) * sizeof(T));
+            const auto weights = D::load_weights(tail);
+            for (int b = 0; b < ROWS; b++) sums[i][b] = D::add(sums[i][b], weights, packed + b * x.stride + k);
+        }
+    for (int i = 0; i < R; i++)
+        for (int b = 0; b < ROWS; b++) out[i][b] = sum(sums[i][b]);
+}
+
+// store(i, sums[ROWS]) for every i in [begin, end): the dot products of row(i) of the weight.
+template <class T, int ROWS, class Row, class Store>
+inline void for_each_row(int64_t begin, int64_t end, int64_t K, const PackedRows<T>& x, const Row& row, const Store& store) {
+    constexpr int R = rows_together<ROWS>();
+    for (int64_t i = begin; i < end; i += R) {
+        const T *w[R], *next[R];
+        for (int r = 0; r < R; r++) {  // a group that is too short repeats its last row
+            w[r] = row(smaller(i + r, end - 1));
+            next[r] = row(smaller(i + R + r, end - 1));
+        }
+        float sums[R][ROWS];
+        dot_rows<T, ROWS>(w, next, x, K, sums);
+        for (int r = 0; r < R && i + r < end; r++) store(i + r, sums[r]);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,212 @@
+// Vectors of floats for the instruction set that this file is compiled for, and the one place that loads a stored weight.
+//
+// Every source is compiled once per instruction set and all of them are linked into one library. Hence everything here sits in an
+// anonymous namespace and nothing of std:: is instantiated: a shared inline function would let AVX-512 code run on an AVX2 machine.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define HASTEN_JOIN_(name, isa) name##_##isa
+#define HASTEN_JOIN(name, isa) HASTEN_JOIN_(name, isa)
+// int name_<isa>(...): 0, or 1 for a dtype that it does not know, or 2 when there is no memory.
+#define HASTEN_EXPORT(name) extern "C" __attribute__((visibility("default"))) int HASTEN_JOIN(name, HASTEN_ISA)
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, REGISTERS = 16;
+#else
+constexpr int WIDTH = 4, REGISTERS = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef uint16_t Shorts __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class To, class From> inline To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "sizes differ");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+template <class V, class T> inline V load_bits(const T* from) {
+    V to;
+    memcpy(&to, from, sizeof(V));
+    return to;
+}
+
+// Scalars. Halves are written round to nearest even, and NaN stays NaN.
+
+inline float to_float(float value) { return value; }
+inline float to_float(bf16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
+inline float to_float(f16 value) {
+    const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
+    const float magnitude = rest >= 0x7c00 ? bit_cast<float>(0x7f800000 | rest << 13)  // infinity and NaN
+                                           : bit_cast<float>(rest << 13) * 0x1p112f;
+    return bit_cast<float>(sign | bit_cast<uint32_t>(magnitude));
+}
+
+inline void from_float(float value, float& to) { to = value; }
+inline void from_float(float value, bf16& to) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to.bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+inline void from_float(float value, f16& to) {
+    const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    uint32_t half;
+    if (rest > 0x7f800000) half = 0x7e00;       // NaN
+    else if (rest >= 0x477ff000) half = 0x7c00;  // 65520 and more round to infinity
+    else if (rest < 0x38800000) half = bit_cast<uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3f000000;  // subnormal
+    else half = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+    to.bits = uint16_t(sign | half);
+}
+
+// Vectors.
+
+inline Vec load(const float* from) { return load_bits<Vec>(from); }
+inline Vec load(const bf16* from) {
+    return bit_cast<Vec>(__builtin_convertvector(load_bits<Shorts>(from), Bits) << 16);
+}
+inline Vec load(const f16* from) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(load_bits<__m256i>(from));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(load_bits<__m128i>(from));
+#else
+    Vec to;
+    for (int i = 0; i < WIDTH; i++) to[i] = to_float(from[i]);
+    return to;
+#endif
+}
+
+inline float sum(Vec v) {  // always the same tree
+    float parts[WIDTH];
+    memcpy(parts, &v, sizeof(v));
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return parts[0];
+}
+
+// Dot products along a row: STEP weights at a time, with x packed as X.
+template <class T> struct Dot {
+    using X = float;
+    using Weights = Vec;
+    static constexpr int STEP = WIDTH;
+    static X pack(T x) { return to_float(x); }
+    static Weights load_weights(const T* from) { return load(from); }
+    static Vec add(Vec sum, Weights w, const X* x) { return sum + w * load(x); }
+};
+
+// Sums of columns: SPAN outputs of two columns at a time, each times its x (two values packed as X). The sums of SPAN outputs are two
+// vectors, in an order of their own until in_order().
+template <class T> struct Columns {
+    struct X { float first, second; };
+    struct Weights { Vec first[2], second[2]; };
+    static constexpr int SPAN = 2 * WIDTH;
+    static X pack(T first, T second) { return {to_float(first), to_float(second)}; }
+    static Weights load_weights(const T* first, const T* second) {
+        return {{load(first), load(first + WIDTH)}, {load(second), load(second + WIDTH)}};
+    }
+    static void add(Vec* sums, const Weights& w, X x) {
+        for (int i = 0; i < 2; i++) sums[i] += w.first[i] * x.first;
+        for (int i = 0; i < 2; i++) sums[i] += w.second[i] * x.second;
+    }
+    static void in_order(Vec*) {}
+};
+
+#if defined(__AVX512BF16__)  // two products and sums per lane, without converting to float
+template <> struct Dot<bf16> {
+    using X = bf16;
+    using Weights = __m512bh;
+    static constexpr int STEP = 2 * WIDTH;
+    static X pack(bf16 x) { return x; }
+    static Weights load_weights(const bf16* from) { return load_bits<__m512bh>(from); }
+    static Vec add(Vec sum, Weights w, const X* x) { return _mm512_dpbf16_ps(sum, w, load_bits<__m512bh>(x)); }
+};
+
+template <> struct Columns<bf16> {
+    struct X { bf16 first, second; };
+    struct Weights { __m512bh sums[2]; };  // (first, second) interleaved
+    static constexpr int SPAN = 2 * WIDTH;
+    static X pack(bf16 first, bf16 second) { return {first, second}; }
+    static Weights load_weights(const bf16* first, const bf16* second) {
+        const __m512i a = load_bits<__m512i>(first), b = load_bits<__m512i>(second);
+        return {{(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b)}};
+    }
+    static void add(Vec* sums, const Weights& w, X x) {
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(bit_cast<int>(x));
+        for (int i = 0; i < 2; i++) sums[i] = _mm512_dpbf16_ps(sums[i], w.sums[i], both);
+    }
+    static void in_order(Vec* sums) {  // unpack works within 128-bit lanes: 0-3 8-11 16-19 24-27 | 4-7 12-15 20-23 28-31
+        const __m512 lo = sums[0], hi = sums[1];
+        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        sums[0] = _mm512_permutex2var_ps(lo, first, hi);
+        sums[1] = _mm512_permutex2var_ps(lo, second, hi);
+    }
+};
+#endif
+
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+// Memory of one call, aligned to cache lines.
+struct Scratch {
+    void* memory;
+    explicit Scratch(size_t bytes) : memory(aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
+    ~Scratch() { free(memory); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+};
+
+template <class P> struct Pointed;
+template <class T> struct Pointed<T*> { using type = T; };
+
+inline float magnitude(float value) { return __builtin_fabsf(value); }
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A thread is worth starting for 64 KB.
+inline int threads_for(int64_t bytes, int threads) {
+    const int64_t useful = 1 + bytes / 65536;
+    return useful < threads ? int(useful) : threads;
+}
+
+// body(begin, end) over [0, count) on at most `threads` threads, in pieces that are multiples of `grain`. What body computes for an index
+// may not depend on the piece that it comes in: results are then the same for every number of threads.
+template <class Body> inline void parallel(int64_t count, int64_t grain, int threads, const Body& body) {
+    const int64_t piece = round_up((count + threads - 1) / threads, grain);
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int64_t begin = 0; begin < count; begin += piece) body(begin, smaller(begin + piece, count));
+}
+
+// Calls body with a null pointer to the stored type of a dtype code (see storage.py).
+template <class Body> inline int with_dtype(int dtype, const Body& body) {
+    switch (dtype) {
+        case 0: return body((float*)nullptr);
+        case 1: return body((f16*)nullptr);
+        case 2: return body((bf16*)nullptr);
+    }
+    return 1;
+}
+
+// Calls body with the number of rows as a compile-time constant: 1, 2, 4 or 8; the rows beyond B are computed and not stored.
+template <int B> struct Rows { static constexpr int value = B; };
+template <class Body> inline int with_rows(int64_t rows, const Body& body) {
+    if (rows <= 1) return body(Rows<1>());
+    if (rows <= 2) return body(Rows<2>());
+    if (rows <= 4) return body(Rows<4>());
+    return body(Rows<8>());
+}
+
+}  // namespace

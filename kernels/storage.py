@@ -1,0 +1,67 @@
+"""How weights are stored: the dtypes that kernels read, the two layouts, and the checks that every linear operator shares.
+
+A weight is logically [N, K], as in torch.nn.Linear. Row-major: a row (one output's weights) is contiguous, what nn.Linear has.
+Column-major: a column (one input's weights) is contiguous, so that columns of inputs that are zero need not be read.
+"""
+
+import torch
+
+# The codes that with_dtype() in simd.h knows.
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def is_row_major(weight: torch.Tensor) -> bool:
+    """Whether weight [N, K] has contiguous rows."""
+    return weight.is_contiguous()
+
+
+def is_column_major(weight: torch.Tensor) -> bool:
+    """Whether weight [N, K] has contiguous columns."""
+    return weight.t().is_contiguous()
+
+
+def to_column_major(weight: torch.Tensor) -> torch.Tensor:
+    """A tensor equal to weight [N, K] whose columns are contiguous."""
+    return weight.t().contiguous().t()
+
+
+def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raises unless x [..., K], weight [N, K] and bias [N] or None fit, in one floating dtype and on one device."""
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [N, K], got {_describe(weight)}")
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape [..., {K}] for a weight of shape {[N, K]}, got {_describe(x)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    check_like(x, "weight", weight)
+    if bias is not None:
+        if bias.shape != (N,):
+            raise ValueError(f"bias: expected shape {[N]}, got {_describe(bias)}")
+        check_like(x, "bias", bias)
+
+
+def check_like(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """Raises unless tensor has the dtype and the device of x."""
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device}, the device of x, got {tensor.device}")
+
+
+def check_row_major(weight: torch.Tensor) -> None:
+    """Raises unless weight has contiguous rows."""
+    if not is_row_major(weight):
+        raise ValueError(f"weight: expected row-major, got strides {weight.stride()}: call .contiguous() on it")
+
+
+def check_column_major(weight: torch.Tensor) -> None:
+    """Raises unless weight has contiguous columns."""
+    if not is_column_major(weight):
+        raise ValueError(
+            f"weight: expected column-major, got strides {weight.stride()}: call hasten.kernels.storage.to_column_major on it"
+        )
+
+
+def _describe(value) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
