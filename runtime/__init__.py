@@ -1,0 +1,34 @@
+"""hasten makes generative models that people already run faster, in place and reversibly, and says what that costs.
+
+    report = hasten.accelerate(model, hasten.Wina(sparsity=0.5), calibration=texts, tokenizer=tokenizer)
+    print(report)
+    hasten.revert(model)
+"""
+
+import importlib
+
+_WHERE = {
+    "acceleration": ("accelerate", "accelerated", "revert"),
+    "calibration": ("Statistics", "calibrate"),
+    "embedded": ("embedded_model",),
+    "errors": ("HastenError", "SavedPlanError", "StateError", "UnsupportedModelError"),
+    "measure": ("Drift", "Speed"),
+    "plan": ("Plan",),
+    "report": ("Report",),
+    "saving": ("load", "save"),
+    "techniques": ("Cats", "DenseDecode", "Teal", "Wina"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'hasten' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hasten.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])

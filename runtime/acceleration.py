@@ -1,0 +1,269 @@
+"""`accelerate`, `revert` and `accelerated`: one reversible change of a model in place."""
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hasten import measure
+from hasten.anatomy import Anatomy, Projection, dissect
+from hasten.bind import Setting, dense_edit, left_dense, settle, sparse_edits, spread, targets
+from hasten.calibration import Statistics, gather, score_name, vocabulary
+from hasten.edits import Edit, apply_all, undo_all
+from hasten.errors import HastenError, StateError
+from hasten.kernels import backend
+from hasten.kernels.linear.op import MAX_BATCH
+from hasten.modules import CatsMLP, DecodeLinear, SparseLinear
+from hasten.plan import Plan
+from hasten.report import Report, Skip, TechniqueReport
+from hasten.techniques import DenseDecode, Technique
+from hasten.tokens import Texts, split_heldout, windows
+
+logger = logging.getLogger("hasten")
+
+# Relative distance of a module's output by kernel from its output by definition, on the same input. An intermediate rounding separates them in CatsMLP.
+SELF_CHECK_LIMIT = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(slots=True)
+class State:
+    """What hasten keeps on an accelerated model, as `model._hasten`."""
+
+    plan: Plan
+    settings: list[Setting]
+    edits: list[Edit] = field(default_factory=list)
+    self_check: float = 0.0
+
+
+def state_of(model: nn.Module) -> State | None:
+    return vars(model).get("_hasten")
+
+
+def accelerate(
+    model: nn.Module,
+    plan: Plan | Technique | Iterable[Technique],
+    *,
+    calibration: Texts | Statistics | None = None,
+    tokenizer=None,
+    heldout: Texts | None = None,
+    strict: bool = True,
+    measure_speed: bool = True,
+) -> Report:
+    """Makes a model's decode faster, in place; same class, same `generate`, and `revert` undoes it bit for bit.
+
+    Everything is checked before anything is changed, and any error or interrupt restores the model. Sparse techniques change what the model computes
+    in decode; how much is measured on held-out text and stands in the report.
+
+    Args:
+        model: a `transformers` causal language model, or a multimodal model around one, in eval mode, none of whose weights requires grad, on one device.
+        plan: one technique or several, e.g. `hasten.Wina(sparsity=0.5)`.
+        calibration: texts, or token ids [T] or [B, T], from which sparse techniques learn thresholds: a few thousand tokens of typical use; or
+            `hasten.Statistics` from `hasten.calibrate`. A tenth is set aside as held-out text unless `heldout` is given.
+        tokenizer: the model's tokenizer, needed where texts are given.
+        heldout: texts or token ids on which drift is measured.
+        strict: raise on modules that cannot be changed; False leaves them as they are and lists them in the report.
+        measure_speed: time prefill and decode before and after, with some 30 decode steps each.
+
+    Returns:
+        a `Report`; print it.
+
+    Raises:
+        ValueError, TypeError: wrong arguments; the message names the value.
+        UnsupportedModelError: the model, or with `strict` a module of it, cannot be changed correctly.
+        StateError: the model is accelerated already, in training mode, or a weight requires grad.
+    """
+    plan = Plan(plan)
+    if state_of(model) is not None:
+        raise StateError("the model is accelerated already: call hasten.revert(model) first")
+    anatomy = dissect(model, strict=strict)
+    _refuse_training(model, anatomy)
+    for technique in plan:
+        if names := targets(technique, anatomy):
+            spread(technique.sparsity, names)
+    statistics, pieces, heldout_pieces = _data(model, plan, calibration, tokenizer, heldout)
+    speed = measure.speed(model, vocabulary(model)) if measure_speed else None
+    dense_logits = measure.heldout_logits(model, heldout_pieces)
+    if statistics is None:
+        statistics = gather(model, anatomy, plan, pieces)
+    settings = [setting for technique in _sparse(plan) for setting in settle(model, technique, anatomy, statistics)]
+    _refuse_overlap(settings)
+
+    report = Report(plan, [], measure.memory(model), 0, 0.0, statistics.tokens)
+    for entry in _installed(model, anatomy, plan, settings):
+        if measure_speed:
+            entry.before, entry.after = speed, measure.speed(model, vocabulary(model))
+            speed = entry.after
+        if heldout_pieces:
+            entry.drift = measure.drift(dense_logits, measure.heldout_logits(model, heldout_pieces))
+        report.techniques.append(entry)
+    report.techniques[0].skipped[:0] = [Skip(error.name, error.reason) for error in anatomy.skipped]
+    report.self_check = state_of(model).self_check
+    report.memory_after = measure.memory(model)
+    return report
+
+
+@contextlib.contextmanager
+def accelerated(
+    model: nn.Module,
+    plan: Plan | Technique | Iterable[Technique],
+    *,
+    calibration: Texts | Statistics | None = None,
+    tokenizer=None,
+    heldout: Texts | None = None,
+    strict: bool = True,
+    measure_speed: bool = True,
+) -> Iterator[Report]:
+    """`accelerate` for a `with` block, reverted at its end. Arguments and errors are those of `accelerate`; gives the `Report`."""
+    report = accelerate(
+        model,
+        plan,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        strict=strict,
+        measure_speed=measure_speed,
+    )
+    try:
+        yield report
+    finally:
+        revert(model)
+
+
+def revert(model: nn.Module) -> None:
+    """Undoes `accelerate`, bit for bit. A weight that was changed since keeps its new value.
+
+    Raises:
+        StateError: the model is not accelerated, or a module was replaced since, so that the old one cannot be put back; nothing is changed then.
+    """
+    state = state_of(model)
+    if state is None:
+        raise StateError("the model is not accelerated: there is nothing to revert")
+    for edit in state.edits:
+        edit.check(model)
+    undo_all(model, state.edits)
+    del model._hasten
+
+
+def install(model: nn.Module, anatomy: Anatomy, plan: Plan, settings: list[Setting]) -> None:
+    """Carries out a plan whose settings are known, with the self-check and nothing measured but which dense products are faster."""
+    for _ in _installed(model, anatomy, plan, settings):
+        pass
+
+
+def _installed(model: nn.Module, anatomy: Anatomy, plan: Plan, settings: list[Setting]) -> Iterator[TechniqueReport]:
+    """Applies one technique after the other; each is yielded when the model runs with it. Whatever stops this, the caller too, restores the model."""
+    state = State(plan, settings)
+    dense = left_dense(anatomy, settings)
+    try:
+        for technique in plan:
+            own = [setting for setting in settings if setting.technique == score_name(technique)]
+            edits, skipped = sparse_edits(anatomy, own), []
+            if isinstance(technique, DenseDecode) or (technique is plan[-1] and not any(isinstance(t, DenseDecode) for t in plan)):
+                dense_edits, skipped = _dense_edits(dense, always=isinstance(technique, DenseDecode) and technique.always)
+                edits += dense_edits
+            apply_all(model, edits, state.edits)
+            edited = list(dict.fromkeys(edit.name for edit in edits))
+            yield TechniqueReport(technique, edited, own, skipped)
+        state.self_check = _self_check(model, [edit.name for edit in state.edits])
+    except BaseException:
+        undo_all(model, state.edits)
+        raise
+    model._hasten = state
+
+
+def _dense_edits(projections: list[Projection], always: bool) -> tuple[list[Edit], list[Skip]]:
+    """Dense decode for the projections on whose shape it beats torch; the others are left, with the ratio that says why."""
+    shapes: dict[tuple, list[Projection]] = {}
+    for projection in projections:
+        weight = projection.module.weight
+        shapes.setdefault((*weight.shape, weight.dtype, projection.module.bias is None), []).append(projection)
+    edits, skipped = [], []
+    for (outputs, inputs, *_), alike in shapes.items():
+        max_batch, ratio = (MAX_BATCH, 0.0) if always else measure.faster_up_to(alike)
+        if max_batch:
+            edits += [dense_edit(projection, max_batch) for projection in alike]
+        else:
+            reason = f"torch's product of {outputs} x {inputs} is as fast here (hasten's: {ratio:.2f}x)"
+            skipped += [Skip(projection.name, reason) for projection in alike]
+    return edits, skipped
+
+
+def _sparse(plan: Plan) -> list[Technique]:
+    return [technique for technique in plan if not isinstance(technique, DenseDecode)]
+
+
+def _data(model, plan, calibration, tokenizer, heldout) -> tuple[Statistics | None, list[torch.Tensor], list[torch.Tensor]]:
+    """Statistics if they were given or nothing needs them, windows to calibrate on, and windows to measure drift on."""
+    heldout_pieces = [] if heldout is None else windows(heldout, tokenizer, vocabulary(model), "heldout")
+    if isinstance(calibration, Statistics):
+        return calibration, [], heldout_pieces
+    if calibration is None:
+        if sparse := _sparse(plan):
+            raise ValueError(f"{type(sparse[0]).__name__} needs calibration=: texts with tokenizer=, or tensors of token ids")
+        return Statistics(), [], heldout_pieces
+    pieces = windows(calibration, tokenizer, vocabulary(model))
+    if not _sparse(plan):
+        return Statistics(), [], heldout_pieces or pieces
+    if heldout is None:
+        pieces, heldout_pieces = split_heldout(pieces)
+    return None, pieces, heldout_pieces
+
+
+def _refuse_training(model: nn.Module, anatomy: Anatomy) -> None:
+    if model.training:
+        raise StateError("the model is in training mode: call model.eval() first")
+    for projection in (*anatomy.projections(), *([anatomy.head] if anatomy.head else [])):
+        if projection.module.weight.requires_grad:
+            raise StateError(
+                f"{projection.name}.weight requires grad, and hasten's kernels have no gradients: call model.requires_grad_(False) first"
+            )
+
+
+def _refuse_overlap(settings: list[Setting]) -> None:
+    """Two techniques must not skip inputs of the same projection: Cats takes up and down of its MLPs."""
+    owners: dict[str, str] = {}
+    for setting in settings:
+        for name, owner in owners.items():
+            inner, outer = sorted((setting.name, name), key=len, reverse=True)
+            if inner == outer or (inner.startswith(f"{outer}.") and "gate" not in inner.rpartition(".")[2]):
+                raise ValueError(f"{owner} and {setting.technique} would both change {inner}: give one of them a mapping that leaves it out")
+        owners[setting.name] = setting.technique
+
+
+@torch.no_grad()
+def _self_check(model: nn.Module, names: list[str]) -> float:
+    """Runs one decode step and recomputes every edited module on its own input by the definitions.
+
+    Returns:
+        the largest relative distance.
+
+    Raises:
+        HastenError: it is over SELF_CHECK_LIMIT: a kernel is wrong on this machine.
+    """
+    worst = 0.0
+
+    def compare(name: str):
+        def hook(module, arguments, output):
+            nonlocal worst
+            with backend.use("reference"):
+                expected = module.forward(*arguments)
+            distance = float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+            if not distance <= SELF_CHECK_LIMIT[output.dtype]:
+                raise HastenError(f"self-check: {name} differs from its definition by {distance:.2g} (relative); the model was left as it was")
+            worst = max(worst, distance)
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if name in names and isinstance(module, DecodeLinear | SparseLinear | CatsMLP):
+            handles.append(module.register_forward_hook(compare(name)))
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=measure.device_of(model)), use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return worst

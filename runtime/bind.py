@@ -1,0 +1,195 @@
+"""From techniques to edits: which module gets which sparsity and threshold (a `Setting`), and the edits that carry it out."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hasten.anatomy import Anatomy, Block, Projection
+from hasten.calibration import FIRST, Statistics, gated_mlps, progress, score_name, scored
+from hasten.edits import Edit, ReplaceModule, StoreColumnMajor
+from hasten.errors import UnsupportedModelError
+from hasten.modules import CatsMLP, DecodeLinear, SparseLinear, largest_union
+from hasten.sparsity.allocation import greedy
+from hasten.sparsity.scores import column_norms, cutoffs
+from hasten.techniques import Cats, DenseDecode, Technique, Wina
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What one module does in decode: skip the fraction `sparsity` of its inputs (of its neurons, for Cats), those that score up to `threshold`."""
+
+    name: str
+    technique: str
+    sparsity: float
+    threshold: float
+
+
+def settle(model: nn.Module, technique: Technique, anatomy: Anatomy, statistics: Statistics) -> list[Setting]:
+    """Decides sparsity and threshold of every module that `technique` makes sparse. Changes nothing.
+
+    Raises:
+        UnsupportedModelError: nothing in the model that the technique could make sparse.
+        ValueError: the technique's mapping names a module that is not there, or `statistics` were gathered for something else.
+    """
+    names = targets(technique, anatomy)
+    if getattr(technique, "allocation", None) == "greedy":
+        sparsities = _greedy_sparsities(technique, anatomy, statistics)
+    else:
+        sparsities = spread(technique.sparsity, names)
+    settings = []
+    for name, sparsity in sparsities.items():
+        if sparsity > 0:
+            threshold = _histogram(technique, name, statistics).threshold(sparsity)
+            settings.append(Setting(name, score_name(technique), sparsity, threshold))
+    return settings
+
+
+def targets(technique: Technique, anatomy: Anatomy) -> list[str]:
+    """The names of the modules that `technique` can make sparse, in order.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if isinstance(technique, Cats):
+        names = [block.mlp_name for block in gated_mlps(anatomy)]
+        reason = f"its MLPs have no gate (family {anatomy.model_type}), which Cats needs"
+    else:
+        names = [projection.name for projection in scored(technique, anatomy)]
+        reason = "no projection of it can be made sparse"
+    if not names and not isinstance(technique, DenseDecode):
+        raise UnsupportedModelError("", anatomy.model_type, reason, "use hasten.Wina or hasten.Teal on another model")
+    return names
+
+
+def spread(sparsity: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """One sparsity per name, from one number or from a mapping of names, endings of names, or fnmatch patterns; the last match counts.
+
+    Raises:
+        ValueError: a pattern that matches nothing; the nearest name is suggested.
+    """
+    if not isinstance(sparsity, Mapping):
+        return dict.fromkeys(names, sparsity)
+    result = dict.fromkeys(names, 0.0)
+    for pattern, value in sparsity.items():
+        matching = [name for name in names if name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            endings = dict.fromkeys(ending for name in names for ending in (name, name.rsplit(".", 1)[-1]))
+            nearest = difflib.get_close_matches(pattern, endings, n=1, cutoff=0)
+            raise ValueError(f"sparsity names {pattern!r}, which is no module here; the nearest name is {nearest[0]!r}")
+        result |= dict.fromkeys(matching, value)
+    return result
+
+
+def _histogram(technique: Technique, name: str, statistics: Statistics):
+    key = (score_name(technique), name)
+    if key not in statistics.histograms:
+        raise ValueError(f"the statistics hold nothing for {key[0]} at {name}: calibrate this model for this technique")
+    return statistics.histograms[key]
+
+
+def _column_weights(technique: str, weight: torch.Tensor) -> torch.Tensor:
+    if technique == Wina.__name__:
+        return column_norms(weight)
+    return torch.ones(weight.shape[1], device=weight.device)
+
+
+def _greedy_sparsities(technique: Technique, anatomy: Anatomy, statistics: Statistics) -> dict[str, float]:
+    missing = [block.name for block in anatomy.blocks if not statistics.block_inputs.get(block.name)]
+    if missing:
+        raise ValueError(f"the statistics hold no inputs of {missing[0]}: calibrate with greedy allocation")
+    sparsities = {}
+    for block in progress(anatomy.blocks, "allocating", unit="block"):
+        sizes = {projection.name: projection.module.weight.numel() for projection in block.projections}
+        error = _block_error(technique, block, statistics)
+        sparsities |= greedy(sizes, error, technique.sparsity)
+    return sparsities
+
+
+def _block_error(technique: Technique, block: Block, statistics: Statistics) -> Callable[[dict[str, float]], float]:
+    """The distance of the block's output, over the captured calls, from its dense output when projections skip inputs at given sparsities."""
+    weights = {p.name: _column_weights(score_name(technique), p.module.weight) for p in block.projections}
+    calls = statistics.block_inputs[block.name]
+    dense = [_hidden(block, call) for call in calls]
+
+    def error(sparsities: dict[str, float]) -> float:
+        handles = []
+        for projection in block.projections:
+            if sparsities[projection.name] > 0:
+                threshold = _histogram(technique, projection.name, statistics).threshold(sparsities[projection.name])
+                mask = masked_input(cutoffs(threshold, weights[projection.name]))
+                handles.append(projection.module.register_forward_pre_hook(mask))
+        try:
+            return sum(float((_hidden(block, call) - output).float().pow(2).sum()) for call, output in zip(calls, dense, strict=True))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return error
+
+
+@torch.no_grad()
+def _hidden(block: Block, call: tuple[tuple, dict]) -> torch.Tensor:
+    output = block.module(*call[0], **call[1])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def masked_input(cutoff: torch.Tensor) -> Callable:
+    """A forward pre-hook that zeroes inputs at or under `cutoff` at every position but the first: what decode skips, in one parallel pass."""
+
+    def mask(module, arguments):
+        x = arguments[0]
+        rows = x.reshape(-1, x.shape[-1])
+        keep = rows.abs() > cutoff
+        keep[:FIRST] = True
+        return ((rows * keep).view_as(x), *arguments[1:])
+
+    return mask
+
+
+def sparse_edits(anatomy: Anatomy, settings: list[Setting]) -> list[Edit]:
+    """The edits that carry out `settings`."""
+    projections = {projection.name: projection for projection in anatomy.projections()}
+    mlps = {block.mlp_name: block for block in gated_mlps(anatomy)}
+    edits: list[Edit] = []
+    for setting in settings:
+        if setting.technique == Cats.__name__:
+            edits += [StoreColumnMajor(mlps[setting.name].projection("down").name), _replace_mlp(setting, mlps[setting.name])]
+        else:
+            edits += [StoreColumnMajor(setting.name), _replace_projection(setting, projections[setting.name])]
+    return edits
+
+
+def _replace_projection(setting: Setting, projection: Projection) -> Edit:
+    def make(old: nn.Linear) -> SparseLinear:
+        weights = _column_weights(setting.technique, old.weight.detach())
+        return SparseLinear(old, setting.name, cutoffs(setting.threshold, weights), largest_union(setting.sparsity))
+
+    return ReplaceModule(projection.name, make)
+
+
+def _replace_mlp(setting: Setting, block: Block) -> Edit:
+    activation = block.activation_name.rpartition(".")[2]
+
+    def make(old: nn.Module) -> CatsMLP:
+        return CatsMLP(old, setting.name, activation, setting.threshold, largest_union(setting.sparsity))
+
+    return ReplaceModule(setting.name, make)
+
+
+def left_dense(anatomy: Anatomy, settings: list[Setting]) -> list[Projection]:
+    """The projections, the head among them, that `settings` leave to a dense product in decode."""
+    taken = {setting.name for setting in settings}
+    for block in gated_mlps(anatomy):
+        if block.mlp_name in taken:
+            roles = ("up", "down", "gate_up")
+            taken |= {block.projection(role).name for role in roles if block.projection(role)}
+    everything = [*anatomy.projections(), *([anatomy.head] if anatomy.head else [])]
+    return [projection for projection in everything if projection.name not in taken]
+
+
+def dense_edit(projection: Projection, max_batch: int) -> Edit:
+    return ReplaceModule(projection.name, lambda old: DecodeLinear(old, max_batch))

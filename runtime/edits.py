@@ -1,0 +1,86 @@
+"""Reversible changes to a model, and their undoing."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from hasten.errors import StateError
+from hasten.kernels.storage import is_column_major, to_column_major
+
+
+class Edit(Protocol):
+    """One reversible change. `undo` also undoes an `apply` that was interrupted; `check` raises `StateError` if it would restore the wrong thing."""
+
+    def apply(self, model: nn.Module) -> None: ...
+    def check(self, model: nn.Module) -> None: ...
+    def undo(self, model: nn.Module) -> None: ...
+
+
+@dataclass(slots=True)
+class ReplaceModule:
+    """Puts `make(old)` in the place of the module called `name`."""
+
+    name: str
+    make: Callable[[nn.Module], nn.Module]
+    old: nn.Module | None = None
+    new: nn.Module | None = None
+
+    def apply(self, model: nn.Module) -> None:
+        self.old = model.get_submodule(self.name)
+        self.new = self.make(self.old)
+        _put(model, self.name, self.new)
+
+    def check(self, model: nn.Module) -> None:
+        present = model.get_submodule(self.name)
+        if present is not self.new:
+            raise StateError(
+                f"{self.name} was replaced by a {type(present).__qualname__} after hasten.accelerate: "
+                f"put back the {type(self.new).__qualname__} that stood there, then hasten.revert(model)"
+            )
+
+    def undo(self, model: nn.Module) -> None:
+        if self.old is not None:
+            _put(model, self.name, self.old)
+
+
+@dataclass(slots=True)
+class StoreColumnMajor:
+    """Stores the weight of the linear called `name` column by column, in place: the parameter stays the same object, and is kept once."""
+
+    name: str
+
+    def apply(self, model: nn.Module) -> None:
+        weight = model.get_submodule(self.name).weight
+        weight.data = to_column_major(weight.data)
+
+    def check(self, model: nn.Module) -> None:
+        pass
+
+    def undo(self, model: nn.Module) -> None:
+        weight = model.get_submodule(self.name).weight
+        if is_column_major(weight):
+            weight.data = weight.data.contiguous()
+
+
+def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None:
+    """Applies `edits` in order and records them in `done`; whatever interrupts it, also within an edit, all are undone first."""
+    try:
+        for edit in edits:
+            done.append(edit)
+            edit.apply(model)
+    except BaseException:
+        undo_all(model, done)
+        raise
+
+
+def undo_all(model: nn.Module, done: list[Edit]) -> None:
+    """Undoes `done` in reverse and empties it."""
+    while done:
+        done.pop().undo(model)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

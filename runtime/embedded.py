@@ -1,0 +1,18 @@
+"""The small trained models that come with hasten."""
+
+from pathlib import Path
+
+_MODELS = Path(__file__).parent / "models"
+
+
+def embedded_model(name: str = "stdlib-llama") -> Path:
+    """The folder of an embedded model, an ordinary Hugging Face folder with its card in README.md and held-out text in heldout.txt.
+
+    Raises:
+        ValueError: there is no embedded model of that name.
+    """
+    folder = _MODELS / name
+    if not name or not (folder / "config.json").is_file():
+        known = ", ".join(sorted(path.name for path in _MODELS.iterdir()))
+        raise ValueError(f"no embedded model {name!r}, there are: {known}")
+    return folder

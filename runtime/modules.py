@@ -1,0 +1,131 @@
+"""The modules that take the place of a model's own while it is accelerated.
+
+Each shares the attributes of the module it replaces (parameters, submodules, hooks), so that names, `state_dict` and identities stay as they were,
+and hands everything but decode to the replaced module's own arithmetic.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hasten.errors import StateError
+from hasten.kernels.column_sparse_linear import column_sparse_linear
+from hasten.kernels.linear.op import MAX_BATCH, linear
+from hasten.kernels.row_sparse_linear import row_sparse_linear
+
+# Where more of the inputs than this are expected to be active in some row of the batch, the exact product costs hardly more than the sparse one.
+UNION_PAYS_UP_TO = 0.85
+
+
+def decode_batch(x: torch.Tensor) -> int:
+    """The batch size of a decode step, 0 for anything else: x is [B, 1, K], or [1, K] where a model flattens its tokens."""
+    if x.dim() == 3:
+        return x.shape[0] if x.shape[1] == 1 else 0
+    return 1 if x.dim() == 2 and x.shape[0] == 1 else 0
+
+
+def largest_union(sparsity: float) -> int:
+    """The largest batch whose union of active inputs is worth computing, if rows were active independently (related rows overlap more)."""
+    paying = [batch for batch in range(2, MAX_BATCH + 1) if 1 - sparsity**batch <= UNION_PAYS_UP_TO]
+    return max(paying, default=1)
+
+
+def share_attributes(new: nn.Module, old: nn.Module) -> None:
+    """Makes `new` hold the same parameters, submodules and hooks as `old`; own buffers, so that new ones do not appear in `old`."""
+    vars(new).update(vars(old))
+    new._buffers = dict(old._buffers)
+    new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
+
+
+class Watch:
+    """Notices that a weight was written to, replaced, or moved since thresholds and layout were derived from it."""
+
+    def __init__(self, name: str, weight: torch.Tensor):
+        self.name = name
+        self.stamp = self._stamp(weight)
+
+    def check(self, weight: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling() and self._stamp(weight) != self.stamp:
+            raise StateError(
+                f"{self.name}.weight was changed after hasten.accelerate: call hasten.revert(model), which keeps the new weight, and accelerate again"
+            )
+
+    @staticmethod
+    def _stamp(weight: torch.Tensor) -> tuple[int, int]:
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+class DecodeLinear(nn.Linear):
+    """A dense projection whose decode products up to `max_batch` rows go through hasten's kernel. Exact but for the order of sums."""
+
+    def __init__(self, replaced: nn.Linear, max_batch: int):
+        share_attributes(self, replaced)
+        self.max_batch = max_batch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if 0 < decode_batch(x) <= self.max_batch:
+            return linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class SparseLinear(nn.Linear):
+    """A projection that skips inputs at or under `cutoff` in decode. Its weight must be column-major.
+
+    Args:
+        replaced: the dense projection [N, K].
+        name: its name in the model.
+        cutoff: float32 [K].
+        max_union: the largest batch that skips (the union of active inputs); batches up to MAX_BATCH beyond it are exact.
+    """
+
+    def __init__(self, replaced: nn.Linear, name: str, cutoff: torch.Tensor, max_union: int):
+        share_attributes(self, replaced)
+        self.register_buffer("cutoff", cutoff, persistent=False)
+        self.max_union = max_union
+        self.watch = Watch(name, self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.watch.check(self.weight)
+        batch = decode_batch(x)
+        if 0 < batch <= MAX_BATCH:
+            return column_sparse_linear(x, self.weight, self.cutoff if batch <= self.max_union else None, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class CatsMLP(nn.Module):
+    """A gated MLP that computes up and down only for neurons with |act(gate)| over `threshold` in decode. down's weight must be column-major.
+
+    Args:
+        replaced: the gated MLP, with `gate_proj` and `up_proj`, or the fused `gate_up_proj`, and `down_proj`.
+        name: its name in the model.
+        activation: the name of its activation.
+        threshold: the largest |act(gate)| that is skipped.
+        max_union: as in `SparseLinear`.
+    """
+
+    def __init__(self, replaced: nn.Module, name: str, activation: str, threshold: float, max_union: int):
+        share_attributes(self, replaced)
+        weight = self.down_proj.weight
+        self.dense_forward: Callable = type(replaced).forward
+        self.activation = activation
+        self.max_union = max_union
+        self.register_buffer("threshold", torch.tensor(threshold, device=weight.device), persistent=False)
+        self.register_buffer("nonzero", torch.zeros(weight.shape[1], device=weight.device), persistent=False)
+        self.watch = Watch(f"{name}.down_proj", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.watch.check(self.down_proj.weight)
+        if not 0 < decode_batch(x) <= self.max_union:
+            return self.dense_forward(self, x)
+        act = getattr(self, self.activation)
+        if hasattr(self, "gate_up_proj"):
+            gate_weight, up_weight = self.gate_up_proj.weight.chunk(2)
+            gate_bias, up_bias = self.gate_up_proj.bias.chunk(2) if self.gate_up_proj.bias is not None else (None, None)
+            gate = act(linear(x, gate_weight, gate_bias))
+        else:
+            gate = act(self.gate_proj(x))
+            up_weight, up_bias = self.up_proj.weight, self.up_proj.bias
+        neurons = row_sparse_linear(x, up_weight, gate, self.threshold, up_bias)
+        return column_sparse_linear(neurons, self.down_proj.weight, self.nonzero, self.down_proj.bias)
