@@ -24,8 +24,8 @@ from hasten.tokens import Texts, split_heldout, windows
 
 logger = logging.getLogger("hasten")
 
-# Relative distance of a module's output by kernel from its output by definition, on the same input. An intermediate rounding separates them in CatsMLP.
-SELF_CHECK_LIMIT = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# Relative distance of a module's output by kernel from its output by definition, on the same input.
+SELF_CHECK_LIMIT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(slots=True)
@@ -248,8 +248,10 @@ def _self_check(model: nn.Module, names: list[str]) -> float:
     def compare(name: str):
         def hook(module, arguments, output):
             nonlocal worst
+            # The gate decides what CatsMLP skips: both must decide on the same values, for rounding tips those at the threshold.
+            gate = [module.gate(*arguments)] if isinstance(module, CatsMLP) else []
             with backend.use("reference"):
-                expected = module.forward(*arguments)
+                expected = module.skip(*arguments, *gate) if gate else module.forward(*arguments)
             distance = float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
             if not distance <= SELF_CHECK_LIMIT[output.dtype]:
                 raise HastenError(f"self-check: {name} differs from its definition by {distance:.2g} (relative); the model was left as it was")

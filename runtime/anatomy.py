@@ -210,10 +210,11 @@ def _missing(name: str, layer: nn.Module, below: str) -> UnsupportedModelError:
 
 
 def _experts(module: nn.Module) -> tuple[str, nn.Module] | None:
-    marks = ("moe", "experts", "router")
-    for name, child in module.named_modules():
-        if name and any(mark in type(child).__name__.lower() for mark in marks):
-            return name, child
+    """The first module below `module` that looks like a mixture of experts, the most telling class names first."""
+    for mark in ("moeblock", "experts", "moe"):
+        for name, child in module.named_modules():
+            if name and mark in type(child).__name__.lower():
+                return name, child
     return None
 
 

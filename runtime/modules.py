@@ -40,21 +40,29 @@ def share_attributes(new: nn.Module, old: nn.Module) -> None:
 
 
 class Watch:
-    """Notices that a weight was written to, replaced, or moved since thresholds and layout were derived from it."""
+    """Notices that a weight was written to, replaced, or moved since thresholds and layout were derived from it.
 
-    def __init__(self, name: str, weight: torch.Tensor):
+    The stamp is taken at the first check; a copy or a pickle of a module takes its own.
+    """
+
+    def __init__(self, name: str):
         self.name = name
-        self.stamp = self._stamp(weight)
+        self.stamp: tuple[int, int] | None = None
 
     def check(self, weight: torch.Tensor) -> None:
-        if not torch.compiler.is_compiling() and self._stamp(weight) != self.stamp:
+        if torch.compiler.is_compiling():
+            return
+        stamp = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if self.stamp is None:
+            self.stamp = stamp
+        elif stamp != self.stamp:
             raise StateError(
-                f"{self.name}.weight was changed after hasten.accelerate: call hasten.revert(model), which keeps the new weight, and accelerate again"
+                f"{self.name}.weight was changed after hasten.accelerate: call hasten.revert(model), "
+                "which keeps the new weight, and accelerate again"
             )
 
-    @staticmethod
-    def _stamp(weight: torch.Tensor) -> tuple[int, int]:
-        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    def __reduce__(self):
+        return Watch, (self.name,)
 
 
 class DecodeLinear(nn.Linear):
@@ -84,7 +92,7 @@ class SparseLinear(nn.Linear):
         share_attributes(self, replaced)
         self.register_buffer("cutoff", cutoff, persistent=False)
         self.max_union = max_union
-        self.watch = Watch(name, self.weight)
+        self.watch = Watch(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.watch.check(self.weight)
@@ -113,19 +121,31 @@ class CatsMLP(nn.Module):
         self.max_union = max_union
         self.register_buffer("threshold", torch.tensor(threshold, device=weight.device), persistent=False)
         self.register_buffer("nonzero", torch.zeros(weight.shape[1], device=weight.device), persistent=False)
-        self.watch = Watch(f"{name}.down_proj", weight)
+        self.watch = Watch(f"{name}.down_proj")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.watch.check(self.down_proj.weight)
         if not 0 < decode_batch(x) <= self.max_union:
             return self.dense_forward(self, x)
+        return self.skip(x, self.gate(x))
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """act(gate_proj(x)) [..., neurons]."""
         act = getattr(self, self.activation)
+        if not hasattr(self, "gate_up_proj"):
+            return act(self.gate_proj(x))
+        (weight, _), (bias, _) = self._fused_halves()
+        return act(linear(x, weight, bias))
+
+    def skip(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """down_proj(gate * up_proj(x)) over the neurons whose |gate| is over the threshold."""
         if hasattr(self, "gate_up_proj"):
-            gate_weight, up_weight = self.gate_up_proj.weight.chunk(2)
-            gate_bias, up_bias = self.gate_up_proj.bias.chunk(2) if self.gate_up_proj.bias is not None else (None, None)
-            gate = act(linear(x, gate_weight, gate_bias))
+            (_, weight), (_, bias) = self._fused_halves()
         else:
-            gate = act(self.gate_proj(x))
-            up_weight, up_bias = self.up_proj.weight, self.up_proj.bias
-        neurons = row_sparse_linear(x, up_weight, gate, self.threshold, up_bias)
+            weight, bias = self.up_proj.weight, self.up_proj.bias
+        neurons = row_sparse_linear(x, weight, gate, self.threshold, bias)
         return column_sparse_linear(neurons, self.down_proj.weight, self.nonzero, self.down_proj.bias)
+
+    def _fused_halves(self):
+        bias = self.gate_up_proj.bias
+        return self.gate_up_proj.weight.chunk(2), (None, None) if bias is None else bias.chunk(2)

@@ -1,0 +1,293 @@
+import copy
+import json
+
+import pytest
+import torch
+from tiny_models import build, token_ids
+from transformers import StaticCache
+
+import hasten
+from hasten import measure
+from hasten.modules import DecodeLinear, SparseLinear, decode_batch, largest_union
+
+PLANS = {
+    "dense": hasten.DenseDecode(always=True),
+    "wina": hasten.Wina(0.5),
+    "wina-greedy": hasten.Wina(0.5, allocation="greedy"),
+    "teal": hasten.Teal(0.5),
+    "teal-mapping": hasten.Teal({"*.self_attn.*": 0.3, "down_proj": 0.6}),
+    "cats": hasten.Cats(0.5),
+    "cats-and-wina": [hasten.Cats(0.5), hasten.Wina({"*self_attn*": 0.4})],
+}
+
+
+@pytest.fixture(params=PLANS)
+def plan(request):
+    return PLANS[request.param]
+
+
+def accelerate(model, plan, **settings):
+    return hasten.accelerate(model, plan, calibration=token_ids(seed=1), measure_speed=False, **settings)
+
+
+def snapshot(model):
+    modules = {name: (id(module), type(module)) for name, module in model.named_modules()}
+    weights = {name: (id(weight), weight.stride(), weight.clone()) for name, weight in model.state_dict(keep_vars=True).items()}
+    return modules, weights
+
+
+def assert_unchanged(model, before):
+    modules, weights = snapshot(model)
+    assert modules == before[0]
+    assert weights.keys() == before[1].keys()
+    for name, (identity, strides, values) in weights.items():
+        assert (identity, strides) == before[1][name][:2], name
+        assert torch.equal(values, before[1][name][2]), name
+    assert not hasattr(model, "_hasten")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_revert_is_bit_exact(name, dtype, plan):
+    model = build(name, dtype)
+    before, x = snapshot(model), token_ids()
+    with torch.no_grad():
+        logits = model(x).logits
+        if plan is PLANS["teal-mapping"] or name != "phi3":
+            accelerate(model, plan)
+        else:
+            accelerate(model, plan if not isinstance(plan, list) else plan[0])
+        hasten.revert(model)
+        assert_unchanged(model, before)
+        assert torch.equal(model(x).logits, logits)
+
+
+def test_state_dict_is_the_dense_models(plan):
+    model = build("llama")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    accelerate(model, plan)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_prefill_stays_dense(plan):
+    model, x = build("llama"), token_ids()
+    with torch.no_grad():
+        dense = model(x).logits
+        accelerate(model, plan)
+        torch.testing.assert_close(model(x).logits, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_wina_and_teal_hit_their_sparsity():
+    """Counts skipped inputs in decode on the calibration text itself."""
+    for technique, sparsity in ((hasten.Wina(0.5), 0.5), (hasten.Teal(0.3), 0.3)):
+        model, ids = build("llama"), token_ids(1, 400, seed=1)
+        hasten.accelerate(model, technique, calibration=ids, heldout=token_ids(), measure_speed=False)
+        counts = {}
+        for name, module in model.named_modules():
+            if isinstance(module, SparseLinear):
+                counts[name] = []
+                module.register_forward_pre_hook(
+                    lambda module, x, seen=counts[name]: seen.append((x[0].abs() <= module.cutoff).float().mean())
+                )
+        with torch.no_grad():
+            model(ids)
+        assert len(counts) == 14
+        for name, seen in counts.items():
+            assert abs(float(torch.stack(seen).mean()) - sparsity) < 0.02, name
+
+
+def test_greedy_keeps_the_budget_of_every_block():
+    model = build("llama")
+    report = accelerate(model, hasten.Wina(0.5, allocation="greedy"))
+    for block in range(2):
+        settings = {s.name: s.sparsity for s in report.techniques[0].settings if f"layers.{block}." in s.name}
+        sizes = {name: model.get_submodule(name).weight.numel() for name in settings}
+        everything = sum(m.weight.numel() for n, m in model.named_modules() if n.startswith(f"model.layers.{block}.") and hasattr(m, "in_features"))
+        assert sum(sizes[name] * settings[name] for name in settings) / everything == pytest.approx(0.5)
+        assert len(set(settings.values())) > 1
+
+
+def test_sparsity_mapping_names_modules_endings_and_patterns():
+    model = build("llama")
+    mapping = {"model.layers.0.mlp.up_proj": 0.1, "down_proj": 0.2, "*.1.self_attn.*": 0.3}
+    report = accelerate(model, hasten.Wina(mapping))
+    sparsities = {setting.name: setting.sparsity for setting in report.techniques[0].settings}
+    assert sparsities == {
+        "model.layers.0.mlp.up_proj": 0.1,
+        "model.layers.0.mlp.down_proj": 0.2,
+        "model.layers.1.mlp.down_proj": 0.2,
+        **{f"model.layers.1.self_attn.{role}_proj": 0.3 for role in "qkvo"},
+    }
+    assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
+    assert not isinstance(model.model.layers[0].mlp.gate_proj, SparseLinear)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"do_sample": True, "top_k": 20}, {"num_beams": 3}, {"cache_implementation": "static"}],
+    ids=["greedy", "sampling", "beams", "static-cache"],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_generate(settings, rows, plan):
+    """Runs in every mode, repeatably, and DenseDecode emits just what the dense model does."""
+    model, x = build("llama"), token_ids(rows, 12)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0} | settings
+
+    def generate():
+        torch.manual_seed(0)
+        return model.generate(x, attention_mask=torch.ones_like(x), **settings)
+
+    dense = generate()
+    accelerate(model, plan)
+    first = generate()
+    assert first.shape == dense.shape
+    assert torch.equal(first, generate())
+    if plan is PLANS["dense"]:
+        assert torch.equal(first, dense)
+
+
+def test_static_and_dynamic_caches_agree():
+    model, ids = build("llama"), token_ids()[0]
+    accelerate(model, hasten.Wina(0.5))
+    dynamic = measure.decode_logits(model, ids, 8)
+    cache = StaticCache(config=model.config, max_cache_len=128)
+    rows = []
+    with torch.no_grad():
+        rows.append(model(ids[None, :8], past_key_values=cache).logits[0, -1])
+        for position in range(8, len(ids)):
+            rows.append(model(ids[None, position : position + 1], past_key_values=cache).logits[0, -1])
+    close = (torch.stack(rows) - dynamic).norm(dim=-1) < 1e-4 * dynamic.norm(dim=-1)
+    assert close.float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("name", ["dense", "wina", "cats"])
+def test_a_layer_compiles_without_graph_breaks(name):
+    model, ids = build("llama"), token_ids()[0]
+    accelerate(model, PLANS[name])
+    expected = measure.decode_logits(model, ids[:24], 8)
+    torch.compiler.reset()
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(measure.decode_logits(model, ids[:24], 8), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_uses_the_union_while_it_pays():
+    assert [largest_union(sparsity) for sparsity in (0.1, 0.3, 0.5, 0.65, 0.9)] == [1, 1, 2, 4, 8]
+    model = build("llama")
+    accelerate(model, hasten.Wina(0.5))
+    projection = model.model.layers[0].mlp.up_proj
+    x = torch.randn(4, 1, 64)
+    active = x.abs() > projection.cutoff
+    for batch, expected in ((1, active[:1]), (2, active[:2].any(0)), (4, torch.ones(64, dtype=torch.bool))):
+        rows = x[:batch]
+        torch.testing.assert_close(projection(rows), (rows * expected) @ projection.weight.T, rtol=1e-4, atol=1e-5)
+
+
+def test_what_counts_as_decode():
+    assert [decode_batch(torch.empty(*shape)) for shape in ((1, 1, 8), (5, 1, 8), (1, 2, 8), (1, 8), (2, 8))] == [1, 5, 0, 1, 0]
+
+
+def test_accelerated_reverts_also_after_an_error(plan):
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError), hasten.accelerated(model, plan, calibration=token_ids(), measure_speed=False) as report:
+        assert report.techniques
+        1 / 0  # noqa: B018 - any error inside the block
+    assert_unchanged(model, before)
+
+
+def test_state_lives_on_the_model():
+    model, other = build("llama"), build("llama")
+    before = snapshot(other)
+    accelerate(model, hasten.Wina(0.5))
+    assert_unchanged(other, before)
+
+
+def test_an_accelerated_model_can_be_copied():
+    model, ids = build("llama"), token_ids()[0]
+    accelerate(model, hasten.Wina(0.5))
+    expected = measure.decode_logits(model, ids, 8)
+    copied = copy.deepcopy(model)
+    hasten.revert(model)
+    assert torch.equal(measure.decode_logits(copied, ids, 8), expected)
+    hasten.revert(copied)
+    assert torch.equal(measure.decode_logits(copied, ids, 8), measure.decode_logits(model, ids, 8))
+
+
+def test_statistics_serve_any_sparsity():
+    model = build("llama")
+    pieces = token_ids(4, 200, seed=1)
+    statistics = hasten.calibrate(model, [hasten.Wina(), hasten.Cats()], pieces)
+    assert statistics.tokens == pieces.numel()
+    for technique in (hasten.Wina(0.3), hasten.Wina(0.7), hasten.Cats(0.5)):
+        direct = hasten.accelerate(model, technique, calibration=pieces, heldout=token_ids(), measure_speed=False)
+        hasten.revert(model)
+        report = hasten.accelerate(model, technique, calibration=statistics, heldout=token_ids(), measure_speed=False)
+        hasten.revert(model)
+        assert report.techniques[0].settings == direct.techniques[0].settings
+        assert report.drift == direct.drift
+
+
+def test_drift_grows_with_sparsity_and_is_nought_for_the_same_model():
+    model = build("llama")
+    statistics = hasten.calibrate(model, hasten.Wina(), token_ids(4, 200, seed=1))
+    kls = []
+    for sparsity in (0.1, 0.3, 0.6, 0.9):
+        with hasten.accelerated(model, hasten.Wina(sparsity), calibration=statistics, heldout=token_ids(), measure_speed=False) as report:
+            kls.append(report.drift.kl)
+    assert kls == sorted(kls)
+    assert kls[-1] > 10 * kls[0]
+    logits = measure.heldout_logits(model, list(token_ids()))
+    same = measure.drift(logits, logits)
+    assert same.kl == 0 and same.top1 == 1 and same.dense_perplexity == same.fast_perplexity
+
+
+def test_drift_against_plain_arithmetic():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    ids = torch.tensor([1])
+    result = measure.drift([(ids, p.log())], [(ids, q.log())])
+    assert result.kl == pytest.approx(0.5 * torch.log(torch.tensor(2.0)) - 0.25 * torch.log(torch.tensor(2.0)))
+    assert (result.top1, result.tokens) == (0, 1)
+    assert result.dense_perplexity == pytest.approx(4) and result.fast_perplexity == pytest.approx(2)
+
+
+def test_report_shows_what_was_measured():
+    model = build("llama")
+    report = hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(seed=1))
+    text = str(report)
+    for part in ("Wina(sparsity=0.5", "decode", "prefill", "drift", "KL", "memory", "ms per token"):
+        assert part in text
+    assert ("slower" in text) or ("faster" in text) or ("the same" in text)
+    data = json.loads(report.to_json())
+    assert data["techniques"][0]["configuration"] == {"sparsity": 0.5, "allocation": "uniform"}
+    assert data["speedup"] == report.speedup
+    first = report.techniques[0]
+    assert report.speedup == first.before.decode_seconds / first.after.decode_seconds
+    assert report.memory_after <= 1.05 * report.memory_before
+
+
+def test_memory_holds_each_weight_once():
+    model = build("llama", torch.bfloat16)
+    before = measure.memory(model)
+    accelerate(model, hasten.Wina(0.5))
+    cutoffs = sum(module.cutoff.nbytes for module in model.modules() if isinstance(module, SparseLinear))
+    assert measure.memory(model) == before + cutoffs
+    assert not any(isinstance(module, DecodeLinear) and isinstance(module, SparseLinear) for module in model.modules())
+
+
+def test_hooks_of_the_replaced_module_stay():
+    model, seen = build("llama"), []
+    projection = model.model.layers[0].mlp.up_proj
+    handle = projection.register_forward_hook(lambda module, x, y: seen.append(type(module)))
+    accelerate(model, hasten.Wina(0.5))
+    seen.clear()
+    with torch.no_grad():
+        model(token_ids(1, 4))
+    assert seen == [SparseLinear]
+    handle.remove()
+    hasten.revert(model)
+    with torch.no_grad():
+        model(token_ids(1, 4))
+    assert len(seen) == 1

@@ -1,0 +1,268 @@
+"""Every bad input is a clear error, and the model works as before."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_acceleration import assert_unchanged, snapshot
+from tiny_models import build, token_ids
+
+import hasten
+from hasten import acceleration, calibration, edits, measure, modules
+
+
+@pytest.fixture
+def model():
+    """A model that must come out of the test as it went in."""
+    model = build("llama")
+    before, x = snapshot(model), token_ids()
+    with torch.no_grad():
+        logits = model(x).logits
+    yield model
+    if hasattr(model, "_hasten"):
+        hasten.revert(model)
+    assert_unchanged(model, before)
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, logits)
+
+
+@pytest.mark.parametrize("technique", [hasten.Wina, hasten.Teal, hasten.Cats])
+@pytest.mark.parametrize("sparsity", [-0.1, 1, 1.5, math.nan, math.inf, {"up_proj": -1}, {}], ids=str)
+def test_sparsity_out_of_range(technique, sparsity):
+    with pytest.raises(ValueError, match="sparsity"):
+        technique(sparsity)
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", None, True, [0.5], {3: 0.5}, {"up_proj": "a"}], ids=str)
+def test_sparsity_of_a_wrong_type(sparsity):
+    with pytest.raises(TypeError, match="sparsity"):
+        hasten.Wina(sparsity)
+
+
+def test_unknown_allocation():
+    with pytest.raises(ValueError, match=r'"uniform" or "greedy".*\'best\''):
+        hasten.Wina(0.5, allocation="best")
+    with pytest.raises(ValueError, match="greedy"):
+        hasten.Wina({"up_proj": 0.5}, allocation="greedy")
+    with pytest.raises(ValueError, match=r"0\.95.*0\.97"):
+        hasten.Wina(0.97, allocation="greedy")
+
+
+def test_misspelt_argument(model):
+    with pytest.raises(TypeError, match="sparsty"):
+        hasten.Wina(sparsty=0.5)
+    with pytest.raises(TypeError, match="calibraton"):
+        hasten.accelerate(model, hasten.Wina(0.5), calibraton=token_ids())
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "words"),
+    [
+        ([], ValueError, "at least one"),
+        (None, TypeError, "None"),
+        ("wina", TypeError, "'w'"),
+        (hasten.Wina, TypeError, "Wina"),
+        ([hasten.Wina], TypeError, r"did you mean hasten\.Wina\(\)"),
+        ([hasten.Wina(0.5), hasten.Wina(0.2)], ValueError, "twice"),
+        ([hasten.Wina(0.5), hasten.Teal(0.2)], ValueError, "Wina and Teal would both change"),
+        ([hasten.Cats(0.5), hasten.Wina(0.5)], ValueError, "both change .*(up|down)_proj"),
+    ],
+    ids=["empty", "none", "string", "class", "class-in-list", "twice", "overlap", "overlap-in-mlp"],
+)
+def test_plans_that_cannot_be(model, plan, error, words):
+    with pytest.raises(error, match=words):
+        hasten.accelerate(model, plan, calibration=token_ids())
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (None, ValueError, "Wina needs calibration"),
+        ([], ValueError, "calibration is empty"),
+        (torch.empty(0, dtype=torch.int64), ValueError, "calibration is empty"),
+        ([torch.tensor([4, 5])], ValueError, "longest sequence has 2 tokens"),
+        (["some text"], ValueError, "tokenizer="),
+        ("some text", ValueError, "tokenizer="),
+        (3, TypeError, "int"),
+        ([3], TypeError, "int"),
+        (torch.rand(2, 50), ValueError, "float32"),
+        (torch.zeros(1, 2, 50, dtype=torch.int64), ValueError, r"\[2, 50\]|\[1, 2, 50\]"),
+        (torch.full((1, 50), 300), ValueError, r"token id 300.*0\.\.299"),
+        (torch.full((1, 50), -1), ValueError, r"token id -1"),
+    ],
+    ids=["none", "empty", "empty-tensor", "short", "texts", "text", "number", "numbers", "floats", "3d", "large-id", "negative-id"],
+)
+def test_calibration_data(model, data, error, words):
+    with pytest.raises(error, match=words):
+        hasten.accelerate(model, hasten.Wina(0.5), calibration=data)
+
+
+def test_heldout_data_is_named(model):
+    with pytest.raises(ValueError, match="heldout"):
+        hasten.accelerate(model, hasten.DenseDecode(), heldout=[])
+
+
+def test_statistics_of_something_else(model):
+    statistics = hasten.calibrate(model, hasten.Teal(), token_ids())
+    with pytest.raises(ValueError, match="hold nothing for Wina"):
+        hasten.accelerate(model, hasten.Wina(0.5), calibration=statistics)
+    statistics = hasten.calibrate(model, hasten.Wina(), token_ids())
+    with pytest.raises(ValueError, match="calibrate with greedy"):
+        hasten.accelerate(model, hasten.Wina(0.5, "greedy"), calibration=statistics)
+
+
+def test_unknown_module_names_the_nearest(model):
+    with pytest.raises(ValueError, match=r"'up_porj'.*'up_proj'"):
+        hasten.accelerate(model, hasten.Wina({"up_porj": 0.5}), calibration=token_ids())
+    with pytest.raises(ValueError, match=r"layers\.7\.mlp\.up_proj'.*'model\.layers\.[01]\.mlp\.up_proj'"):
+        hasten.accelerate(model, hasten.Wina({"model.layers.7.mlp.up_proj": 0.5}), calibration=token_ids())
+
+
+def test_second_accelerate(model):
+    hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
+    with pytest.raises(hasten.StateError, match=r"accelerated already.*revert"):
+        hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids())
+    assert measure.decode_logits(model, token_ids()[0], 8).isfinite().all()
+
+
+def test_calibrating_an_accelerated_model(model):
+    hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
+    with pytest.raises(hasten.HastenError):
+        hasten.calibrate(model, hasten.Wina(), token_ids())
+
+
+def test_revert_without_accelerate(model):
+    with pytest.raises(hasten.StateError, match="not accelerated"):
+        hasten.revert(model)
+
+
+def test_training_mode_and_gradients(model):
+    model.train()
+    with pytest.raises(hasten.StateError, match=r"training mode.*eval"):
+        hasten.accelerate(model, hasten.DenseDecode())
+    model.eval()
+    model.model.layers[1].mlp.up_proj.requires_grad_(True)
+    with pytest.raises(hasten.StateError, match=r"layers\.1\.mlp\.up_proj\.weight requires grad.*requires_grad_\(False\)"):
+        hasten.accelerate(model, hasten.DenseDecode())
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("technique", [hasten.Wina(0.5), hasten.Cats(0.5)], ids=["wina", "cats"])
+def test_weight_changed_after_accelerate(technique):
+    model, x = build("llama"), token_ids()
+    hasten.accelerate(model, technique, calibration=x, measure_speed=False)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight.mul_(2)
+        with pytest.raises(hasten.StateError, match=r"layers\.1\.mlp.*changed.*revert"):
+            model(x)
+        hasten.revert(model)
+        other = build("llama")
+        other.model.layers[1].mlp.down_proj.weight.mul_(2)
+        assert torch.equal(model(x).logits, other(x).logits)
+
+
+def test_weights_loaded_after_accelerate():
+    model, x = build("llama"), token_ids()
+    hasten.accelerate(model, hasten.Wina(0.5), calibration=x, measure_speed=False)
+    model.load_state_dict(build("llama", seed=1).state_dict())
+    with pytest.raises(hasten.StateError, match="changed"):
+        model(x)
+    hasten.revert(model)
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, build("llama", seed=1)(x).logits)
+
+
+def test_dtype_changed_after_accelerate():
+    model, x = build("llama"), token_ids()
+    hasten.accelerate(model, hasten.Wina(0.5), calibration=x, measure_speed=False)
+    model.to(torch.bfloat16)
+    with pytest.raises(hasten.StateError, match="changed"):
+        model(x)
+    hasten.revert(model)
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, build("llama", torch.bfloat16)(x).logits)
+
+
+def test_module_replaced_after_accelerate(model):
+    hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
+    mlp = model.model.layers[0].mlp
+    ours, mlp.up_proj = mlp.up_proj, torch.nn.Linear(64, 176)
+    with pytest.raises(hasten.StateError, match=r"layers\.0\.mlp\.up_proj was replaced by a Linear"):
+        hasten.revert(model)
+    mlp.up_proj = ours
+
+
+def test_mixed_devices(model):
+    norm = model.model.layers[0].mlp
+    weight = norm.up_proj.weight
+    norm.up_proj.weight = torch.nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+    with pytest.raises(hasten.UnsupportedModelError, match=r"up_proj"):
+        hasten.accelerate(model, hasten.DenseDecode())
+    norm.up_proj.weight = weight
+
+
+@pytest.mark.parametrize("seam", ["calibrating", "editing", "self-check"])
+def test_interrupt_leaves_the_model(model, monkeypatch, seam):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    if seam == "calibrating":
+        passes = iter(range(100))
+        plain = calibration.forward
+        monkeypatch.setattr(calibration, "forward", lambda *a: interrupt() if next(passes) == 1 else plain(*a))
+    elif seam == "editing":
+        applied = iter(range(100))
+        plain_apply = edits.ReplaceModule.apply
+        monkeypatch.setattr(
+            edits.ReplaceModule, "apply", lambda edit, m: (plain_apply(edit, m), next(applied) == 5 and interrupt())
+        )
+    else:
+        monkeypatch.setattr(acceleration, "_self_check", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_wrong_kernel_is_caught(model, monkeypatch):
+    def wrong(x, weight, bias=None):
+        right = torch.nn.functional.linear(x, weight, bias)
+        return right if acceleration.backend.choose(x) == "reference" else right * 1.1
+
+    monkeypatch.setattr(modules, "linear", wrong)
+    with pytest.raises(hasten.HastenError, match=r"self-check.*differs from its definition"):
+        hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
+
+
+def test_broken_activations_are_named(model):
+    norm = model.model.layers[1].input_layernorm.weight
+    kept = norm.clone()
+    norm.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False)
+    norm.data.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plan: plan | {"version": 99}, "version 99"),
+        (lambda plan: {k: v for k, v in plan.items() if k != "version"}, "no version"),
+        (lambda plan: plan | {"techniques": [{"technique": "Magic"}]}, "unknown technique 'Magic'"),
+        (lambda plan: plan | {"techniques": [{"technique": "Wina", "speed": 3}]}, "no field speed"),
+        (lambda plan: plan | {"techniques": [{"technique": "Wina", "sparsity": 2}]}, "sparsity"),
+        (lambda plan: plan | {"techniques": []}, "at least one"),
+    ],
+    ids=["newer", "no-version", "unknown", "extra-field", "bad-value", "empty"],
+)
+def test_plans_from_json(change, words):
+    plan = hasten.Plan([hasten.Wina({"up_proj": 0.25}), hasten.DenseDecode()])
+    assert hasten.Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(hasten.SavedPlanError, match=words):
+        hasten.Plan.from_json(json.dumps(change(plan.to_dict())))
+
+
+def test_plan_that_is_no_json():
+    with pytest.raises(hasten.SavedPlanError, match="not JSON"):
+        hasten.Plan.from_json("{")

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from hasten.sparsity.allocation import HIGHEST, greedy
+from hasten.sparsity.histogram import ScoreHistogram
+from hasten.sparsity.scores import column_norms, cutoffs
+
+
+def test_column_norms():
+    weight = torch.randn(37, 11, dtype=torch.bfloat16)
+    expected = weight.double().pow(2).sum(0).sqrt()
+    torch.testing.assert_close(column_norms(weight).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_a_cutoff_decides_as_the_score_does(threshold):
+    torch.manual_seed(0)
+    x, norms = torch.randn(1000), torch.rand(1000)
+    norms[::7] = 0
+    x[::5] = 0
+    assert torch.equal(x.abs() > cutoffs(threshold, norms), (x.abs() * norms > threshold) & (norms > 0))
+
+
+@pytest.mark.parametrize("draw", [torch.randn, lambda n: torch.randn(n).exp() ** 3, lambda n: torch.randn(n).relu()], ids=["normal", "heavy", "relu"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.25, 0.5, 0.65, 0.99])
+def test_threshold_is_the_quantile(draw, sparsity):
+    torch.manual_seed(0)
+    scores = draw(60_001).abs()
+    histogram = ScoreHistogram()
+    for part in scores.split(1000):
+        histogram.add(part)
+    assert histogram.total == scores.numel()
+    threshold = histogram.threshold(sparsity)
+    zeros = float((scores == 0).float().mean())
+    assert float((scores <= threshold).float().mean()) == pytest.approx(max(sparsity, zeros), abs=2e-3)
+
+
+def test_threshold_grows_with_sparsity_and_starts_at_nought():
+    histogram = ScoreHistogram()
+    histogram.add(torch.randn(5000).abs())
+    thresholds = [histogram.threshold(i / 100) for i in range(100)]
+    assert thresholds[0] == 0 and thresholds == sorted(thresholds)
+
+
+def test_scores_beyond_the_range_are_counted():
+    histogram = ScoreHistogram()
+    histogram.add(torch.tensor([1e-30, 0.0, 1.0, 1e9]))
+    assert (histogram.zeros, histogram.total) == (2, 4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_scores_are_refused(value):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        ScoreHistogram().add(torch.tensor([1.0, value]))
+
+
+def test_greedy_spends_the_budget_where_it_costs_least():
+    sizes = {"q": 100, "k": 20, "up": 400}
+    costs = {"q": 1.0, "k": 10.0, "up": 3.0}
+    tried = []
+
+    def error(sparsity):
+        tried.append(dict(sparsity))
+        return sum(costs[name] * sizes[name] * value**2 for name, value in sparsity.items())
+
+    for target in (0.0, 0.1, 0.5, 0.9, HIGHEST):
+        sparsity = greedy(sizes, error, target)
+        assert sum(sizes[n] * s for n, s in sparsity.items()) / sum(sizes.values()) == pytest.approx(target)
+        assert all(0 <= s <= HIGHEST + 1e-9 for s in sparsity.values())
+    half = greedy(sizes, error, 0.5)
+    assert half["q"] > half["up"] > half["k"]
+    assert error(half) < error(dict.fromkeys(sizes, 0.5))
+    assert all(0 <= s < 1 for trial in tried for s in trial.values())
+
+
+def test_greedy_refuses_what_it_cannot_reach():
+    with pytest.raises(ValueError, match=r"0\.95.*0\.99"):
+        greedy({"q": 4}, lambda sparsity: 0.0, 0.99)
