@@ -1,0 +1,111 @@
+"""The commands, their options, and how errors are shown. What a command does is in the module of its name."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer.core import TyperGroup
+
+import hasten
+from hasten.errors import HastenError
+
+
+class _Commands(TyperGroup):
+    """Shows an error that the user can mend as one line, with exit status 1. Anything else keeps its traceback."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            raise
+        except (HastenError, ValueError, OSError) as error:
+            typer.echo(f"hasten: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """The console script `hasten`."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hasten {hasten.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Makes generative models run faster, and measures what that costs."""
+
+
+@app.command()
+def demo(
+    plot: Annotated[str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png.")] = "auto",
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
+    quick: Annotated[bool, typer.Option(help="A rough try-out, without the large model.")] = False,
+) -> None:
+    """Shows drift on the embedded model, decode speed of a 1.1 B model, and a sample, in under two minutes."""
+    from hasten.cli import demo
+
+    demo.run(plot, json, quick)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face id or folder, a folder of hasten.save, or stdlib-llama (embedded).")
+    ],
+    prompt: Annotated[str, typer.Argument(help="Given to the model as it is, without a chat template.")],
+    wina: Annotated[float | None, typer.Option(metavar="SPARSITY", help="Skip these inputs by WINA.")] = None,
+    teal: Annotated[float | None, typer.Option(metavar="SPARSITY", help="Skip these inputs by TEAL.")] = None,
+    cats: Annotated[float | None, typer.Option(metavar="SPARSITY", help="Skip these MLP neurons by CATS.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Exact: hasten's dense kernel.")] = False,
+    greedy_allocation: Annotated[
+        bool, typer.Option("--greedy-allocation", help="Spread WINA's or TEAL's sparsity where it costs least.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to calibrate on, a few thousand tokens.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 picks the likeliest token, more samples.")] = 0.0,
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="auto: as it was saved.")
+    ] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+) -> None:
+    """Continues PROMPT on stdout, with the speed on stderr. Without a technique the model runs as it is."""
+    from hasten.cli import generate
+
+    techniques = generate.techniques(wina, teal, cats, dense, greedy_allocation)
+    generate.run(model, prompt, techniques, calibration, max_new_tokens, temperature, dtype, json)
+
+
+@app.command()
+def bench(
+    cases: Annotated[
+        list[str] | None, typer.Argument(metavar="[CASE]...", help="Parts or patterns of names; see --list.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the records as JSON.")] = None,
+    list_cases: Annotated[bool, typer.Option("--list", help="Show the names of all cases.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the kernels.")] = None,
+) -> None:
+    """Times kernels and decode against torch and against hasten's own dense version."""
+    from hasten.cli import bench
+
+    bench.run(cases or [], json, list_cases, threads)
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
+    """Shows what is installed, which backends work, and why one does not. Exit status 1 if something is broken."""
+    from hasten.cli import doctor
+
+    raise typer.Exit(doctor.run(json))

@@ -1,0 +1,173 @@
+"""`hasten demo`: what sparsity costs on the embedded model, what it brings on a large one, and a sample of text."""
+
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import typer
+from torch import nn
+
+import hasten
+from hasten import measure
+from hasten.anatomy import Anatomy, dissect
+from hasten.bind import Setting
+from hasten.calibration import progress
+from hasten.cli import generate, picture, tables
+from hasten.techniques import Cats, DenseDecode, Teal, Technique, Wina
+
+KINDS = (Wina, Teal, Cats)
+SPARSITIES = (0.25, 0.4, 0.5, 0.65)
+CALIBRATION_CHARACTERS = 40_000
+# Each excerpt of held-out text gives EXCERPT - measure.DRIFT_PREFIX tokens to the drift.
+EXCERPTS, EXCERPT = 8, 80
+SPEED_SPARSITY = 0.5
+SAMPLE_SPARSITY = 0.5
+PROMPT = "def read_lines(path):\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One technique at one sparsity. `weights_read`: the share of the layers' weights that a decode step reads."""
+
+    technique: str
+    sparsity: float
+    weights_read: float
+    drift: measure.Drift
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A greedy continuation of `prompt` by the dense and by the accelerated model."""
+
+    prompt: str
+    technique: str
+    dense: str
+    fast: str
+
+
+def run(plot: str, json_file: Path | None, quick: bool) -> None:
+    """Measures and prints everything.
+
+    Raises:
+        ValueError, OSError: the picture or the JSON cannot be written; found out before anything is measured.
+    """
+    start = time.perf_counter()
+    picture_file = picture.destination(plot)
+    if json_file:
+        tables.check_writable(json_file)
+    model, tokenizer = generate.load(generate.EMBEDDED, [], "auto")
+    text = (hasten.embedded_model() / "heldout.txt").read_text(encoding="utf-8")
+    calibration, heldout = text[:CALIBRATION_CHARACTERS], text[CALIBRATION_CHARACTERS:]
+
+    statistics = hasten.calibrate(model, [kind() for kind in KINDS], calibration, tokenizer)
+    pieces = excerpts(heldout, tokenizer, 1 if quick else EXCERPTS)
+    points = sweep(model, statistics, pieces, SPARSITIES[::3] if quick else SPARSITIES)
+    _show_drift(points)
+    records = []
+    if not quick:
+        from hasten.bench.runtime.decode import compare
+
+        typer.echo("\nBuilding a Llama of 1.1 B random weights in bf16 and timing its decode ...")
+        records = compare(sparsities=(SPEED_SPARSITY,), steps=16)
+        _show_speed(records)
+    sample = continue_both(model, tokenizer, statistics, 12 if quick else 48)
+    _show_sample(sample)
+    if picture_file:
+        picture.draw(picture_file, points, records)
+        typer.echo(f"\nPicture: {picture_file.resolve()}")
+    elif plot == "auto":
+        typer.echo("\nNo picture: matplotlib is not installed (pip install 'hasten[plot]').")
+    seconds = time.perf_counter() - start
+    if json_file:
+        drift = [asdict(point) for point in points]
+        tables.write_json(json_file, {"drift": drift, "speed": records, "sample": asdict(sample), "seconds": seconds})
+    typer.echo(f"\nDone in {seconds:.0f} s.")
+
+
+def sweep(
+    model: nn.Module, statistics: hasten.Statistics, pieces: list[torch.Tensor], sparsities: Sequence[float]
+) -> list[Point]:
+    """Drift of every technique at every sparsity, and of the dense kernels alone, in decode on the same token ids."""
+    anatomy = dissect(model)
+    tokens = sum(piece.numel() for piece in pieces)
+    dense = measure.heldout_logits(model, pieces, tokens)
+    plans = [DenseDecode(always=True)] + [kind(sparsity) for sparsity in sparsities for kind in KINDS]
+    points = []
+    for technique in progress(plans, "drift on the embedded model", unit="run"):
+        with hasten.accelerated(model, technique, calibration=statistics, measure_speed=False) as report:
+            drift = measure.drift(dense, measure.heldout_logits(model, pieces, tokens))
+        read = weights_read(anatomy, report.techniques[0].settings)
+        points.append(Point(_name(technique), getattr(technique, "sparsity", 0.0), read, drift))
+    return points
+
+
+def excerpts(text: str, tokenizer, count: int) -> list[torch.Tensor]:
+    """`count` stretches of EXCERPT tokens, evenly spread over `text`, each from the start of a line."""
+    found = []
+    for i in range(count):
+        start = text.index("\n", i * len(text) // count) + 1
+        ids = tokenizer(text[start : start + 20 * EXCERPT])["input_ids"][:EXCERPT]
+        found.append(torch.tensor(ids))
+    return found
+
+
+def weights_read(anatomy: Anatomy, settings: list[Setting]) -> float:
+    """The share of the layers' projection weights that a decode step reads where modules skip what `settings` say."""
+    sizes = {projection.name: projection.module.weight.numel() for projection in anatomy.projections()}
+    total = sum(sizes.values())
+    for block in anatomy.blocks:
+        if block.projection("down"):
+            # What a technique on the whole MLP skips: rows of up and as many columns of down, which have the same size.
+            sizes[block.mlp_name] = 2 * block.projection("down").module.weight.numel()
+    return 1 - sum(setting.sparsity * sizes[setting.name] for setting in settings) / total
+
+
+def continue_both(model: nn.Module, tokenizer, statistics: hasten.Statistics, tokens: int) -> Sample:
+    """PROMPT continued by the dense and by the sparse model, up to `tokens` tokens."""
+    technique = Wina(SAMPLE_SPARSITY)
+    dense = generate.continue_prompt(model, tokenizer, PROMPT, tokens)
+    with hasten.accelerated(model, technique, calibration=statistics, measure_speed=False):
+        fast = generate.continue_prompt(model, tokenizer, PROMPT, tokens)
+    return Sample(PROMPT, f"{_name(technique)} {SAMPLE_SPARSITY:.0%}", dense.text, fast.text)
+
+
+def _name(technique: Technique) -> str:
+    return "dense" if isinstance(technique, DenseDecode) else type(technique).__name__.upper()
+
+
+def _show_drift(points: list[Point]) -> None:
+    rows = []
+    for point in points:
+        drift = point.drift
+        perplexity = f"{drift.dense_perplexity:.3g} -> {drift.fast_perplexity:.3g}"
+        name, read = (f"{point.sparsity:.0%}", point.technique), f"{point.weights_read:.0%}"
+        rows.append((*name, f"{drift.kl:.2g}", f"{drift.top1:.1%}", perplexity, read))
+    columns = ("sparsity", "technique", "KL per token (nats)", "same top-1 token", "perplexity", "weights read")
+    tokens = points[0].drift.tokens
+    title = f"Drift from the dense model, measured on the embedded model ({tokens} held-out tokens, decoded one by one)"
+    tables.show(title, columns, rows, labels=2)
+    typer.echo(
+        "Real kernels and real decode; calibrated on the first part of the held-out text, measured on the rest.\n"
+        "Weights read: of all weights in the layers, per token. CATS skips in up and down only and leaves attention\n"
+        "and gate dense, so at equal sparsity it does more work: compare at equal weights read."
+    )
+
+
+def _show_speed(records: list[dict]) -> None:
+    rows = []
+    for record in records:
+        ratio = record["ratio"]
+        verdict = "faster" if ratio >= 1.02 else "slower" if ratio <= 0.98 else "the same"
+        seconds = record["seconds"]
+        speed = f"{seconds * 1e3:.1f}", f"{1 / seconds:.1f}", f"{ratio:.2f}x {verdict}"
+        rows.append((record["case"], record["baseline"], *speed))
+    columns = ("model", "against", "ms per token", "tokens/s", "ratio")
+    tables.show("Decode speed, batch 1, random weights", columns, rows, labels=2)
+
+
+def _show_sample(sample: Sample) -> None:
+    for label, text in (("dense", sample.dense), (sample.technique, sample.fast)):
+        typer.echo(f"\nThe embedded model, greedy, {label}:\n" + textwrap.indent(sample.prompt + text, "    "))

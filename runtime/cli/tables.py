@@ -1,0 +1,49 @@
+"""Output: tables, drawn on a terminal and plain elsewhere, and files, checked before the work starts."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> None:
+    """Prints a table on stdout. The first `labels` columns are words and stand left, the others figures."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i < labels else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table, markup=False)
+    else:
+        typer.echo(plain(title, columns, rows, labels))
+
+
+def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """The same table as lines of text."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [title]
+    for row in (columns, *rows):
+        places = enumerate(zip(row, widths, strict=True))
+        cells = [cell.ljust(width) if i < labels else cell.rjust(width) for i, (cell, width) in places]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError unless a file can be made at `path`, so that minutes of measuring are not lost."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, a file name is needed")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    with path.open("a"):
+        pass
+
+
+def write_json(path: Path, data) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
