@@ -135,10 +135,11 @@ setup(
     python_requires=">=3.10,<3.13",
     install_requires=[
         "torch>=2.11,<2.14",
-        "triton>=3.6; sys_platform == 'linux'",
+        "triton>=3.6,<3.10; sys_platform == 'linux'",
         "numpy",
         "safetensors",
         "transformers>=5.17,<5.24",
+        "packaging",
         "tqdm",
         "typer",
         "rich",
@@ -146,7 +147,7 @@ setup(
     extras_require={
         "diffusers": ["diffusers"],
         "plot": ["matplotlib"],
-        "test": ["pytest", "pytest-benchmark", "ruff", "accelerate"],
+        "test": ["pytest", "pytest-benchmark", "ruff", "accelerate", "matplotlib", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["hasten = hasten.cli:main"]},
     packages=packages(),

@@ -18,19 +18,7 @@ from hasten.cli import tables
 from hasten.kernels import backend, cpu
 from hasten.kernels.linear import linear
 
-CPU_FEATURES = [
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512dq",
-    "avx512vl",
-    "avx512_bf16",
-    "amx_bf16",
-    "asimd",
-    "bf16",
-]
+CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 STATES = {"ok": "", "note": "note", "broken": "BROKEN"}
 
 

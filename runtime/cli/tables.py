@@ -1,6 +1,7 @@
 """Output: tables, drawn on a terminal and plain elsewhere, and files, checked before the work starts."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,13 +37,13 @@ def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lab
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError unless a file can be made at `path`, so that minutes of measuring are not lost."""
+    """Raises OSError unless a file can be written at `path`, so that minutes of measuring are not lost."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, a file name is needed")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    with path.open("a"):
-        pass
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}")
 
 
 def write_json(path: Path, data) -> None:
