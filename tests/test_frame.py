@@ -1,0 +1,199 @@
+"""The rules of the house: which way imports run, what the top level and a wheel hold, and that every example runs."""
+
+import ast
+import doctest
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hasten
+from hasten.anatomy import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "hasten": "runtime",
+    "hasten.kernels": "kernels",
+    "hasten.guidance": "guidance",
+    "hasten.sparsity": "sparsity",
+    "hasten.bench": "bench",
+}
+MAY_IMPORT = {
+    "hasten.kernels": ("hasten.kernels",),
+    "hasten.guidance": ("hasten.guidance", "hasten.kernels"),
+    "hasten.sparsity": ("hasten.sparsity", "hasten.kernels"),
+}
+TOP_LEVEL = {
+    *FOLDERS.values(), "tests", ".ci", "setup.py", "pyproject.toml", "constraints.txt",
+    "README.md", "CHANGELOG.md", "LICENSE", ".gitignore",
+}  # fmt: skip
+
+
+def tracked() -> list[Path]:
+    """The files that git knows, below ROOT."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(name) for name in listed.split("\0") if name and (ROOT / name).exists()]
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Module names and files of one of the packages of FOLDERS."""
+    folder = Path(FOLDERS[package])
+    found = {}
+    for path in tracked():
+        if path.suffix == ".py" and path.is_relative_to(folder):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = path
+    return found
+
+
+def imports(module: str, path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, by absolute name."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+    return names
+
+
+def inside(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def python(code: str, folder: Path, **environment: str) -> str:
+    """The output of `code` in a fresh process that runs in `folder`."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_run_down(package):
+    for module, path in modules(package).items():
+        for name in imports(module, path):
+            assert not inside(name, ("hasten",)) or inside(name, MAY_IMPORT[package]), f"{path} imports {name}"
+            assert not inside(name, ("transformers", "diffusers")), f"{path} imports {name}"
+
+
+def test_only_the_command_line_imports_the_benchmarks():
+    for module, path in modules("hasten").items():
+        if not module.startswith("hasten.cli"):
+            assert not any(inside(name, ("hasten.bench",)) for name in imports(module, path)), path
+
+
+def test_an_import_is_seen_in_every_form():
+    seen = imports("hasten.kernels.linear.op", Path("kernels/linear/op.py"))
+    assert {"torch", "hasten.kernels.storage", "hasten.kernels.linear.reference"} <= seen
+
+
+@pytest.mark.parametrize("folder", ["kernels", "guidance", "sparsity", "bench"])
+def test_packages_open_with_a_docstring_alone(folder):
+    body = ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8")).body
+    assert len(body) == 1 and isinstance(body[0].value.value, str)
+
+
+def test_the_top_level_is_fixed():
+    assert {path.parts[0] for path in tracked()} <= TOP_LEVEL
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_import_is_light_and_complete_outside_the_repository(tmp_path):
+    code = "import sys, hasten; print([name for name in ('torch', 'transformers', 'typer') if name in sys.modules])"
+    assert python(code, tmp_path).strip() == "[]"
+    python("import hasten; [getattr(hasten, name) for name in hasten.__all__]", tmp_path)
+    assert set(hasten.__all__) <= set(dir(hasten))
+    with pytest.raises(AttributeError, match="no attribute 'wina'"):
+        hasten.wina  # noqa: B018
+
+
+@pytest.mark.parametrize("folder", ["root", "elsewhere"])
+def test_the_console_script_runs_anywhere(folder, tmp_path):
+    script = Path(sys.executable).with_name("hasten")
+    folder = ROOT if folder == "root" else tmp_path
+    done = subprocess.run([script, "--version"], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == f"hasten {hasten.__version__}\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of the files that git knows, built where there is no C++ compiler."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for path in tracked():
+        (folder / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, folder / "source" / path)
+    build = "pip wheel --quiet --no-index --no-build-isolation --no-deps --wheel-dir . ./source"
+    command = [sys.executable, "-m", *build.split()]
+    environment = os.environ | {"CC": "no-compiler", "CXX": "no-compiler", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_package_and_nothing_else(wheel):
+    expected = {
+        "/".join([*package.split("."), str(path.relative_to(folder))])
+        for package, folder in FOLDERS.items()
+        for path in modules(package).values()
+    }
+    models = [path.relative_to("runtime") for path in tracked() if path.is_relative_to("runtime/models")]
+    expected |= {f"hasten/{path}" for path in models}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = {name.split("/", 1)[1] for name in archive.namelist() if ".dist-info/" in name}
+    assert held == expected | {"hasten/kernels/_cpu.txt"}
+    assert {"entry_points.txt", "licenses/LICENSE"} <= metadata
+
+
+def test_without_a_compiler_the_wheel_works_and_says_why(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = """
+import torch
+from hasten.kernels import backend, cpu
+from hasten.kernels.linear import linear
+print(cpu.__file__)
+print(cpu.reason())
+print(float((linear(torch.ones(1, 3), torch.ones(2, 3)) - 3).abs().max()), backend.choose(torch.ones(1)))
+"""
+    where, *why, what = python(code, tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
+    assert where.startswith(str(tmp_path))
+    assert "no-compiler" in " ".join(why)
+    assert what == "0.0 reference"
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_readme_and_of_the_package_run(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.DOTALL | re.MULTILINE)
+    package = [line for line in hasten.__doc__.splitlines() if line.startswith("    ")]
+    assert blocks and package
+    printed = python("\n".join([*blocks, textwrap.dedent("\n".join(package))]), tmp_path)
+    assert printed.count("drift    KL") == 2
+
+
+def test_the_examples_in_docstrings_run():
+    for package in FOLDERS:
+        for module, path in modules(package).items():
+            if ">>>" in (ROOT / path).read_text(encoding="utf-8"):
+                assert doctest.testmod(importlib.import_module(module)).failed == 0, module
+
+
+def test_the_readme_names_every_family_and_leads_with_two_commands():
+    assert set(FAMILIES) <= set(re.findall(r"`(\w+)`", readme()))
+    commands = re.findall(r"^<!-- command:(\w+) -->\n```bash\n.+\n```$", readme(), flags=re.MULTILINE)
+    assert commands == ["demo", "test"]
+    assert readme().index("<!-- command:test -->") < readme().index("\n## ")
