@@ -58,9 +58,11 @@ def dot_rows(
     m_b = o_b < rows
     m_w = m_n[None, :, None]
     b_acc = tl.zeros([B, BLOCK_N, BLOCK_K // VEC], dtype=tl.float32)
-    for i_k in range(0, K, BLOCK_K):
+    i_k = 0  # a range to a runtime K fails in the interpreter of Triton 3.6 with NumPy 2.4
+    while i_k < K:
         m_k = i_k + o_k < K
         b_w = tl.load(p_w + i_k, mask=m_w & m_k, other=0.0, eviction_policy="evict_first").to(tl.float32)
         b_x = tl.load(p_x + i_k, mask=m_b & m_k, other=0.0, eviction_policy="evict_last").to(tl.float32)
         b_acc += tl.sum(tl.reshape(b_w * b_x, [B, BLOCK_N, BLOCK_K // VEC, VEC]), axis=3)
+        i_k += BLOCK_K
     return tl.sum(b_acc, axis=2)
