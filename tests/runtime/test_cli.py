@@ -1,0 +1,243 @@
+"""The command line: what it prints, and one clear line with exit status 1 for bad input."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import hasten
+from hasten import anatomy, measure
+from hasten.cli import app, demo, doctor, picture, tables
+from hasten.cli import generate as generation
+from hasten.kernels import cpu
+
+GENERATE = ("generate", "stdlib-llama", "def read(path):", "--max-new-tokens", "8")
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return generation.load("stdlib-llama", [], "auto")
+
+
+def refused(*arguments):
+    """The one line on stderr."""
+    (line,) = run(*arguments, status=1).stderr.splitlines()
+    return line
+
+
+def test_version():
+    assert run("--version").stdout == f"hasten {hasten.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "bench", "doctor"])
+def test_help_names_every_command(command):
+    assert command in run("--help").output
+    assert "Usage" in run(command, "--help").output
+
+
+def test_generate_streams_to_stdout_and_tells_the_speed_on_stderr(embedded):
+    model, tokenizer = embedded
+    result = run(*GENERATE)
+    text = generation.continue_prompt(model, tokenizer, "def read(path):", 8).text
+    assert result.stdout.strip() == ("def read(path):" + text).strip()
+    assert result.stderr.startswith("hasten: 8 tokens, ") and "tokens/s in decode" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dense",),
+        ("--wina", "0.5"),
+        ("--teal", "0.4", "--dense"),
+        ("--cats", "0.5"),
+        ("--wina", "0.3", "--greedy-allocation"),
+    ],
+    ids=" ".join,
+)
+def test_generate_with_techniques(options, tmp_path):
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text("import os\n\n\ndef names(folder):\n    return sorted(os.listdir(folder))\n" * 4)
+    record = json.loads(run(*GENERATE, *options, "--calibration", calibration, "--json").stdout)
+    assert record["tokens"] == 8 and record["text"] and record["tokens_per_second"] > 0
+    assert len(record["plan"]) == sum(option in ("--dense", "--wina", "--teal", "--cats") for option in options)
+
+
+def test_generate_says_what_it_calibrates_on():
+    assert "calibrating on Python sources" in run(*GENERATE, "--wina", "0").stderr
+
+
+def test_generate_samples():
+    assert run(*GENERATE, "--temperature", "0.8").stdout.startswith("def read(path):")
+
+
+def test_generate_in_another_dtype():
+    record = json.loads(run(*GENERATE, "--dtype", "float32", "--json").stdout)
+    assert record["plan"] == [] and record["tokens"] == 8
+
+
+def test_generate_from_a_folder_that_was_saved(embedded, tmp_path):
+    model, tokenizer = embedded
+    with hasten.accelerated(model, hasten.Wina(0.9), calibration="def f(x):\n" * 9, tokenizer=tokenizer) as report:
+        assert report.speedup
+        hasten.save(model, tmp_path, tokenizer)
+        text = generation.continue_prompt(model, tokenizer, "def read(path):", 8).text
+    arguments = ("generate", tmp_path, "def read(path):", "--max-new-tokens", "8")
+    assert json.loads(run(*arguments, "--json").stdout)["text"] == text
+    assert "holds a plan of hasten.save" in refused(*arguments, "--wina", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--wina", "1.5"), "sparsity must be in [0, 1), got 1.5"),
+        (("--teal", "-0.1"), "sparsity must be in [0, 1), got -0.1"),
+        (("--cats", "nan"), "sparsity must be in [0, 1), got nan"),
+        (("--greedy-allocation",), "--wina or --teal"),
+        (("--greedy-allocation", "--cats", "0.5"), "--wina or --teal"),
+        (("--temperature", "-1"), "temperature must be 0 or more, got -1.0"),
+        (("--temperature", "nan"), "temperature must be 0 or more, got nan"),
+        (("--wina", "0.5", "--calibration", "nowhere.txt"), "nowhere.txt"),
+        (("--calibration", "nowhere.txt"), "nowhere.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_generate_refuses(options, message):
+    assert message in refused(*GENERATE, *options)
+
+
+@pytest.mark.parametrize("content", ["", "\xff"], ids=["empty", "no text"])
+def test_generate_refuses_to_calibrate_on_nothing(content, tmp_path):
+    file = tmp_path / "calibration.txt"
+    file.write_bytes(content.encode("latin-1"))
+    refused(*GENERATE, "--wina", "0.5", "--calibration", file)
+
+
+def test_generate_refuses_two_techniques_for_one_projection():
+    assert "would both change" in run(*GENERATE, "--wina", "0.5", "--teal", "0.5", status=1).stderr
+
+
+def test_generate_refuses_models_that_are_not_there(tmp_path):
+    assert refused("generate", "./nowhere", "x") == "hasten: there is no folder ./nowhere"
+    refused("generate", tmp_path, "x")
+
+
+@pytest.mark.parametrize(
+    "options", [("--max-new-tokens", "0"), ("--dtype", "int8"), ("--wina", "half"), ("--wino", "1")]
+)
+def test_misspelt_options_are_usage_errors(options):
+    assert "Usage" in run(*GENERATE, *options, status=2).output
+
+
+def test_doctor():
+    result = run("doctor")
+    assert f"hasten                   {hasten.__version__}" in result.stdout
+    checks = {check["name"]: check for check in json.loads(run("doctor", "--json").stdout)}
+    assert checks["torch"]["state"] == checks["backend reference"]["state"] == "ok"
+    if cpu.reason() is None:
+        assert checks["C++ kernels"]["value"].startswith(cpu.isa())
+        assert checks["backend cpu"]["value"] == "works on cpu"
+
+
+def test_doctor_fails_where_a_backend_is_wrong(monkeypatch):
+    monkeypatch.setattr(doctor, "linear", lambda x, weight: x @ weight.T + 1)
+    assert "BROKEN" in run("doctor", status=1).stdout
+
+
+def test_doctor_fails_where_a_backend_raises(monkeypatch):
+    def broken(x, weight):
+        raise RuntimeError("CPU kernel returned 3")
+
+    monkeypatch.setattr(doctor, "linear", broken)
+    assert "RuntimeError: CPU kernel returned 3" in run("doctor", status=1).stdout
+
+
+def test_doctor_tells_why_there_are_no_compiled_kernels(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "reason", lambda: "not built: no compiler")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.so")
+    assert "not built: no compiler" in run("doctor").stdout
+    (tmp_path / "_cpu.so").touch()
+    run("doctor", status=1)
+
+
+def test_doctor_marks_versions_outside_the_range(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "99.0")
+    checks = {check.name: check for check in doctor.examine()}
+    assert checks["torch"].state == "note" and "outside" in checks["torch"].value
+
+
+def test_doctor_tells_of_two_openmp_runtimes(monkeypatch):
+    monkeypatch.setattr(cpu, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
+    checks = {check.name: check for check in doctor.examine()}
+    assert checks["OpenMP"].state == "note" and "/b/libiomp5.so" in checks["OpenMP"].value
+
+
+def test_demo_in_its_reduced_form(tmp_path):
+    result = run("demo", "--quick", "--plot", tmp_path / "demo.png", "--json", tmp_path / "demo.json")
+    assert "measured on the embedded model" in result.stdout and "WINA 50%" in result.stdout
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "demo.json").read_text())
+    read = {(point["technique"], point["sparsity"]): point["weights_read"] for point in written["drift"]}
+    assert read["dense", 0.0] == 1 and read["WINA", 0.65] == read["TEAL", 0.65] == pytest.approx(0.35)
+    assert 0.35 < read["CATS", 0.65] < 1
+    kl = {(point["technique"], point["sparsity"]): point["drift"]["kl"] for point in written["drift"]}
+    assert kl["dense", 0.0] < kl["WINA", 0.25] < kl["WINA", 0.65]
+
+
+@pytest.mark.parametrize("option", ["--plot", "--json"])
+def test_demo_refuses_files_that_it_cannot_write_before_it_measures(option, tmp_path):
+    assert "there is no folder" in refused("demo", option, tmp_path / "nowhere" / "file")
+    assert "is a folder" in refused("demo", option, tmp_path)
+
+
+def test_demo_without_matplotlib(monkeypatch):
+    monkeypatch.setattr(picture, "find_spec", lambda name: None)
+    assert picture.destination("auto") is None
+    with pytest.raises(ValueError, match=r"pip install 'hasten\[plot\]'"):
+        picture.destination("demo.png")
+
+
+def test_weights_read_counts_real_parameters(embedded):
+    found = anatomy.dissect(embedded[0])
+    sizes = {projection.name: projection.module.weight.numel() for projection in found.projections()}
+    settings = [demo.Setting("model.layers.0.self_attn.q_proj", "Wina", 0.5, 0.0)]
+    assert demo.weights_read(found, settings) == 1 - 0.5 * sizes["model.layers.0.self_attn.q_proj"] / sum(
+        sizes.values()
+    )
+    settings = [demo.Setting("model.layers.0.mlp", "Cats", 0.5, 0.0)]
+    skipped = sizes["model.layers.0.mlp.up_proj"] + sizes["model.layers.0.mlp.down_proj"]
+    assert demo.weights_read(found, settings) == pytest.approx(1 - 0.5 * skipped / sum(sizes.values()))
+
+
+def test_the_speed_table_says_slower_where_it_is_slower(capsys):
+    record = {
+        "op": "decode",
+        "case": "1.1B wina 50%",
+        "baseline": "transformers",
+        "seconds": 0.08,
+        "baseline_seconds": 0.04,
+    }
+    demo._show_speed([record | {"ratio": 0.5}, record | {"ratio": 2.0}])
+    slower, faster = capsys.readouterr().out.splitlines()[-2:]
+    assert "0.50x slower" in slower and "2.00x faster" in faster and "12.5" in faster
+
+
+def test_the_picture_marks_the_measured_speed(tmp_path):
+    drift = measure.Drift(0.01, 0.9, 10.0, 11.0, 100)
+    points = [demo.Point("WINA", 0.5, 0.5, drift)]
+    record = {"case": "1.1B wina 50%", "baseline": "transformers", "ratio": 2.0}
+    picture.draw(tmp_path / "with.png", points, [record])
+    picture.draw(tmp_path / "without.png", points, [])
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+def test_plain_tables_are_aligned():
+    table = tables.plain("title", ("name", "ms"), [("a", "10.0"), ("long", "2.5")])
+    assert table == "title\nname    ms\na     10.0\nlong   2.5"
