@@ -10,7 +10,7 @@ template <class T> struct PackedRows {
     int64_t stride;
     Scratch scratch;
     PackedRows(const T* x, int64_t rows, int64_t ROWS, int64_t K)
-        : stride(round_up(K, Dot<T>::STEP)), scratch(sizeof(X) * ROWS * stride) {
+        : stride(round_up(K, LINE<T>)), scratch(sizeof(X) * ROWS * stride) {
         if (!scratch.memory) return;
         memset(scratch.memory, 0, sizeof(X) * ROWS * stride);
         for (int64_t b = 0; b < rows; b++)
@@ -20,30 +20,30 @@ template <class T> struct PackedRows {
 };
 
 // How many rows of the weight are taken together, so that the sums stay in registers.
-template <int ROWS> constexpr int rows_together() {
-    return ROWS <= REGISTERS / 8 ? 4 : ROWS <= REGISTERS / 4 ? 2 : 1;
-}
+template <int ROWS> constexpr int rows_together() { return ROWS <= 2 ? REGISTERS / 4 : REGISTERS / 8; }
 
 // out[i][b] = w[i] . x[b] for R rows of the weight; next are the rows that the caller takes after these.
 template <class T, int ROWS, int R>
 inline void dot_rows(const T* const (&w)[R], const T* const (&next)[R], const PackedRows<T>& x, int64_t K, float (&out)[R][ROWS]) {
-    using D = Dot<T>;
-    constexpr int AHEAD = 1024 / sizeof(T);
-    const auto* packed = x.data();
+    constexpr int AHEAD = 2048 / sizeof(T);
     Vec sums[R][ROWS] = {};
+    const auto add = [&](int i, const T* weights, int64_t k) {
+        const typename Dot<T>::Weights line(weights);
+#pragma GCC unroll 8
+        for (int b = 0; b < ROWS; b++) sums[i][b] = Dot<T>::add(sums[i][b], line, x.data() + b * x.stride + k);
+    };
     int64_t k = 0;
-    for (; k + D::STEP <= K; k += D::STEP)
+    for (; k + LINE<T> <= K; k += LINE<T>)
+#pragma GCC unroll 8
         for (int i = 0; i < R; i++) {
             prefetch(k + AHEAD < K ? w[i] + k + AHEAD : next[i] + (k + AHEAD - K));
-            const auto weights = D::load_weights(w[i] + k);
-            for (int b = 0; b < ROWS; b++) sums[i][b] = D::add(sums[i][b], weights, packed + b * x.stride + k);
+            add(i, w[i] + k, k);
         }
     if (k < K)
         for (int i = 0; i < R; i++) {
-            T tail[D::STEP] = {};
+            T tail[LINE<T>] = {};
             memcpy(tail, w[i] + k, (K - k) * sizeof(T));
-            const auto weights = D::load_weights(tail);
-            for (int b = 0; b < ROWS; b++) sums[i][b] = D::add(sums[i][b], weights, packed + b * x.stride + k);
+            add(i, tail, k);
         }
     for (int i = 0; i < R; i++)
         for (int b = 0; b < ROWS; b++) out[i][b] = sum(sums[i][b]);

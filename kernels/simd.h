@@ -98,29 +98,37 @@ inline float sum(Vec v) {  // always the same tree
     return parts[0];
 }
 
-// Dot products along a row: STEP weights at a time, with x packed as X.
-template <class T> struct Dot {
-    using X = float;
-    using Weights = Vec;
-    static constexpr int STEP = WIDTH;
-    static X pack(T x) { return to_float(x); }
-    static Weights load_weights(const T* from) { return load(from); }
-    static Vec add(Vec sum, Weights w, const X* x) { return sum + w * load(x); }
+// Weights are read a cache line at a time.
+template <class T> constexpr int LINE = 64 / sizeof(T);
+template <class T> constexpr int VECTORS = LINE<T> / WIDTH;
+template <class T> struct Line {
+    Vec v[VECTORS<T>];
+    explicit Line(const T* from) {
+        for (int i = 0; i < VECTORS<T>; i++) v[i] = load(from + i * WIDTH);
+    }
 };
 
-// Sums of columns: SPAN outputs of two columns at a time, each times its x (two values packed as X). The sums of SPAN outputs are two
-// vectors, in an order of their own until in_order().
-template <class T> struct Columns {
-    struct X { float first, second; };
-    struct Weights { Vec first[2], second[2]; };
-    static constexpr int SPAN = 2 * WIDTH;
-    static X pack(T first, T second) { return {to_float(first), to_float(second)}; }
-    static Weights load_weights(const T* first, const T* second) {
-        return {{load(first), load(first + WIDTH)}, {load(second), load(second + WIDTH)}};
+// Dot products along a row: a line of weights at a time, with x packed as X.
+template <class T> struct Dot {
+    using X = float;
+    using Weights = Line<T>;
+    static X pack(T x) { return to_float(x); }
+    static Vec add(Vec sum, const Weights& w, const X* x) {
+        for (int i = 0; i < VECTORS<T>; i++) sum += w.v[i] * load(x + i * WIDTH);
+        return sum;
     }
-    static void add(Vec* sums, const Weights& w, X x) {
-        for (int i = 0; i < 2; i++) sums[i] += w.first[i] * x.first;
-        for (int i = 0; i < 2; i++) sums[i] += w.second[i] * x.second;
+};
+
+// Sums of columns: a line of outputs of two columns at a time, each times its x, packed as for Dot. The sums of a line of outputs are
+// VECTORS vectors, in an order of their own until in_order().
+template <class T> struct Columns {
+    struct Weights {
+        Line<T> first, second;
+        Weights(const T* a, const T* b) : first(a), second(b) {}
+    };
+    static void add(Vec* sums, const Weights& w, const float* x) {
+        for (int i = 0; i < VECTORS<T>; i++) sums[i] += w.first.v[i] * x[0];
+        for (int i = 0; i < VECTORS<T>; i++) sums[i] += w.second.v[i] * x[1];
     }
     static void in_order(Vec*) {}
 };
@@ -128,25 +136,23 @@ template <class T> struct Columns {
 #if defined(__AVX512BF16__)  // two products and sums per lane, without converting to float
 template <> struct Dot<bf16> {
     using X = bf16;
-    using Weights = __m512bh;
-    static constexpr int STEP = 2 * WIDTH;
+    struct Weights {
+        __m512bh v;
+        explicit Weights(const bf16* from) : v(load_bits<__m512bh>(from)) {}
+    };
     static X pack(bf16 x) { return x; }
-    static Weights load_weights(const bf16* from) { return load_bits<__m512bh>(from); }
-    static Vec add(Vec sum, Weights w, const X* x) { return _mm512_dpbf16_ps(sum, w, load_bits<__m512bh>(x)); }
+    static Vec add(Vec sum, const Weights& w, const X* x) { return _mm512_dpbf16_ps(sum, w.v, load_bits<__m512bh>(x)); }
 };
 
 template <> struct Columns<bf16> {
-    struct X { bf16 first, second; };
-    struct Weights { __m512bh sums[2]; };  // (first, second) interleaved
-    static constexpr int SPAN = 2 * WIDTH;
-    static X pack(bf16 first, bf16 second) { return {first, second}; }
-    static Weights load_weights(const bf16* first, const bf16* second) {
-        const __m512i a = load_bits<__m512i>(first), b = load_bits<__m512i>(second);
-        return {{(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b)}};
-    }
-    static void add(Vec* sums, const Weights& w, X x) {
-        const __m512bh both = (__m512bh)_mm512_set1_epi32(bit_cast<int>(x));
-        for (int i = 0; i < 2; i++) sums[i] = _mm512_dpbf16_ps(sums[i], w.sums[i], both);
+    struct Weights {
+        __m512i a, b;
+        Weights(const bf16* first, const bf16* second) : a(load_bits<__m512i>(first)), b(load_bits<__m512i>(second)) {}
+    };
+    static void add(Vec* sums, const Weights& w, const bf16* x) {
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(load_bits<int>(x));
+        sums[0] = _mm512_dpbf16_ps(sums[0], (__m512bh)_mm512_unpacklo_epi16(w.a, w.b), both);
+        sums[1] = _mm512_dpbf16_ps(sums[1], (__m512bh)_mm512_unpackhi_epi16(w.a, w.b), both);
     }
     static void in_order(Vec* sums) {  // unpack works within 128-bit lanes: 0-3 8-11 16-19 24-27 | 4-7 12-15 20-23 28-31
         const __m512 lo = sums[0], hi = sums[1];
@@ -158,7 +164,7 @@ template <> struct Columns<bf16> {
 };
 #endif
 
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }  // into the L2 cache
 
 // Memory of one call, aligned to cache lines.
 struct Scratch {
@@ -173,8 +179,8 @@ template <class P> struct Pointed;
 template <class T> struct Pointed<T*> { using type = T; };
 
 inline float magnitude(float value) { return __builtin_fabsf(value); }
-inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A thread is worth starting for 64 KB.
 inline int threads_for(int64_t bytes, int threads) {

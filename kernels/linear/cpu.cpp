@@ -5,9 +5,9 @@
 HASTEN_EXPORT(hasten_linear)
 (int dtype, void* y_, const void* x_, const void* weight_, const void* bias_, int64_t rows, int64_t N, int64_t K, int threads) {
     return with_dtype(dtype, [&](auto* type) {
-        return with_rows(rows, [&](auto count) {
+        return with_rows(rows, [&](auto width) {
             using T = typename Pointed<decltype(type)>::type;
-            constexpr int ROWS = decltype(count)::value;
+            constexpr int ROWS = decltype(width)::value;
             T* y = (T*)y_;
             const T *weight = (const T*)weight_, *bias = (const T*)bias_;
             const PackedRows<T> x((const T*)x_, rows, ROWS, K);

@@ -1,4 +1,5 @@
 // y = gate * (x @ weight.T + bias) for the outputs whose gate passes the threshold in some row; the other rows of weight are not read.
+#include "../active.h"
 #include "../rows.h"
 
 // x [rows, K], weight [N, K], gate and y [rows, N], threshold [1], bias [N] or null; 1 <= rows <= 8
@@ -6,23 +7,16 @@ HASTEN_EXPORT(hasten_row_sparse_linear)
 (int dtype, void* y_, const void* x_, const void* weight_, const void* gate_, const float* threshold, const void* bias_, int64_t rows,
  int64_t N, int64_t K, int threads) {
     return with_dtype(dtype, [&](auto* type) {
-        return with_rows(rows, [&](auto count) {
+        return with_rows(rows, [&](auto width) {
             using T = typename Pointed<decltype(type)>::type;
-            constexpr int ROWS = decltype(count)::value;
+            constexpr int ROWS = decltype(width)::value;
             T* y = (T*)y_;
             const T *weight = (const T*)weight_, *gate = (const T*)gate_, *bias = (const T*)bias_;
             const PackedRows<T> x((const T*)x_, rows, ROWS, K);
-            const Scratch list(sizeof(int64_t) * N);
-            int64_t* active = (int64_t*)list.memory;
+            const ActiveList list(N);
+            const int32_t* active = list.data();
             if (!x.data() || !active) return 2;
-
-            int64_t found = 0;
-            for (int64_t n = 0; n < N; n++) {
-                bool any = false;
-                for (int64_t b = 0; b < rows; b++) any |= !(magnitude(to_float(gate[b * N + n])) <= *threshold);
-                active[found] = n;
-                found += any;
-            }
+            const int64_t found = find_active(list.data(), gate, threshold, true, rows, N);
             memset((void*)y, 0, sizeof(T) * rows * N);
             parallel(found, 4, threads_for(found * K * sizeof(T), threads), [&](int64_t begin, int64_t end) {
                 const auto row = [&](int64_t i) { return weight + active[i] * K; };
