@@ -159,10 +159,8 @@ def _show_drift(points: list[Point]) -> None:
 def _show_speed(records: list[dict]) -> None:
     rows = []
     for record in records:
-        ratio = record["ratio"]
-        verdict = "faster" if ratio >= 1.02 else "slower" if ratio <= 0.98 else "the same"
         seconds = record["seconds"]
-        speed = f"{seconds * 1e3:.1f}", f"{1 / seconds:.1f}", f"{ratio:.2f}x {verdict}"
+        speed = f"{seconds * 1e3:.1f}", f"{1 / seconds:.1f}", tables.ratio(record["ratio"])
         rows.append((record["case"], record["baseline"], *speed))
     columns = ("model", "against", "ms per token", "tokens/s", "ratio")
     tables.show("Decode speed, batch 1, random weights", columns, rows, labels=2)

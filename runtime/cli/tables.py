@@ -36,6 +36,12 @@ def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lab
     return "\n".join(lines)
 
 
+def ratio(value: float) -> str:
+    """A ratio of speeds in words: "2.10x faster"; within 2 % it is the same."""
+    verdict = "faster" if value >= 1.02 else "slower" if value <= 0.98 else "the same"
+    return f"{value:.2f}x {verdict}"
+
+
 def check_writable(path: Path) -> None:
     """Raises OSError unless a file can be written at `path`, so that minutes of measuring are not lost."""
     if path.is_dir():

@@ -1,13 +1,17 @@
 """The command line: what it prints, and one clear line with exit status 1 for bad input."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import hasten
 from hasten import anatomy, measure
-from hasten.cli import app, demo, doctor, picture, tables
+from hasten.bench.kernels import cases as kernel_cases
+from hasten.cli import app, bench, demo, doctor, picture, tables
 from hasten.cli import generate as generation
 from hasten.kernels import cpu
 
@@ -241,3 +245,45 @@ def test_the_picture_marks_the_measured_speed(tmp_path):
 def test_plain_tables_are_aligned():
     table = tables.plain("title", ("name", "ms"), [("a", "10.0"), ("long", "2.5")])
     assert table == "title\nname    ms\na     10.0\nlong   2.5"
+
+
+def test_bench_lists_cases_by_operator_part_or_pattern():
+    everything = run("bench", "--list").stdout.splitlines()
+    assert "decode 1.1B bfloat16" in everything and "linear 4096->4096 batch 1 float32" in everything
+    linear = run("bench", "linear", "--list").stdout.splitlines()
+    assert linear == [name for name in everything if name.startswith("linear ")]
+    assert run("bench", "linear *batch [12] float32", "prefill", "--list").stdout.count("\n") == 5
+    assert bench.select(everything, bench.DEFAULT)
+
+
+def test_bench_suggests_the_nearest_case(tmp_path):
+    assert "the nearest is 'column_sparse_linear'" in refused("bench", "colum_sparse_linear")
+    assert "there is no folder" in refused("bench", "linear", "--json", tmp_path / "nowhere" / "bench.json")
+
+
+def test_bench_runs_cases_as_a_table_and_json(monkeypatch, tmp_path):
+    keys = {
+        "op",
+        "case",
+        "dtype",
+        "device",
+        "backend",
+        "baseline",
+        "seconds",
+        "baseline_seconds",
+        "ratio",
+        "share_of_limit",
+    }
+    small = [replace(case, case="small", make=_small) for case in kernel_cases("cpu")[:1]]
+    monkeypatch.setattr(bench.kernels, "cases", lambda device: small)
+    result = run("bench", "linear", "--threads", torch.get_num_threads(), "--json", tmp_path / "bench.json")
+    (row,) = [line for line in result.stdout.splitlines() if line.startswith("linear")]
+    assert row.split()[1] == "small" and "x " in row
+    records = json.loads((tmp_path / "bench.json").read_text())
+    assert [record["baseline"] for record in records] == ["torch", "hasten dense"]
+    assert all(set(record) == keys for record in records)
+
+
+def _small():
+    call = partial(torch.zeros, 4)
+    return {"hasten": [call], "torch": [call], "hasten dense": [call]}

@@ -1,0 +1,100 @@
+"""`hasten bench`: picks benchmark cases by name, runs them, and shows their ratios."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+import torch
+import typer
+
+from hasten.bench import kernels, runner
+from hasten.calibration import progress
+from hasten.cli import tables
+
+# What runs if nothing is named: the cases that stand for the rest, some two minutes on two cores.
+DEFAULT = (
+    "linear * batch 1 bfloat16",
+    "column_sparse_linear * 50% bfloat16",
+    "row_sparse_linear * 50% bfloat16",
+    "decode",
+)
+
+
+def run(patterns: list[str], json_file: Path | None, only_list: bool, threads: int | None) -> None:
+    """Runs the cases that `patterns` name, prints a table and writes the records.
+
+    Raises:
+        ValueError: a pattern that matches no case; the nearest name is suggested.
+        OSError: the file cannot be written; found out before anything is measured.
+    """
+    cases = all_cases("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = select(cases, patterns if patterns or only_list else DEFAULT)
+    if only_list:
+        typer.echo("\n".join(chosen))
+        return
+    if json_file:
+        tables.check_writable(json_file)
+    if threads:
+        torch.set_num_threads(threads)
+    records = [record for name in progress(chosen, "benchmarks", unit="case") for record in cases[name]()]
+    tables.show(f"Batch 1 unless it says otherwise, {torch.get_num_threads()} threads", *table(records), labels=4)
+    typer.echo("of limit: the share of the memory's bandwidth, measured in the same run")
+    if json_file:
+        tables.write_json(json_file, records)
+
+
+def all_cases(device: str) -> dict[str, Callable[[], list[dict]]]:
+    """Every case by its name "op case dtype", as a call that measures it and returns its records."""
+    cases = {}
+    for case in kernels.cases(device):
+        cases[f"{case.op} {case.case} {str(case.dtype).removeprefix('torch.')}"] = partial(runner.run, [case])
+    cases["decode 1.1B bfloat16"] = partial(_end_to_end, "decode", device, steps=32)
+    cases["prefill 1.1B bfloat16"] = partial(_end_to_end, "prefill", device, steps=1, prefill=True)
+    return cases
+
+
+def _end_to_end(op: str, device: str, **settings) -> list[dict]:
+    from hasten.bench.runtime.decode import compare  # brings transformers, which kernels do without
+
+    return [record for record in compare(device=device, **settings) if record["op"] == op]
+
+
+def select(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names of which a pattern is the operator, or else a part, with wildcards; all if there is no pattern.
+
+    Raises:
+        ValueError: a pattern that matches nothing.
+    """
+    names, chosen = list(names), []
+    for pattern in patterns:
+        matching = [name for name in names if name.split()[0] == pattern]
+        matching = matching or [name for name in names if fnmatchcase(name, f"*{pattern}*")]
+        if not matching:
+            known = [*names, *dict.fromkeys(name.split()[0] for name in names)]
+            (nearest,) = difflib.get_close_matches(pattern, known, n=1, cutoff=0)
+            raise ValueError(f"no case matches {pattern!r}; the nearest is {nearest!r}, and --list shows all")
+        chosen += matching
+    return [name for name in names if name in chosen] if chosen else names
+
+
+def table(records: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns, and one row per case, whose baselines stand side by side."""
+    columns = ("op", "case", "dtype", "backend", "ms", "to torch", "to hasten dense", "of limit")
+    grouped: dict[tuple, dict[str, dict]] = {}
+    for record in records:
+        key = tuple(record[name] for name in ("op", "case", "dtype", "backend"))
+        grouped.setdefault(key, {})[record["baseline"]] = record
+    rows = []
+    for key, by_baseline in grouped.items():
+        record = next(iter(by_baseline.values()))
+        outer = by_baseline.get("torch") or by_baseline.get("transformers")
+        limit = record["share_of_limit"]
+        ratios = _ratio(outer), _ratio(by_baseline.get("hasten dense"))
+        rows.append((*key, f"{record['seconds'] * 1e3:.3f}", *ratios, f"{limit:.0%}" if limit else "-"))
+    return columns, rows
+
+
+def _ratio(record: dict | None) -> str:
+    return tables.ratio(record["ratio"]) if record else "-"
