@@ -22,10 +22,14 @@ KINDS = (Wina, Teal, Cats)
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 CALIBRATION_CHARACTERS = 40_000
 # Each excerpt of held-out text gives EXCERPT - measure.DRIFT_PREFIX tokens to the drift.
-EXCERPTS, EXCERPT = 8, 80
+EXCERPTS, EXCERPT = 12, 80
 SPEED_SPARSITY = 0.5
 SAMPLE_SPARSITY = 0.5
-PROMPT = "def read_lines(path):\n"
+PROMPT = '''class Reader:
+    """Read lines from a file."""
+
+    def __init__(self, path):
+'''
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def excerpts(text: str, tokenizer, count: int) -> list[torch.Tensor]:
     found = []
     for i in range(count):
         start = text.index("\n", i * len(text) // count) + 1
-        ids = tokenizer(text[start : start + 20 * EXCERPT])["input_ids"][:EXCERPT]
+        ids = tokenizer(text[start : start + 20 * EXCERPT], verbose=False)["input_ids"][:EXCERPT]
         found.append(torch.tensor(ids))
     return found
 
