@@ -21,7 +21,7 @@ def is_row_major(weight: torch.Tensor) -> bool:
 
 def is_column_major(weight: torch.Tensor) -> bool:
     """Whether weight [N, K] has contiguous columns."""
-    return weight.t().is_contiguous()
+    return (weight.stride(0) == 1 and weight.stride(1) == weight.size(0)) or weight.t().is_contiguous()
 
 
 def to_column_major(weight: torch.Tensor) -> torch.Tensor:
@@ -34,17 +34,16 @@ def to_column_major(weight: torch.Tensor) -> torch.Tensor:
 
 def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raises unless x [..., K], weight [N, K] and bias [N] or None fit, in one floating dtype and on one device."""
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-        raise ValueError(f"weight: expected shape [N, K], got {_describe(weight)}")
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: expected shape [..., {K}] for a weight of shape {[N, K]}, got {_describe(x)}")
-    if not x.dtype.is_floating_point:
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [N, K], got shape {list(weight.shape)}")
+    if x.dim() == 0 or x.size(-1) != weight.size(1):
+        expected = f"[..., {weight.size(1)}] for a weight of shape {list(weight.shape)}"
+        raise ValueError(f"x: expected shape {expected}, got shape {list(x.shape)}")
+    if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     check_like(x, "weight", weight)
     if bias is not None:
-        if bias.shape != (N,):
-            raise ValueError(f"bias: expected shape {[N]}, got {_describe(bias)}")
+        check_vector("bias", bias, weight.size(0))
         check_like(x, "bias", bias)
 
 
@@ -54,6 +53,20 @@ def check_like(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected on {x.device}, the device of x, got {tensor.device}")
+
+
+def check_setting(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """Raises unless tensor is float32, on the device of x: what says which columns or rows are active."""
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: expected torch.float32, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device}, the device of x, got {tensor.device}")
+
+
+def check_vector(name: str, tensor: torch.Tensor, length: int) -> None:
+    """Raises unless tensor has shape [length]."""
+    if tensor.dim() != 1 or tensor.size(0) != length:
+        raise ValueError(f"{name}: expected shape {[length]}, got shape {list(tensor.shape)}")
 
 
 def check_row_major(weight: torch.Tensor) -> None:
@@ -77,7 +90,3 @@ def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
     size = (tensor.data_ptr() + tensor.nbytes) // huge * huge - begin
     if tensor.is_cpu and size > 0 and sys.platform == "linux":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-
-
-def _describe(value) -> str:
-    return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

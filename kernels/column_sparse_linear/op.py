@@ -37,14 +37,9 @@ def column_sparse_linear(
 def _check(x, weight, cutoff, bias):
     storage.check_linear(x, weight, bias)
     storage.check_column_major(weight)
-    if cutoff is None:
-        return
-    if cutoff.dtype != torch.float32:
-        raise TypeError(f"cutoff: expected torch.float32, got {cutoff.dtype}")
-    if cutoff.shape != x.shape[-1:]:
-        raise ValueError(f"cutoff: expected shape {[x.shape[-1]]}, got shape {list(cutoff.shape)}")
-    if cutoff.device != x.device:
-        raise ValueError(f"cutoff: expected on {x.device}, the device of x, got {cutoff.device}")
+    if cutoff is not None:
+        storage.check_vector("cutoff", cutoff, x.size(-1))
+        storage.check_setting(x, "cutoff", cutoff)
 
 
 def _run(x, weight, cutoff=None, bias=None):

@@ -43,15 +43,12 @@ def _check(x, weight, gate, threshold, bias):
     storage.check_linear(x, weight, bias)
     storage.check_row_major(weight)
     storage.check_like(x, "gate", gate)
-    if gate.shape[-1:] != weight.shape[:1] or gate.shape[:-1] != x.shape[:-1]:
-        expected = [*x.shape[:-1], weight.shape[0]]
-        raise ValueError(f"gate: expected shape {expected}, got shape {list(gate.shape)}")
-    if threshold.dtype != torch.float32:
-        raise TypeError(f"threshold: expected torch.float32, got {threshold.dtype}")
+    expected = (*x.shape[:-1], weight.size(0))
+    if gate.shape != expected:
+        raise ValueError(f"gate: expected shape {list(expected)}, got shape {list(gate.shape)}")
     if threshold.dim() != 0:
         raise ValueError(f"threshold: expected shape [], got shape {list(threshold.shape)}")
-    if threshold.device != x.device:
-        raise ValueError(f"threshold: expected on {x.device}, the device of x, got {threshold.device}")
+    storage.check_setting(x, "threshold", threshold)
 
 
 def _run(x, weight, gate, threshold, bias=None):

@@ -1,0 +1,120 @@
+"""Runs benchmark cases: medians over interleaved calls with cold weights, against baselines and against the memory's bandwidth."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from hasten.kernels import backend
+
+COLD_BYTES = {"cpu": 600 << 20, "cuda": 1 << 30}  # weights to rotate through: more than any last-level cache
+OURS = "hasten"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator on one problem.
+
+    make() builds it and returns what can be run: under OURS and under each baseline's name, calls that do the same on different
+    copies of the weights. bytes is what one call has to move.
+    """
+
+    op: str
+    case: str
+    dtype: torch.dtype
+    device: str
+    bytes: int
+    make: Callable[[], dict[str, list[Callable[[], torch.Tensor]]]]
+
+
+def copies(weight: torch.Tensor, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> list[torch.Tensor]:
+    """As many copies of weight as make it cold."""
+    return [copy(weight) for _ in range(1 + COLD_BYTES[weight.device.type] // weight.nbytes)]
+
+
+def run(cases: Iterable[Case], seconds: float = 2.0, rounds: int = 25) -> list[dict]:
+    """One record per case and baseline, after at least `rounds` rounds and about `seconds` seconds of measuring each case.
+
+    op, case, dtype, device, backend; baseline; seconds and baseline_seconds of one call; ratio = baseline_seconds / seconds (above 1:
+    hasten is faster); share_of_limit = the bandwidth that a call reaches over the bandwidth that torch reads at in the same rounds.
+    """
+    return [record for case in cases for record in _run_case(case, seconds, rounds)]
+
+
+@torch.no_grad()
+def _run_case(case: Case, seconds: float, rounds: int) -> list[dict]:
+    contenders = case.make()
+    probes = _bandwidth_probes(case.device)
+    measure = _measure_cuda if torch.device(case.device).type == "cuda" else _measure_cpu
+    for turn in range(2):
+        measure([*contenders.values(), *probes.values()], turn)  # warm up
+
+    times = []
+    begin = time.perf_counter()
+    while len(times) < rounds or time.perf_counter() - begin < seconds:
+        times.append(measure([*contenders.values(), *probes.values()], len(times)))
+    medians = dict(zip([*contenders, *probes], map(median, zip(*times, strict=True)), strict=True))
+
+    bandwidth = max(PROBE_BYTES / medians[name] for name in probes)
+    ours = medians[OURS]
+    return [
+        {
+            "op": case.op,
+            "case": case.case,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "device": case.device,
+            "backend": backend.choose(torch.empty(0, dtype=case.dtype, device=case.device)),
+            "baseline": baseline,
+            "seconds": ours,
+            "baseline_seconds": medians[baseline],
+            "ratio": medians[baseline] / ours,
+            "share_of_limit": case.bytes / ours / bandwidth,
+        }
+        for baseline in contenders
+        if baseline != OURS
+    ]
+
+
+def _measure_cpu(contenders, turn: int) -> list[float]:
+    """Seconds of one call of each contender, each on weights that are cold."""
+    times = []
+    for place, calls in enumerate(contenders):
+        call = calls[_cold(turn, place, len(calls))]
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def _measure_cuda(contenders, turn: int) -> list[float]:
+    """The same by the GPU's clock; it sleeps first, so that launching a call is over before the call starts."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in contenders]
+    torch.cuda._sleep(2_000_000)
+    for place, (calls, (begin, end)) in enumerate(zip(contenders, events, strict=True)):
+        call = calls[_cold(turn, place, len(calls))]
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1000 for begin, end in events]
+
+
+def _cold(turn: int, place: int, count: int) -> int:
+    """The copy to use: contenders that share copies are kept apart by a third of the rotation."""
+    return (turn + place * count // 3) % count
+
+
+PROBE_BYTES = 64 << 20
+
+
+def _bandwidth_probes(device: str) -> dict[str, list[Callable]]:
+    """Reductions that torch does at the bandwidth of the memory, each over PROBE_BYTES of more than COLD_BYTES."""
+    count = 1 + COLD_BYTES[torch.device(device).type] // PROBE_BYTES
+    blocks = torch.ones(count, PROBE_BYTES // 4, device=device)
+    return {
+        "probe sum": [lambda b=b: b.view(torch.float64).sum() for b in blocks],
+        "probe all": [lambda b=b: b.view(torch.uint8).all() for b in blocks],
+        "probe dot": [lambda b=b: torch.dot(*b.chunk(2)) for b in blocks],
+    }
