@@ -45,7 +45,7 @@ def run(as_json: bool) -> int:
 def examine() -> Iterator[Check]:
     """All checks, in the order in which they are shown."""
     yield from _versions()
-    yield Check("machine", f"{platform.machine()}, {_cores()} cores, {torch.get_num_threads()} threads")
+    yield Check("machine", f"{platform.machine()}, {_cores()} cores, torch uses {torch.get_num_threads()}")
     yield Check("CPU features", " ".join(_cpu_features()) or "unknown on this system")
     yield _library()
     yield _openmp()

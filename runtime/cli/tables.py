@@ -14,13 +14,14 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], labe
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=title, title_justify="left", title_style="bold")
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i < labels else "right")
+            table.add_column(column, justify="left" if i < labels else "right", overflow="fold")
         for row in rows:
-            table.add_row(*row)
-        Console().print(table, markup=False)
+            table.add_row(*map(Text, row))
+        Console().print(table)
     else:
         typer.echo(plain(title, columns, rows, labels))
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, and one clear line with exit status 1 for bad input."""
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -287,3 +288,9 @@ def test_bench_runs_cases_as_a_table_and_json(monkeypatch, tmp_path):
 def _small():
     call = partial(torch.zeros, 4)
     return {"hasten": [call], "torch": [call], "hasten dense": [call]}
+
+
+def test_tables_are_drawn_on_a_terminal_and_keep_every_character(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    tables.show("title", ("what", "found"), [("hint", "pip install 'hasten[plot]'")])
+    assert "│ pip install 'hasten[plot]' │" in capsys.readouterr().out
