@@ -1,4 +1,4 @@
-"""Metadata and the build: the packages' folders, and one shared library of CPU kernels compiled once per instruction set."""
+"""Metadata and the build: the packages' folders, and one library of CPU kernels compiled once per instruction set."""
 
 import os
 import platform
@@ -40,7 +40,7 @@ def packages() -> list[str]:
 class BuildKernels(build_ext):
     """Compiles each source once per instruction set and links all of them into one library with a plain C ABI.
 
-    Without a compiler the install goes on (the extension is optional) and `<library>.txt` keeps the reason for `hasten doctor`.
+    Without a compiler the install goes on (the extension is optional); `<library>.txt` keeps the reason for `hasten doctor`.
     """
 
     def get_ext_filename(self, fullname):
@@ -98,7 +98,7 @@ class BuildKernels(build_ext):
 
     @staticmethod
     def openmp(compiler, linker) -> list[str]:
-        """The flag that this compiler and linker take for OpenMP; none if they have no OpenMP (the kernels then use one thread)."""
+        """The flag for OpenMP, or none if compiler or linker have no OpenMP (the kernels then use one thread)."""
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "probe.cpp"), str(Path(folder, "probe"))
             source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
@@ -141,7 +141,7 @@ setup(
         "transformers>=5.17,<5.24",
         "packaging",
         "tqdm",
-        "typer",
+        "typer>=0.19",
         "rich",
     ],
     extras_require={
