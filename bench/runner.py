@@ -1,8 +1,9 @@
-"""Runs benchmark cases: medians over interleaved calls with cold weights, against baselines and against the memory's bandwidth."""
+"""Runs benchmark cases: medians over interleaved calls with cold weights, against baselines and the memory's bandwidth."""
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 import torch
@@ -17,8 +18,8 @@ OURS = "hasten"
 class Case:
     """One operator on one problem.
 
-    make() builds it and returns what can be run: under OURS and under each baseline's name, calls that do the same on different
-    copies of the weights. bytes is what one call has to move.
+    make() builds it and returns what can be run: under OURS and under each baseline's name, calls that do the same on
+    different copies of the weights. bytes is what one call has to move.
     """
 
     op: str
@@ -35,12 +36,20 @@ def copies(weight: torch.Tensor, copy: Callable[[torch.Tensor], torch.Tensor] = 
 
 
 def run(cases: Iterable[Case], seconds: float = 2.0, rounds: int = 25) -> list[dict]:
-    """One record per case and baseline, after at least `rounds` rounds and about `seconds` seconds of measuring each case.
+    """One record per case and baseline, after measuring each case for at least `rounds` rounds and about `seconds` seconds.
 
-    op, case, dtype, device, backend; baseline; seconds and baseline_seconds of one call; ratio = baseline_seconds / seconds (above 1:
-    hasten is faster); share_of_limit = the bandwidth that a call reaches over the bandwidth that torch reads at in the same rounds.
+    op, case, dtype, device, backend; baseline; seconds and baseline_seconds of one call; ratio = baseline_seconds / seconds
+    (above 1: hasten is faster); share_of_limit = the bandwidth that a call reaches over the bandwidth that torch reads at
+    in the same rounds.
     """
     return [record for case in cases for record in _run_case(case, seconds, rounds)]
+
+
+def bandwidth(device: str, turn: int) -> float:
+    """Bytes per second that torch reads at just now, cold: the fastest of the probes, once each. Count `turn` up from call to call."""
+    probes = list(_bandwidth_probes(device).values())
+    measure = _measure_cuda if torch.device(device).type == "cuda" else _measure_cpu
+    return PROBE_BYTES / min(measure(probes, turn))
 
 
 @torch.no_grad()
@@ -109,6 +118,7 @@ def _cold(turn: int, place: int, count: int) -> int:
 PROBE_BYTES = 64 << 20
 
 
+@cache
 def _bandwidth_probes(device: str) -> dict[str, list[Callable]]:
     """Reductions that torch does at the bandwidth of the memory, each over PROBE_BYTES of more than COLD_BYTES."""
     count = 1 + COLD_BYTES[torch.device(device).type] // PROBE_BYTES

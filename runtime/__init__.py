@@ -1,8 +1,8 @@
 """hasten makes generative models that people already run faster, in place and reversibly, and says what that costs.
 
-    report = hasten.accelerate(model, hasten.Wina(sparsity=0.5), calibration=texts, tokenizer=tokenizer)
-    print(report)
-    hasten.revert(model)
+report = hasten.accelerate(model, hasten.Wina(sparsity=0.5), calibration=texts, tokenizer=tokenizer)
+print(report)
+hasten.revert(model)
 """
 
 import importlib

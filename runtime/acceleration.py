@@ -161,8 +161,12 @@ def _installed(model: nn.Module, anatomy: Anatomy, plan: Plan, settings: list[Se
         for technique in plan:
             own = [setting for setting in settings if setting.technique == score_name(technique)]
             edits, skipped = sparse_edits(anatomy, own), []
-            if isinstance(technique, DenseDecode) or (technique is plan[-1] and not any(isinstance(t, DenseDecode) for t in plan)):
-                dense_edits, skipped = _dense_edits(dense, always=isinstance(technique, DenseDecode) and technique.always)
+            if isinstance(technique, DenseDecode) or (
+                technique is plan[-1] and not any(isinstance(t, DenseDecode) for t in plan)
+            ):
+                dense_edits, skipped = _dense_edits(
+                    dense, always=isinstance(technique, DenseDecode) and technique.always
+                )
                 edits += dense_edits
             apply_all(model, edits, state.edits)
             edited = list(dict.fromkeys(edit.name for edit in edits))
@@ -195,14 +199,18 @@ def _sparse(plan: Plan) -> list[Technique]:
     return [technique for technique in plan if not isinstance(technique, DenseDecode)]
 
 
-def _data(model, plan, calibration, tokenizer, heldout) -> tuple[Statistics | None, list[torch.Tensor], list[torch.Tensor]]:
+def _data(
+    model, plan, calibration, tokenizer, heldout
+) -> tuple[Statistics | None, list[torch.Tensor], list[torch.Tensor]]:
     """Statistics if they were given or nothing needs them, windows to calibrate on, and windows to measure drift on."""
     heldout_pieces = [] if heldout is None else windows(heldout, tokenizer, vocabulary(model), "heldout")
     if isinstance(calibration, Statistics):
         return calibration, [], heldout_pieces
     if calibration is None:
         if sparse := _sparse(plan):
-            raise ValueError(f"{type(sparse[0]).__name__} needs calibration=: texts with tokenizer=, or tensors of token ids")
+            raise ValueError(
+                f"{type(sparse[0]).__name__} needs calibration=: texts with tokenizer=, or tensors of token ids"
+            )
         return Statistics(), [], heldout_pieces
     pieces = windows(calibration, tokenizer, vocabulary(model))
     if not _sparse(plan):
@@ -229,7 +237,9 @@ def _refuse_overlap(settings: list[Setting]) -> None:
         for name, owner in owners.items():
             inner, outer = sorted((setting.name, name), key=len, reverse=True)
             if inner == outer or (inner.startswith(f"{outer}.") and "gate" not in inner.rpartition(".")[2]):
-                raise ValueError(f"{owner} and {setting.technique} would both change {inner}: give one of them a mapping that leaves it out")
+                raise ValueError(
+                    f"{owner} and {setting.technique} would both change {inner}: give one of them a mapping that leaves it out"
+                )
         owners[setting.name] = setting.technique
 
 
@@ -254,7 +264,9 @@ def _self_check(model: nn.Module, names: list[str]) -> float:
                 expected = module.skip(*arguments, *gate) if gate else module.forward(*arguments)
             distance = float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
             if not distance <= SELF_CHECK_LIMIT[output.dtype]:
-                raise HastenError(f"self-check: {name} differs from its definition by {distance:.2g} (relative); the model was left as it was")
+                raise HastenError(
+                    f"self-check: {name} differs from its definition by {distance:.2g} (relative); the model was left as it was"
+                )
             worst = max(worst, distance)
 
         return hook

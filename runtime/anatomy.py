@@ -23,7 +23,9 @@ class Family:
 
 _SEPARATE_ATTENTION = {role: f"self_attn.{role}_proj" for role in "qkvo"}
 _LLAMA = Family(
-    _SEPARATE_ATTENTION | {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}, mlp="mlp", activation="mlp.act_fn"
+    _SEPARATE_ATTENTION | {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")},
+    mlp="mlp",
+    activation="mlp.act_fn",
 )
 _PHI3 = Family(
     {
@@ -164,7 +166,9 @@ def _refusal(name: str, module: nn.Module) -> UnsupportedModelError | None:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if type(module) is not nn.Linear:
         if any(hasattr(module, mark) for mark in ("quant_state", "qweight", "weight_scale", "qtype", "weight_qtype")):
-            return UnsupportedModelError(name, kind, "its weight is already quantised", "load the model without quantisation")
+            return UnsupportedModelError(
+                name, kind, "its weight is already quantised", "load the model without quantisation"
+            )
         remedy = "merge or unload adapters and other wrappers before hasten.accelerate"
         return UnsupportedModelError(name, kind, "it is not a plain torch.nn.Linear", remedy)
     weight = module.weight
@@ -206,7 +210,9 @@ def _missing(name: str, layer: nn.Module, below: str) -> UnsupportedModelError:
             "it is a mixture of experts, whose weights are picked per token",
             "hasten supports dense MLPs only",
         )
-    return UnsupportedModelError(name, type(layer).__qualname__, f"it has no {below}", "only the stock layers of the family are known")
+    return UnsupportedModelError(
+        name, type(layer).__qualname__, f"it has no {below}", "only the stock layers of the family are known"
+    )
 
 
 def _experts(module: nn.Module) -> tuple[str, nn.Module] | None:

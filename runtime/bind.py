@@ -75,7 +75,11 @@ def spread(sparsity: float | Mapping[str, float], names: list[str]) -> dict[str,
         return dict.fromkeys(names, sparsity)
     result = dict.fromkeys(names, 0.0)
     for pattern, value in sparsity.items():
-        matching = [name for name in names if name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)]
+        matching = [
+            name
+            for name in names
+            if name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
+        ]
         if not matching:
             endings = dict.fromkeys(ending for name in names for ending in (name, name.rsplit(".", 1)[-1]))
             nearest = difflib.get_close_matches(pattern, endings, n=1, cutoff=0)
@@ -123,7 +127,10 @@ def _block_error(technique: Technique, block: Block, statistics: Statistics) -> 
                 mask = masked_input(cutoffs(threshold, weights[projection.name]))
                 handles.append(projection.module.register_forward_pre_hook(mask))
         try:
-            return sum(float((_hidden(block, call) - output).float().pow(2).sum()) for call, output in zip(calls, dense, strict=True))
+            return sum(
+                float((_hidden(block, call) - output).float().pow(2).sum())
+                for call, output in zip(calls, dense, strict=True)
+            )
         finally:
             for handle in handles:
                 handle.remove()
@@ -157,7 +164,10 @@ def sparse_edits(anatomy: Anatomy, settings: list[Setting]) -> list[Edit]:
     edits: list[Edit] = []
     for setting in settings:
         if setting.technique == Cats.__name__:
-            edits += [StoreColumnMajor(mlps[setting.name].projection("down").name), _replace_mlp(setting, mlps[setting.name])]
+            edits += [
+                StoreColumnMajor(mlps[setting.name].projection("down").name),
+                _replace_mlp(setting, mlps[setting.name]),
+            ]
         else:
             edits += [StoreColumnMajor(setting.name), _replace_projection(setting, projections[setting.name])]
     return edits

@@ -14,7 +14,7 @@ from hasten.anatomy import Anatomy, Block, Projection, dissect
 from hasten.plan import Plan
 from hasten.sparsity.histogram import ScoreHistogram
 from hasten.sparsity.scores import column_norms
-from hasten.techniques import Cats, Technique, Teal, Wina
+from hasten.techniques import Cats, Teal, Technique, Wina
 from hasten.tokens import Texts, windows
 
 BLOCK_SAMPLES = 4
@@ -94,11 +94,15 @@ def gated_mlps(anatomy: Anatomy) -> list[Block]:
     """The blocks whose MLP has a gate and all of its projections."""
     gates = ("gate", "gate_up")
     return [
-        block for block in anatomy.blocks if any(map(block.projection, gates)) and block.projection("down") and block.mlp_name
+        block
+        for block in anatomy.blocks
+        if any(map(block.projection, gates)) and block.projection("down") and block.mlp_name
     ]
 
 
-def _listeners(technique: Technique, anatomy: Anatomy, statistics: Statistics) -> Iterator[torch.utils.hooks.RemovableHandle]:
+def _listeners(
+    technique: Technique, anatomy: Anatomy, statistics: Statistics
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
     for projection in scored(technique, anatomy):
         histogram = statistics.histograms[score_name(technique), projection.name] = ScoreHistogram()
         weights = column_norms(projection.module.weight) if isinstance(technique, Wina) else None

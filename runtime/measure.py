@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +57,16 @@ def decode_logits(model: nn.Module, ids: torch.Tensor, prefix: int) -> torch.Ten
     output = model(input_ids=ids[:, :prefix], use_cache=True)
     rows = [output.logits[0, -1].float()]
     for position in range(prefix, ids.shape[1]):
-        output = model(input_ids=ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(
+            input_ids=ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True
+        )
         rows.append(output.logits[0, -1].float())
     return torch.stack(rows).cpu()
 
 
-def heldout_logits(model: nn.Module, pieces: list[torch.Tensor], tokens: int = DRIFT_TOKENS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def heldout_logits(
+    model: nn.Module, pieces: list[torch.Tensor], tokens: int = DRIFT_TOKENS
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them [T - prefix, V]), up to `tokens` in all."""
     results, done = [], 0
     for piece in progress(pieces, "measuring drift", unit="window"):
@@ -93,7 +98,9 @@ def drift(dense: list[tuple[torch.Tensor, torch.Tensor]], fast: list[tuple[torch
 def speed(model: nn.Module, vocabulary: int) -> Speed:
     """Times prefill and decode on random tokens, medians after a warm-up."""
     device = device_of(model)
-    ids = torch.randint(vocabulary, (1, PREFILL_TOKENS + DECODE_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(vocabulary, (1, PREFILL_TOKENS + DECODE_TOKENS), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
 
     def prefill():
         return model(input_ids=ids[:, :PREFILL_TOKENS], use_cache=True)
@@ -131,18 +138,16 @@ def faster_up_to(projections: list[Projection], rounds: int = 9) -> tuple[int, f
 
     Pairs are timed one after the other on different weights of the shape in turn, so that they are as cold as in decode.
     """
-    weights = [projection.module.weight for projection in projections]
-    biases = [projection.module.bias for projection in projections]
-    device, features = weights[0].device, weights[0].shape[1]
+    weights = [(projection.module.weight, projection.module.bias) for projection in projections]
+    weight, half = weights[0][0], len(weights) // 2
     best, ratio_at_one = 0, math.nan
     for batch in (1, 2, 4, MAX_BATCH):
-        x = torch.randn(batch, 1, features, dtype=weights[0].dtype, device=device)
+        x = torch.randn(batch, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
         ratios = []
         for i in range(rounds + 2):
-            theirs, ours = ((i + shift) % len(weights) for shift in (0, len(weights) // 2))
-            torch_seconds = seconds(lambda theirs=theirs: F.linear(x, weights[theirs], biases[theirs]), device)
-            own_seconds = seconds(lambda ours=ours: linear(x, weights[ours], biases[ours]), device)
-            ratios.append(torch_seconds / own_seconds)
+            theirs, ours = weights[i % len(weights)], weights[(i + half) % len(weights)]
+            torch_seconds = seconds(partial(F.linear, x, *theirs), weight.device)
+            ratios.append(torch_seconds / seconds(partial(linear, x, *ours), weight.device))
         ratio = statistics.median(ratios[2:])
         if batch == 1:
             ratio_at_one = ratio

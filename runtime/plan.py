@@ -57,7 +57,9 @@ class Plan(tuple):
         if not isinstance(data, dict) or not isinstance(data.get("version"), int):
             raise SavedPlanError("this is no hasten plan: it has no version")
         if data["version"] > VERSION:
-            raise SavedPlanError(f"the plan is of version {data['version']}, this hasten reads up to {VERSION}: update hasten")
+            raise SavedPlanError(
+                f"the plan is of version {data['version']}, this hasten reads up to {VERSION}: update hasten"
+            )
         try:
             return cls([_technique(dict(entry)) for entry in data["techniques"]])
         except (KeyError, TypeError, ValueError) as error:

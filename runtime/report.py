@@ -37,7 +37,9 @@ class TechniqueReport:
             lines[0] += f", {len(self.settings)} of them sparse at {_span(sparsities)}"
         if self.before and self.after:
             lines.append(f"  decode   {_change(self.before.decode_seconds, self.after.decode_seconds, 'per token')}")
-            lines.append(f"  prefill  {_change(self.before.prefill_seconds, self.after.prefill_seconds, f'for {PREFILL_TOKENS} tokens')}")
+            lines.append(
+                f"  prefill  {_change(self.before.prefill_seconds, self.after.prefill_seconds, f'for {PREFILL_TOKENS} tokens')}"
+            )
         if self.drift:
             lines.append(
                 f"  drift    KL {self.drift.kl:.4g} nats per token, top-1 agreement {self.drift.top1:.1%}, perplexity "
@@ -48,7 +50,10 @@ class TechniqueReport:
         reasons: dict[str, list[str]] = {}
         for skip in self.skipped:
             reasons.setdefault(skip.reason, []).append(skip.name)
-        lines += [f"  left     {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}" for reason, names in reasons.items()]
+        lines += [
+            f"  left     {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+            for reason, names in reasons.items()
+        ]
         return "\n".join(lines)
 
 
@@ -82,7 +87,9 @@ class Report:
         techniques = []
         for entry in self.techniques:
             fields = dataclasses.asdict(entry)
-            techniques.append({"technique": type(entry.technique).__name__} | fields | {"configuration": fields.pop("technique")})
+            techniques.append(
+                {"technique": type(entry.technique).__name__} | fields | {"configuration": fields.pop("technique")}
+            )
         return {
             "plan": self.plan.to_dict(),
             "techniques": techniques,

@@ -127,4 +127,6 @@ def _matches(model: nn.Module, settings: list[Setting], expected: dict[str, int]
         if setting.name not in names or setting.name not in expected:
             raise SavedPlanError(f"the plan in {directory} belongs to another model: this one has no {setting.name}")
         if exact and _checksum(names[setting.name]) != expected[setting.name]:
-            raise SavedPlanError(f"the plan in {directory} belongs to another model: the weights of {setting.name} are not those it was made for")
+            raise SavedPlanError(
+                f"the plan in {directory} belongs to another model: the weights of {setting.name} are not those it was made for"
+            )

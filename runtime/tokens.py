@@ -32,7 +32,9 @@ def windows(data: Texts, tokenizer, vocabulary: int, name: str = "calibration") 
         raise ValueError(f"{name} is empty: the longest sequence has {longest} tokens, at least {SHORTEST} are needed")
     for piece in pieces:
         if piece.min() < 0 or piece.max() >= vocabulary:
-            raise ValueError(f"{name} holds token id {int(piece.max() if piece.min() >= 0 else piece.min())}, the vocabulary is 0..{vocabulary - 1}")
+            raise ValueError(
+                f"{name} holds token id {int(piece.max() if piece.min() >= 0 else piece.min())}, the vocabulary is 0..{vocabulary - 1}"
+            )
     return pieces
 
 

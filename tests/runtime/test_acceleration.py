@@ -32,7 +32,9 @@ def accelerate(model, plan, **settings):
 
 def snapshot(model):
     modules = {name: (id(module), type(module)) for name, module in model.named_modules()}
-    weights = {name: (id(weight), weight.stride(), weight.clone()) for name, weight in model.state_dict(keep_vars=True).items()}
+    weights = {
+        name: (id(weight), weight.stride(), weight.clone()) for name, weight in model.state_dict(keep_vars=True).items()
+    }
     return modules, weights
 
 
@@ -104,7 +106,11 @@ def test_greedy_keeps_the_budget_of_every_block():
     for block in range(2):
         settings = {s.name: s.sparsity for s in report.techniques[0].settings if f"layers.{block}." in s.name}
         sizes = {name: model.get_submodule(name).weight.numel() for name in settings}
-        everything = sum(m.weight.numel() for n, m in model.named_modules() if n.startswith(f"model.layers.{block}.") and hasattr(m, "in_features"))
+        everything = sum(
+            m.weight.numel()
+            for n, m in model.named_modules()
+            if n.startswith(f"model.layers.{block}.") and hasattr(m, "in_features")
+        )
         assert sum(sizes[name] * settings[name] for name in settings) / everything == pytest.approx(0.5)
         assert len(set(settings.values())) > 1
 
@@ -186,13 +192,22 @@ def test_a_batch_uses_the_union_while_it_pays():
 
 
 def test_what_counts_as_decode():
-    assert [decode_batch(torch.empty(*shape)) for shape in ((1, 1, 8), (5, 1, 8), (1, 2, 8), (1, 8), (2, 8))] == [1, 5, 0, 1, 0]
+    assert [decode_batch(torch.empty(*shape)) for shape in ((1, 1, 8), (5, 1, 8), (1, 2, 8), (1, 8), (2, 8))] == [
+        1,
+        5,
+        0,
+        1,
+        0,
+    ]
 
 
 def test_accelerated_reverts_also_after_an_error(plan):
     model = build("llama")
     before = snapshot(model)
-    with pytest.raises(ZeroDivisionError), hasten.accelerated(model, plan, calibration=token_ids(), measure_speed=False) as report:
+    with (
+        pytest.raises(ZeroDivisionError),
+        hasten.accelerated(model, plan, calibration=token_ids(), measure_speed=False) as report,
+    ):
         assert report.techniques
         1 / 0  # noqa: B018 - any error inside the block
     assert_unchanged(model, before)
@@ -235,7 +250,9 @@ def test_drift_grows_with_sparsity_and_is_nought_for_the_same_model():
     statistics = hasten.calibrate(model, hasten.Wina(), token_ids(4, 200, seed=1))
     kls = []
     for sparsity in (0.1, 0.3, 0.6, 0.9):
-        with hasten.accelerated(model, hasten.Wina(sparsity), calibration=statistics, heldout=token_ids(), measure_speed=False) as report:
+        with hasten.accelerated(
+            model, hasten.Wina(sparsity), calibration=statistics, heldout=token_ids(), measure_speed=False
+        ) as report:
             kls.append(report.drift.kl)
     assert kls == sorted(kls)
     assert kls[-1] > 10 * kls[0]

@@ -69,7 +69,9 @@ def test_cats_computes_what_the_threshold_says(name):
     model, ids = build(name), token_ids()[0]
     hasten.accelerate(model, hasten.Cats(0.5), calibration=token_ids(seed=1), measure_speed=False)
     fast = decode_logits(model, ids, 4)
-    mlps = {path: (module, float(module.threshold)) for path, module in model.named_modules() if isinstance(module, CatsMLP)}
+    mlps = {
+        path: (module, float(module.threshold)) for path, module in model.named_modules() if isinstance(module, CatsMLP)
+    }
     assert len(mlps) == 2
     activations = {path: (f"{path}.{module.activation}", threshold) for path, (module, threshold) in mlps.items()}
     hasten.revert(model)
@@ -125,7 +127,9 @@ def test_quantised_projections_are_refused_or_reported(strict):
     mlp = model.model.layers[1].mlp
     mlp.down_proj = QuantisedLinear(mlp.down_proj)
     if strict:
-        with pytest.raises(hasten.UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj.*QuantisedLinear.*quantised"):
+        with pytest.raises(
+            hasten.UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj.*QuantisedLinear.*quantised"
+        ):
             dissect(model)
     else:
         anatomy = dissect(model, strict=False)

@@ -91,7 +91,20 @@ def test_plans_that_cannot_be(model, plan, error, words):
         (torch.full((1, 50), 300), ValueError, r"token id 300.*0\.\.299"),
         (torch.full((1, 50), -1), ValueError, r"token id -1"),
     ],
-    ids=["none", "empty", "empty-tensor", "short", "texts", "text", "number", "numbers", "floats", "3d", "large-id", "negative-id"],
+    ids=[
+        "none",
+        "empty",
+        "empty-tensor",
+        "short",
+        "texts",
+        "text",
+        "number",
+        "numbers",
+        "floats",
+        "3d",
+        "large-id",
+        "negative-id",
+    ],
 )
 def test_calibration_data(model, data, error, words):
     with pytest.raises(error, match=words):
@@ -143,7 +156,9 @@ def test_training_mode_and_gradients(model):
         hasten.accelerate(model, hasten.DenseDecode())
     model.eval()
     model.model.layers[1].mlp.up_proj.requires_grad_(True)
-    with pytest.raises(hasten.StateError, match=r"layers\.1\.mlp\.up_proj\.weight requires grad.*requires_grad_\(False\)"):
+    with pytest.raises(
+        hasten.StateError, match=r"layers\.1\.mlp\.up_proj\.weight requires grad.*requires_grad_\(False\)"
+    ):
         hasten.accelerate(model, hasten.DenseDecode())
     model.requires_grad_(False)
 

@@ -21,7 +21,11 @@ def test_a_cutoff_decides_as_the_score_does(threshold):
     assert torch.equal(x.abs() > cutoffs(threshold, norms), (x.abs() * norms > threshold) & (norms > 0))
 
 
-@pytest.mark.parametrize("draw", [torch.randn, lambda n: torch.randn(n).exp() ** 3, lambda n: torch.randn(n).relu()], ids=["normal", "heavy", "relu"])
+@pytest.mark.parametrize(
+    "draw",
+    [torch.randn, lambda n: torch.randn(n).exp() ** 3, lambda n: torch.randn(n).relu()],
+    ids=["normal", "heavy", "relu"],
+)
 @pytest.mark.parametrize("sparsity", [0.05, 0.25, 0.5, 0.65, 0.99])
 def test_threshold_is_the_quantile(draw, sparsity):
     torch.manual_seed(0)

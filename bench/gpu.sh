@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The GPU tests and benchmarks in one run of under ten minutes; JSON goes to $OUT, or to bench/results/.
+# Needs a GPU, and torch, triton, transformers, tqdm and pytest already installed; hasten itself is installed without its dependencies.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=${OUT:-bench/results}
+mkdir -p "$results"
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+name=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "")')
+if [ -z "$name" ]; then
+    echo "no GPU here: skipped"
+    exit 0
+fi
+python3 -m pip install --quiet --no-deps --no-build-isolation --editable .
+status=0
+timeout 240 python3 -m pytest -q -m gpu tests || status=1
+timeout 150 python3 -m hasten.bench.runner --device cuda --json "$results/kernels-$name.json" || status=1
+timeout 180 python3 -m hasten.bench.runtime.gpu_decode --json "$results/decode-$name.json" || status=1
+exit $status

@@ -1,0 +1,1 @@
+"""Benchmarks of whole models, and the scripts that train the embedded ones."""
