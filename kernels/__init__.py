@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: one folder per operator, with its plain torch definition, its C++ for CPUs and its Triton for GPUs."""
+"""Tensors in, tensors out: one folder per operator, with its definition in torch, its C++ for CPUs and Triton for GPUs."""

@@ -20,7 +20,7 @@ def available() -> dict[str, str | None]:
 
 @contextmanager
 def use(name: str):
-    """Within the block every operator runs as `name`: "reference", "cpu" (compiled C++), "triton", or "auto" (by the device).
+    """Within the block every operator runs as "reference", "cpu" (compiled C++), "triton", or "auto" (by the device).
 
     Holds for this thread or task. Raises RuntimeError where that implementation cannot run.
     """

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: one shared library with a plain C ABI, in which every function exists once per instruction set."""
+"""The compiled CPU kernels: one shared library with a plain C ABI, every function once per instruction set."""
 
 import ctypes
 import os
@@ -80,7 +80,7 @@ def failed(code: int) -> Exception:
 
 
 def openmp_runtimes() -> list[str]:
-    """The OpenMP libraries in this process. With two of them, two thread pools fight for the cores: milliseconds per switch."""
+    """The OpenMP libraries in this process. Two of them fight for the cores with two thread pools: milliseconds per switch."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

@@ -191,6 +191,7 @@ inline int threads_for(int64_t bytes, int threads) {
 // body(begin, end) over [0, count) on at most `threads` threads, in pieces that are multiples of `grain`. What body computes for an index
 // may not depend on the piece that it comes in: results are then the same for every number of threads.
 template <class Body> inline void parallel(int64_t count, int64_t grain, int threads, const Body& body) {
+    if (count == 0) return;
     const int64_t piece = round_up((count + threads - 1) / threads, grain);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
     for (int64_t begin = 0; begin < count; begin += piece) body(begin, smaller(begin + piece, count));

@@ -1,7 +1,7 @@
-"""How weights are stored: the dtypes that kernels read, the two layouts, and the checks that every linear operator shares.
+"""How weights are stored: the dtypes that kernels read, the two layouts, and the checks that the linear operators share.
 
-A weight is logically [N, K], as in torch.nn.Linear. Row-major: a row (one output's weights) is contiguous, what nn.Linear has.
-Column-major: a column (one input's weights) is contiguous, so that columns of inputs that are zero need not be read.
+A weight is logically [N, K], as in torch.nn.Linear. Row-major: a row (one output's weights) is contiguous, what nn.Linear
+has. Column-major: a column (one input's weights) is contiguous, so that columns of inputs that are zero need not be read.
 """
 
 import ctypes
@@ -78,13 +78,12 @@ def check_row_major(weight: torch.Tensor) -> None:
 def check_column_major(weight: torch.Tensor) -> None:
     """Raises unless weight has contiguous columns."""
     if not is_column_major(weight):
-        raise ValueError(
-            f"weight: expected column-major, got strides {weight.stride()}: call hasten.kernels.storage.to_column_major on it"
-        )
+        advice = "call hasten.kernels.storage.to_column_major on it"
+        raise ValueError(f"weight: expected column-major, got strides {weight.stride()}: {advice}")
 
 
 def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
-    """Lets Linux back a new, unwritten CPU tensor by 2 MB pages: columns that are skipped make a walk through many small ones."""
+    """Lets Linux back a new, unwritten CPU tensor by 2 MB pages: skipping columns is a walk through many small pages."""
     huge = 1 << 21
     begin = -(-tensor.data_ptr() // huge) * huge
     size = (tensor.data_ptr() + tensor.nbytes) // huge * huge - begin

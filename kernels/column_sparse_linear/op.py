@@ -1,7 +1,7 @@
 """Linear layer that skips the columns of the weight whose inputs are nearly zero, for a few rows (decoding).
 
-Activation sparsity by thresholds as in TEAL (Liu et al. 2024) and WINA (Chen et al. 2025): the caller folds a threshold t on
-|x_j| * norm_j into cutoff_j = t / norm_j.
+Activation sparsity by thresholds as in TEAL (Liu et al. 2024) and WINA (Chen et al. 2025): the caller folds a threshold t
+on |x_j| * norm_j into cutoff_j = t / norm_j.
 """
 
 import torch
@@ -20,11 +20,11 @@ def column_sparse_linear(
 ) -> torch.Tensor:
     """x [..., K], weight [N, K] column-major, cutoff [K] float32 or None, bias [N] or None -> [..., N].
 
-    The product over the active columns. Column j is active unless |x[b, j]| <= cutoff[j] for every row b of x (all leading dimensions
-    together), so a NaN is active; every row uses all active columns. Without a cutoff every column is active.
+    The product over the active columns. Column j is active unless |x[b, j]| <= cutoff[j] for every row b of x (all leading
+    dimensions together), so a NaN is active; every row uses all active columns. Without a cutoff every column is active.
 
-    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH rows run as our own kernel, more as the masked
-    dense product. The weight comes from hasten.kernels.storage.to_column_major.
+    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH rows run as our own kernel, more as
+    the masked dense product. The weight comes from hasten.kernels.storage.to_column_major.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -54,14 +54,16 @@ def _run(x, weight, cutoff=None, bias=None):
         from . import triton
 
         return triton.launch(x.view(rows, K), weight, cutoff, bias).view(*x.shape[:-1], N)
+    cutoff = None if cutoff is None else cutoff.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], N)
     code = cpu.kernels().column_sparse_linear(
         storage.DTYPE_CODES[x.dtype],
         y.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
-        None if cutoff is None else cutoff.contiguous().data_ptr(),
-        None if bias is None else bias.contiguous().data_ptr(),
+        None if cutoff is None else cutoff.data_ptr(),
+        None if bias is None else bias.data_ptr(),
         rows,
         N,
         K,

@@ -14,8 +14,8 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., K], weight [N, K] row-major, bias [N] or None -> x @ weight.T + bias, [..., N].
 
-    Same dtype (float16, bfloat16 or float32, summed in float32; float64 as the reference) and device for all. Up to MAX_BATCH rows of x
-    run as our own kernel, more as torch.nn.functional.linear. Where a gradient is asked for, the reference runs.
+    Same dtype (float16, bfloat16 or float32, summed in float32; float64 as the reference) and device for all. Up to MAX_BATCH
+    rows of x run as our own kernel, more as torch.nn.functional.linear. Where a gradient is asked for, the reference runs.
 
     Raises TypeError for dtypes and ValueError for shapes, devices and layouts that do not fit.
     """
@@ -42,13 +42,14 @@ def _run(x, weight, bias=None):
         from . import triton
 
         return triton.launch(x.view(rows, K), weight, bias).view(*x.shape[:-1], N)
+    bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], N)
     code = cpu.kernels().linear(
         storage.DTYPE_CODES[x.dtype],
         y.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
-        None if bias is None else bias.contiguous().data_ptr(),
+        None if bias is None else bias.data_ptr(),
         rows,
         N,
         K,

@@ -28,8 +28,8 @@ def row_sparse_linear(
     gate * (x @ weight.T + bias) for the active outputs, and exactly 0 for the others. Output n is active unless
     |gate[b, n]| <= threshold for every row b of x (all leading dimensions together), so a NaN is active.
 
-    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH rows run as our own kernel, more as the masked
-    dense product.
+    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH rows run as our own kernel, more as
+    the masked dense product.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or gate.requires_grad or (bias is not None and bias.requires_grad)
@@ -64,6 +64,7 @@ def _run(x, weight, gate, threshold, bias=None):
 
         y = triton.launch(x.view(rows, K), weight, gate.view(rows, N), threshold, bias)
         return y.view(*x.shape[:-1], N)
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty_like(gate)
     code = cpu.kernels().row_sparse_linear(
         storage.DTYPE_CODES[x.dtype],
@@ -72,7 +73,7 @@ def _run(x, weight, gate, threshold, bias=None):
         weight.data_ptr(),
         gate.data_ptr(),
         threshold.data_ptr(),
-        None if bias is None else bias.contiguous().data_ptr(),
+        None if bias is None else bias.data_ptr(),
         rows,
         N,
         K,
