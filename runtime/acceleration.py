@@ -231,12 +231,12 @@ def _refuse_training(model: nn.Module, anatomy: Anatomy) -> None:
 
 
 def _refuse_overlap(settings: list[Setting]) -> None:
-    """Two techniques must not skip inputs of the same projection: Cats takes up and down of its MLPs."""
+    """Two techniques must not skip inputs of the same projection. Cats takes its MLPs whole, but for a gate of its own."""
     owners: dict[str, str] = {}
     for setting in settings:
         for name, owner in owners.items():
-            inner, outer = sorted((setting.name, name), key=len, reverse=True)
-            if inner == outer or (inner.startswith(f"{outer}.") and "gate" not in inner.rpartition(".")[2]):
+            outer, inner = sorted((setting.name, name), key=len)
+            if inner == outer or (inner.startswith(f"{outer}.") and inner != f"{outer}.gate_proj"):
                 raise ValueError(
                     f"{owner} and {setting.technique} would both change {inner}: give one of them a mapping that leaves it out"
                 )

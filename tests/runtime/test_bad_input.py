@@ -111,6 +111,15 @@ def test_calibration_data(model, data, error, words):
         hasten.accelerate(model, hasten.Wina(0.5), calibration=data)
 
 
+def test_cats_keeps_a_fused_gate_to_itself():
+    plan = [hasten.Cats(0.5), hasten.Wina({"gate_up_proj": 0.5})]
+    with pytest.raises(ValueError, match=r"Cats and Wina would both change .*gate_up_proj"):
+        hasten.accelerate(build("phi3"), plan, calibration=token_ids())
+    plan = [hasten.Cats(0.5), hasten.Wina({"gate_proj": 0.5})]
+    report = hasten.accelerate(build("llama"), plan, calibration=token_ids(), measure_speed=False)
+    assert report.drift.kl > 0
+
+
 def test_heldout_data_is_named(model):
     with pytest.raises(ValueError, match="heldout"):
         hasten.accelerate(model, hasten.DenseDecode(), heldout=[])
