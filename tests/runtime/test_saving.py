@@ -29,8 +29,11 @@ def test_round_trip(tmp_path, name, dtype, technique):
     expected = saved(model, technique, tmp_path)
     loaded = hasten.load(tmp_path)
     assert type(loaded) is type(model) and loaded.dtype == dtype
-    if not isinstance(technique, hasten.DenseDecode | hasten.Wina):  # which dense products are ours is measured anew
-        torch.testing.assert_close(measure.decode_logits(loaded, token_ids()[0], 8), expected, rtol=0.1, atol=0.1)
+    assert loaded._hasten.settings == model._hasten.settings and loaded._hasten.plan == model._hasten.plan
+    if dtype == torch.float32:
+        # Which dense products are hasten's is measured anew; the other order of sums can tip an input at its cutoff.
+        distance = (measure.decode_logits(loaded, token_ids()[0], 8) - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert (distance < 1e-4).float().mean() >= 0.95
     hasten.revert(loaded)
     hasten.revert(model)
     for key, weight in model.state_dict().items():
