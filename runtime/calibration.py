@@ -14,7 +14,7 @@ from hasten.anatomy import Anatomy, Block, Projection, dissect
 from hasten.plan import Plan
 from hasten.sparsity.histogram import ScoreHistogram
 from hasten.sparsity.scores import column_norms
-from hasten.techniques import Cats, Teal, Technique, Wina
+from hasten.techniques import Cats, InputSparsity, Technique, Wina
 from hasten.tokens import Texts, windows
 
 BLOCK_SAMPLES = 4
@@ -87,7 +87,7 @@ def forward(model: nn.Module, ids: torch.Tensor) -> None:
 
 def scored(technique: Technique, anatomy: Anatomy) -> list[Projection]:
     """The projections whose inputs an activation-sparsity technique scores."""
-    return list(anatomy.projections()) if isinstance(technique, Wina | Teal) else []
+    return list(anatomy.projections()) if isinstance(technique, InputSparsity) else []
 
 
 def gated_mlps(anatomy: Anatomy) -> list[Block]:

@@ -25,11 +25,9 @@ class DenseDecode:
 
 
 @dataclass(frozen=True, slots=True)
-class Wina:
-    """Weight-informed activation sparsity (Chen et al. 2025, arXiv 2505.19427): in decode, input j of a projection is skipped where
-    |x_j| * ||W[:, j]||_2 is small. True column norms on every projection, thresholds from calibration; prefill stays dense.
-
-    What is left dense (the head, projections at sparsity 0) is decoded as `DenseDecode` does.
+class InputSparsity:
+    """What `Wina` and `Teal` share: in decode, inputs of a projection whose score is small are skipped; thresholds come from calibration, prefill
+    stays dense, and what is left dense (the head, projections at sparsity 0) is decoded as `DenseDecode` does.
 
     Args:
         sparsity: the fraction of inputs to skip, in [0, 1), on average over the calibration tokens; or a mapping from module names, their endings
@@ -46,19 +44,22 @@ class Wina:
 
 
 @dataclass(frozen=True, slots=True)
-class Teal:
-    """Activation sparsity by magnitude (Liu et al. 2024, arXiv 2408.14690): as `Wina`, with the score |x_j|.
+class Wina(InputSparsity):
+    """Weight-informed activation sparsity (Chen et al. 2025, arXiv 2505.19427): input j scores |x_j| * ||W[:, j]||_2, with the true column norms of
+    every projection.
 
     Args:
-        sparsity, allocation: as in `Wina`.
+        sparsity, allocation: as in `InputSparsity`.
     """
 
-    sparsity: Sparsity = 0.5
-    allocation: Literal["uniform", "greedy"] = "uniform"
 
-    def __post_init__(self):
-        _check_allocation(self.sparsity, self.allocation)
-        object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
+@dataclass(frozen=True, slots=True)
+class Teal(InputSparsity):
+    """Activation sparsity by magnitude (Liu et al. 2024, arXiv 2408.14690): input j scores |x_j|.
+
+    Args:
+        sparsity, allocation: as in `InputSparsity`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
