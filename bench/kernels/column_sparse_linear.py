@@ -11,7 +11,7 @@ from hasten.kernels.storage import to_column_major
 
 from ..runner import OURS, Case, copies
 
-SHAPES = [(4096, 4096), (4096, 11008), (2048, 5632), (5632, 2048), (2048, 256)]  # K, N
+SHAPES = [(4096, 4096), (4096, 11008), (4096, 14336), (2048, 5632), (5632, 2048), (2048, 256)]  # K, N
 PERCENT = [0, 25, 30, 40, 50, 65]  # of inactive columns
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 

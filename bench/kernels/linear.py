@@ -9,7 +9,7 @@ from hasten.kernels.linear import linear
 
 from ..runner import OURS, Case, copies
 
-SHAPES = [(4096, 4096), (4096, 11008)]  # K, N
+SHAPES = [(4096, 4096), (4096, 11008), (4096, 14336)]  # K, N
 BATCHES = [1, 2, 4, 8]
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
