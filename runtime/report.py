@@ -46,7 +46,7 @@ class TechniqueReport:
                 f"{self.drift.dense_perplexity:.4g} -> {self.drift.fast_perplexity:.4g} ({self.drift.tokens} held-out tokens in decode)"
             )
         else:
-            lines.append("  drift    not measured: pass calibration= or heldout=")
+            lines.append("  drift    not measured: pass heldout=, texts or token ids")
         reasons: dict[str, list[str]] = {}
         for skip in self.skipped:
             reasons.setdefault(skip.reason, []).append(skip.name)

@@ -400,7 +400,7 @@ On `heldout.txt` ({results["heldout_bytes"]:,} bytes; {results["heldout_tokens"]
 Temperature 0.7, top-k 40, seed 0, 80 new tokens.
 
 {sampled}
-"""  # noqa: E501 - Markdown: a line is a paragraph
+"""
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

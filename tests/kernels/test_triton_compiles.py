@@ -16,12 +16,13 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels made for the interpreter do not compile", allow_module_level=True)
 
+from triton.backends.compiler import GPUTarget  # noqa: E402 (after the skips)
+from triton.compiler import ASTSource  # noqa: E402
+
 from hasten.kernels import triton_common  # noqa: E402
 from hasten.kernels.column_sparse_linear import triton as column_sparse_linear  # noqa: E402
 from hasten.kernels.linear import triton as linear  # noqa: E402
 from hasten.kernels.row_sparse_linear import triton as row_sparse_linear  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402 (after the skips)
-from triton.compiler import ASTSource  # noqa: E402
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 SPILLS = 8  # bytes: the assembler may lay one or two values aside before the loop and fetch them after it
