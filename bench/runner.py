@@ -87,19 +87,17 @@ def _run_case(case: Case, seconds: float, rounds: int) -> list[dict]:
 
 
 def _measure_cpu(contenders, turn: int) -> list[float]:
-    """Seconds of one call of each contender, each on weights that are cold; every turn another one begins.
+    """Seconds of one call of each contender, on weights that are cold, after a call on others that is not measured.
 
-    All threads are awake when a call begins: what runs before may have used one of them only.
+    That call makes the rest warm (threads, code, page tables), whoever ran before.
     """
-    times = [0.0] * len(contenders)
-    parallel = torch.zeros(1 << 17)
-    for step in range(len(contenders)):
-        place = (turn + step) % len(contenders)
-        call = contenders[place][_cold(turn, place, len(contenders[place]))]
-        parallel.add_(1)
+    times = []
+    for place, calls in enumerate(contenders):
+        calls[_cold(turn, place, len(calls)) - 1]()
+        call = calls[_cold(turn, place, len(calls))]
         begin = time.perf_counter()
         call()
-        times[place] = time.perf_counter() - begin
+        times.append(time.perf_counter() - begin)
     return times
 
 
@@ -117,8 +115,8 @@ def _measure_cuda(contenders, turn: int) -> list[float]:
 
 
 def _cold(turn: int, place: int, count: int) -> int:
-    """The copy to use: contenders that share copies are kept apart by a third of the rotation."""
-    return (turn + place * count // 3) % count
+    """The copy to use, two further every turn; contenders that share copies are kept apart by a third of the rotation."""
+    return (2 * turn + place * count // 3) % count
 
 
 PROBE_BYTES = 64 << 20
