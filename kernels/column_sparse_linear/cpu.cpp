@@ -1,14 +1,15 @@
 // y = sum over the active columns j of x[:, j] * weight[:, j] for a column-major weight: the other columns are not read.
 //
-// Threads split the outputs. A thread takes a tile of outputs, whose sums stay in its cache, and adds eight active columns to it at a
-// time. Memory is read in short runs (the tile of one column), which no hardware prefetcher foresees: the list of active columns tells
-// what comes next, so the columns of a later group are prefetched while one is added.
+// The list of active columns is cut into a fixed number of parts, whose sums are added in order at the end; threads share out the parts,
+// and tiles of outputs where there are very many. A thread adds eight columns at a time to sums that stay in its cache. Memory is read
+// in runs of one column, which no hardware prefetcher foresees: the list tells what comes next, so the columns of a later group are
+// prefetched while one is added. (Threads that split the outputs would make the runs shorter: less bandwidth, measured.)
 #include "../active.h"
 
 namespace {
 
 constexpr int GROUP = 8;                // columns added at a time
-constexpr int64_t TILE_BYTES = 65536;   // of sums
+constexpr int64_t TILE_BYTES = 65536;   // of sums that are kept in the cache
 constexpr int64_t AHEAD_BYTES = 16384;  // of weights under way, at least
 
 // The active columns in groups, and their x packed as [group][ROWS][GROUP].
@@ -71,21 +72,14 @@ void add_group(Vec* sums, const T* const (&w)[GROUP], const T* const (&ahead)[GR
     }
 }
 
-// y[rows, N] at the outputs [begin, begin + count)
-template <class T, int ROWS>
-void store_tile(T* y, Vec* sums, const T* bias, int64_t rows, int64_t N, int64_t begin, int64_t count) {
-    constexpr int SPAN = LINE<T>;
-    for (int64_t n = 0; n < count; n += SPAN)
-        for (int b = 0; b < ROWS; b++, sums += VECTORS<T>) {
-            if (b >= rows) continue;
-            Columns<T>::in_order(sums);
-            float values[SPAN];
-            memcpy(values, sums, sizeof(values));
-            const int64_t here = begin + n, length = smaller(SPAN, count - n);
-            for (int64_t i = 0; i < length; i++)
-                from_float(values[i] + (bias ? to_float(bias[here + i]) : 0), y[b * N + here + i]);
-        }
-}
+// The sums of every part, [PARTS][lines of outputs][ROWS][VECTORS].
+template <class T, int ROWS> struct PartialSums : Scratch {
+    static constexpr int PARTS = ROWS == 1 ? 8 : 4;
+    const int64_t lines;
+    explicit PartialSums(int64_t N)
+        : Scratch(sizeof(float) * PARTS * ROWS * round_up(N, LINE<T>)), lines(round_up(N, LINE<T>) / LINE<T>) {}
+    Vec* at(int64_t part, int64_t line) const { return (Vec*)memory + (part * lines + line) * (ROWS * VECTORS<T>); }
+};
 
 }  // namespace
 
@@ -97,27 +91,49 @@ HASTEN_EXPORT(hasten_column_sparse_linear)
         return with_rows(rows, [&](auto width) {
             using T = typename Pointed<decltype(type)>::type;
             constexpr int ROWS = decltype(width)::value;
+            constexpr int PARTS = PartialSums<T, ROWS>::PARTS;
             constexpr int64_t TILE = TILE_BYTES / (sizeof(float) * ROWS);
+            T* y = (T*)y_;
             const T *weight = (const T*)weight_, *bias = (const T*)bias_;
             const ActiveColumns<T, ROWS> active((const T*)x_, cutoff, rows, K);
-            if (!active.list.memory || !active.packed.memory) return 2;
-            parallel(N, 64, threads_for(active.groups * GROUP * N * sizeof(T), threads), [&](int64_t begin, int64_t end) {
-                for (; begin < end; begin += TILE) {
-                    const int64_t count = smaller(TILE, end - begin);
-                    const int64_t distance = 1 + AHEAD_BYTES / (GROUP * sizeof(T) * (count + 64));
-                    Vec sums[TILE * ROWS / WIDTH];
-                    memset(sums, 0, sizeof(float) * ROWS * round_up(count, LINE<T>));
-                    for (int64_t g = 0; g < active.groups; g++) {
+            const PartialSums<T, ROWS> sums(N);
+            if (!active.list.memory || !active.packed.memory || !sums.memory) return 2;
+            threads = threads_for(active.groups * GROUP * N * sizeof(T), threads);
+
+            const int64_t tiles = (N + TILE - 1) / TILE, groups = (active.groups + PARTS - 1) / PARTS;
+            parallel(tiles * PARTS, 1, threads, [&](int64_t job, int64_t end) {
+                for (; job < end; job++) {
+                    const int64_t part = job % PARTS, begin = job / PARTS * TILE, count = smaller(TILE, N - begin);
+                    const int64_t distance = 1 + AHEAD_BYTES / (GROUP * sizeof(T) * (count + LINE<T>));
+                    const size_t bytes = sizeof(float) * ROWS * round_up(count, LINE<T>);
+                    Vec tile[TILE * ROWS / WIDTH];
+                    memset(tile, 0, bytes);
+                    for (int64_t g = part * groups; g < smaller((part + 1) * groups, active.groups); g++) {
                         const int32_t *now = active.columns(g), *later = active.columns(smaller(g + distance, active.groups - 1));
                         const T *w[GROUP], *ahead[GROUP];
                         for (int c = 0; c < GROUP; c++) {
                             w[c] = weight + now[c] * N + begin;
                             ahead[c] = weight + later[c] * N + begin;
                         }
-                        add_group<T, ROWS>(sums, w, ahead, active.x(g), count);
+                        add_group<T, ROWS>(tile, w, ahead, active.x(g), count);
                     }
-                    store_tile<T, ROWS>((T*)y_, sums, bias, rows, N, begin, count);
+                    memcpy(sums.at(part, begin / LINE<T>), tile, bytes);
                 }
+            });
+
+            parallel(sums.lines, 1, threads, [&](int64_t line, int64_t end) {
+                for (; line < end; line++)
+                    for (int64_t b = 0; b < rows; b++) {
+                        Vec total[VECTORS<T>] = {};
+                        for (int part = 0; part < PARTS; part++)
+                            for (int v = 0; v < VECTORS<T>; v++) total[v] += sums.at(part, line)[b * VECTORS<T> + v];
+                        Columns<T>::in_order(total);
+                        float values[LINE<T>];
+                        memcpy(values, total, sizeof(values));
+                        const int64_t first = line * LINE<T>, length = smaller(LINE<T>, N - first);
+                        for (int64_t i = 0; i < length; i++)
+                            from_float(values[i] + (bias ? to_float(bias[first + i]) : 0), y[b * N + first + i]);
+                    }
             });
             return 0;
         });
