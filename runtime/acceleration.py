@@ -10,14 +10,15 @@ from torch import nn
 
 from hasten import measure
 from hasten.anatomy import Anatomy, Projection, dissect
-from hasten.bind import Setting, dense_edit, left_dense, settle, sparse_edits, spread, targets
-from hasten.calibration import Statistics, gather, score_name, vocabulary
+from hasten.bind import Setting, dense_edit, left_dense, mlp_refusals, refuse_overlap, settle, sparse_edits
+from hasten.calibration import Statistics, gather, longest_input, score_name, vocabulary
 from hasten.edits import Edit, apply_all, undo_all
 from hasten.errors import HastenError, StateError
 from hasten.kernels import backend
 from hasten.kernels.linear.op import MAX_BATCH
 from hasten.modules import CatsMLP, DecodeLinear, SparseLinear
 from hasten.plan import Plan
+from hasten.preflight import refuse_unready
 from hasten.report import Report, Skip, TechniqueReport
 from hasten.techniques import DenseDecode, Technique
 from hasten.tokens import Texts, split_heldout, windows
@@ -58,7 +59,7 @@ def accelerate(
     in decode; how much is measured on held-out text and stands in the report.
 
     Args:
-        model: a `transformers` causal language model, or a multimodal model around one, in eval mode, none of whose weights requires grad, on one device.
+        model: a `transformers` causal language model, or a multimodal model around one, in eval mode, none of whose parameters requires grad, on one device.
         plan: one technique or several, e.g. `hasten.Wina(sparsity=0.5)`.
         calibration: texts, or token ids [T] or [B, T], from which sparse techniques learn thresholds: a few thousand tokens of typical use; or
             `hasten.Statistics` from `hasten.calibrate`. A tenth is set aside as held-out text unless `heldout` is given.
@@ -76,32 +77,31 @@ def accelerate(
         StateError: the model is accelerated already, in training mode, or a weight requires grad.
     """
     plan = Plan(plan)
-    if state_of(model) is not None:
-        raise StateError("the model is accelerated already: call hasten.revert(model) first")
+    refuse_unready(model)
     anatomy = dissect(model, strict=strict)
-    _refuse_training(model, anatomy)
-    for technique in plan:
-        if names := targets(technique, anatomy):
-            spread(technique.sparsity, names)
+    refuse_overlap(plan, anatomy)
+    skipped = [*anatomy.skipped, *(refusal for technique in plan for refusal in mlp_refusals(technique, anatomy))]
+    if strict and skipped:
+        raise skipped[0]
     statistics, pieces, heldout_pieces = _data(model, plan, calibration, tokenizer, heldout)
     speed = measure.speed(model, vocabulary(model)) if measure_speed else None
     dense_logits = measure.heldout_logits(model, heldout_pieces)
     if statistics is None:
         statistics = gather(model, anatomy, plan, pieces)
     settings = [setting for technique in _sparse(plan) for setting in settle(model, technique, anatomy, statistics)]
-    _refuse_overlap(settings)
 
     report = Report(plan, [], measure.memory(model), 0, 0.0, statistics.tokens)
-    for entry in _installed(model, anatomy, plan, settings):
-        if measure_speed:
-            entry.before, entry.after = speed, measure.speed(model, vocabulary(model))
-            speed = entry.after
-        if heldout_pieces:
-            entry.drift = measure.drift(dense_logits, measure.heldout_logits(model, heldout_pieces))
-        report.techniques.append(entry)
-    report.techniques[0].skipped[:0] = [Skip(error.name, error.reason) for error in anatomy.skipped]
+    with contextlib.closing(_installed(model, anatomy, plan, settings)) as entries:
+        for entry in entries:
+            if measure_speed:
+                entry.before, entry.after = speed, measure.speed(model, vocabulary(model))
+                speed = entry.after
+            if heldout_pieces:
+                entry.drift = measure.drift(dense_logits, measure.heldout_logits(model, heldout_pieces))
+            report.memory_after = measure.memory(model)
+            report.techniques.append(entry)
+    report.techniques[0].skipped[:0] = [Skip(error.name, error.reason) for error in skipped]
     report.self_check = state_of(model).self_check
-    report.memory_after = measure.memory(model)
     return report
 
 
@@ -169,6 +169,9 @@ def _installed(model: nn.Module, anatomy: Anatomy, plan: Plan, settings: list[Se
                 )
                 edits += dense_edits
             apply_all(model, edits, state.edits)
+            for module in model.modules():
+                if isinstance(module, SparseLinear | CatsMLP):
+                    module.watch.restart()
             edited = list(dict.fromkeys(edit.name for edit in edits))
             yield TechniqueReport(technique, edited, own, skipped)
         state.self_check = _self_check(model, [edit.name for edit in state.edits])
@@ -203,7 +206,8 @@ def _data(
     model, plan, calibration, tokenizer, heldout
 ) -> tuple[Statistics | None, list[torch.Tensor], list[torch.Tensor]]:
     """Statistics if they were given or nothing needs them, windows to calibrate on, and windows to measure drift on."""
-    heldout_pieces = [] if heldout is None else windows(heldout, tokenizer, vocabulary(model), "heldout")
+    longest = longest_input(model)
+    heldout_pieces = [] if heldout is None else windows(heldout, tokenizer, vocabulary(model), "heldout", longest)
     if isinstance(calibration, Statistics):
         return calibration, [], heldout_pieces
     if calibration is None:
@@ -212,35 +216,12 @@ def _data(
                 f"{type(sparse[0]).__name__} needs calibration=: texts with tokenizer=, or tensors of token ids"
             )
         return Statistics(), [], heldout_pieces
-    pieces = windows(calibration, tokenizer, vocabulary(model))
+    pieces = windows(calibration, tokenizer, vocabulary(model), longest=longest)
     if not _sparse(plan):
         return Statistics(), [], heldout_pieces or pieces
     if heldout is None:
         pieces, heldout_pieces = split_heldout(pieces)
     return None, pieces, heldout_pieces
-
-
-def _refuse_training(model: nn.Module, anatomy: Anatomy) -> None:
-    if model.training:
-        raise StateError("the model is in training mode: call model.eval() first")
-    for projection in (*anatomy.projections(), *([anatomy.head] if anatomy.head else [])):
-        if projection.module.weight.requires_grad:
-            raise StateError(
-                f"{projection.name}.weight requires grad, and hasten's kernels have no gradients: call model.requires_grad_(False) first"
-            )
-
-
-def _refuse_overlap(settings: list[Setting]) -> None:
-    """Two techniques must not skip inputs of the same projection. Cats takes its MLPs whole, but for a gate of its own."""
-    owners: dict[str, str] = {}
-    for setting in settings:
-        for name, owner in owners.items():
-            outer, inner = sorted((setting.name, name), key=len)
-            if inner == outer or (inner.startswith(f"{outer}.") and inner != f"{outer}.gate_proj"):
-                raise ValueError(
-                    f"{owner} and {setting.technique} would both change {inner}: give one of them a mapping that leaves it out"
-                )
-        owners[setting.name] = setting.technique
 
 
 @torch.no_grad()
@@ -262,6 +243,10 @@ def _self_check(model: nn.Module, names: list[str]) -> float:
             gate = [module.gate(*arguments)] if isinstance(module, CatsMLP) else []
             with backend.use("reference"):
                 expected = module.skip(*arguments, *gate) if gate else module.forward(*arguments)
+            if not expected.isfinite().all():
+                raise HastenError(
+                    f"self-check: {name} overflows in {output.dtype} by its definition too; the model was left as it was"
+                )
             distance = float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
             if not distance <= SELF_CHECK_LIMIT[output.dtype]:
                 raise HastenError(
@@ -271,13 +256,10 @@ def _self_check(model: nn.Module, names: list[str]) -> float:
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        if name in names and isinstance(module, DecodeLinear | SparseLinear | CatsMLP):
-            handles.append(module.register_forward_hook(compare(name)))
-    try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=measure.device_of(model)), use_cache=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    token = torch.zeros(1, 1, dtype=torch.int64, device=measure.device_of(model))
+    with contextlib.ExitStack() as hooks, torch.autocast(token.device.type, enabled=False):
+        for name, module in model.named_modules():
+            if name in names and isinstance(module, DecodeLinear | SparseLinear | CatsMLP):
+                hooks.callback(module.register_forward_hook(compare(name)).remove)
+        model(input_ids=token, use_cache=True)
     return worst

@@ -70,13 +70,15 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One decoder layer. `mlp_name` and `activation_name` are paths in the model, None where the family has no gated MLP."""
+    """One decoder layer. `mlp_name` and `activation_name` are paths in the model, None where the family has no gated MLP; `mlp_refusal` says why
+    the MLP as a whole cannot be replaced, None if it can."""
 
     name: str
     module: nn.Module
     projections: tuple[Projection, ...]
     mlp_name: str | None
     activation_name: str | None
+    mlp_refusal: UnsupportedModelError | None = None
 
     def projection(self, role: str) -> Projection | None:
         return next((projection for projection in self.projections if projection.role == role), None)
@@ -121,10 +123,15 @@ def dissect(model: nn.Module, strict: bool = True) -> Anatomy:
     skipped: list[UnsupportedModelError] = []
     blocks = tuple(_block(f"{prefix}layers.{i}", layer, family, skipped) for i, layer in enumerate(decoder.layers))
     head = _head(model, skipped)
+    if head is None and not skipped:
+        raise UnsupportedModelError(
+            "", type(model).__qualname__, "it has no language-model head", "pass the ...ForCausalLM model"
+        )
     if skipped and (strict or not any(block.projections for block in blocks)):
         raise skipped[0]
     anatomy = Anatomy(_model_type(decoder), blocks, head, tuple(skipped))
     _one_device(anatomy)
+    _nothing_shared(anatomy)
     return anatomy
 
 
@@ -147,7 +154,28 @@ def _block(name: str, layer: nn.Module, family: Family, skipped: list[Unsupporte
             skipped.append(refusal)
         else:
             projections.append(Projection(path(below), role, module))
-    return Block(name, layer, tuple(projections), path(family.mlp), path(family.activation))
+    refusal = _mlp_refusal(path(family.mlp), layer.get_submodule(family.mlp), projections) if family.mlp else None
+    return Block(name, layer, tuple(projections), path(family.mlp), path(family.activation), refusal)
+
+
+def _mlp_refusal(name: str, mlp: nn.Module, projections: list[Projection]) -> UnsupportedModelError | None:
+    """Why a gated MLP cannot be replaced as a whole: it computes something of its own, or something listens inside."""
+    kind = f"{type(mlp).__module__}.{type(mlp).__qualname__}"
+    inner = {p.role: p.module for p in projections if p.name.startswith(f"{name}.")}
+    if not (inner.keys() >= {"gate", "up", "down"} or inner.keys() >= {"gate_up", "down"}):
+        return UnsupportedModelError(
+            name, kind, "not all of its projections can be changed", "see the reasons for those"
+        )
+    if not type(mlp).__module__.startswith("transformers.models.") or "forward" in vars(mlp):
+        return UnsupportedModelError(
+            name, kind, "its forward is not the stock one of the family", "use hasten.Wina or hasten.Teal"
+        )
+    for role, module in inner.items():
+        if role != "gate" and (module._forward_hooks or module._forward_pre_hooks):
+            return UnsupportedModelError(
+                name, kind, f"its {role} projection has forward hooks, which would not run", "remove them first"
+            )
+    return None
 
 
 def _head(model: nn.Module, skipped: list[UnsupportedModelError]) -> Projection | None:
@@ -172,6 +200,9 @@ def _refusal(name: str, module: nn.Module) -> UnsupportedModelError | None:
         remedy = "merge or unload adapters and other wrappers before hasten.accelerate"
         return UnsupportedModelError(name, kind, "it is not a plain torch.nn.Linear", remedy)
     weight = module.weight
+    if "weight" not in module._parameters:
+        reason = "its weight is computed (a parametrisation, or torch.nn.utils.prune)"
+        return UnsupportedModelError(name, kind, reason, "make it permanent first, e.g. torch.nn.utils.prune.remove")
     if weight.device.type == "meta" or getattr(getattr(module, "_hf_hook", None), "offload", False):
         remedy = "load the whole model into the memory of one device"
         return UnsupportedModelError(name, kind, "its weight is offloaded or on the meta device", remedy)
@@ -198,6 +229,15 @@ def _one_device(anatomy: Anatomy) -> None:
                 f"it is on {projection.module.weight.device}, {first.name} is on {first.module.weight.device}",
                 "move the model to one device",
             )
+
+
+def _nothing_shared(anatomy: Anatomy) -> None:
+    owners: dict[int, str] = {}
+    for projection in anatomy.projections():
+        owner = owners.setdefault(id(projection.module.weight), projection.name)
+        if owner != projection.name:
+            kind, reason = type(projection.module).__qualname__, f"it shares its weight with {owner}"
+            raise UnsupportedModelError(projection.name, kind, reason, "give each layer its own weights")
 
 
 def _missing(name: str, layer: nn.Module, below: str) -> UnsupportedModelError:

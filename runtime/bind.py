@@ -1,9 +1,11 @@
 """From techniques to edits: which module gets which sparsity and threshold (a `Setting`), and the edits that carry it out."""
 
+import contextlib
 import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from hasten.calibration import FIRST, Statistics, gated_mlps, progress, score_na
 from hasten.edits import Edit, ReplaceModule, StoreColumnMajor
 from hasten.errors import UnsupportedModelError
 from hasten.modules import CatsMLP, DecodeLinear, SparseLinear, largest_union
+from hasten.plan import Plan
 from hasten.sparsity.allocation import greedy
 from hasten.sparsity.scores import column_norms, cutoffs
 from hasten.techniques import Cats, DenseDecode, Technique, Wina
@@ -56,6 +59,8 @@ def targets(technique: Technique, anatomy: Anatomy) -> list[str]:
     """
     if isinstance(technique, Cats):
         names = [block.mlp_name for block in gated_mlps(anatomy)]
+        if not names and (refusals := mlp_refusals(technique, anatomy)):
+            raise refusals[0]
         reason = f"its MLPs have no gate (family {anatomy.model_type}), which Cats needs"
     else:
         names = [projection.name for projection in scored(technique, anatomy)]
@@ -63,6 +68,31 @@ def targets(technique: Technique, anatomy: Anatomy) -> list[str]:
     if not names and not isinstance(technique, DenseDecode):
         raise UnsupportedModelError("", anatomy.model_type, reason, "use hasten.Wina or hasten.Teal on another model")
     return names
+
+
+def mlp_refusals(technique: Technique, anatomy: Anatomy) -> list[UnsupportedModelError]:
+    """Why gated MLPs are not among the targets of Cats; nothing for another technique."""
+    refusals = [block.mlp_refusal for block in anatomy.blocks if block.mlp_refusal]
+    return refusals if isinstance(technique, Cats) else []
+
+
+def refuse_overlap(plan: Plan, anatomy: Anatomy) -> None:
+    """Two techniques must not skip inputs of the same projection. Cats takes its MLPs whole, but for a gate of its own.
+
+    Raises:
+        ValueError: they would; or a mapping names a module that is not there.
+    """
+    owners: dict[str, str] = {}
+    for technique in plan:
+        names = targets(technique, anatomy)
+        mine = [name for name, sparsity in spread(technique.sparsity, names).items() if sparsity > 0] if names else []
+        for name in mine:
+            for other, owner in owners.items():
+                outer, inner = sorted((name, other), key=len)
+                if inner == outer or (inner.startswith(f"{outer}.") and inner != f"{outer}.gate_proj"):
+                    both = f"{owner} and {score_name(technique)}"
+                    raise ValueError(f"{both} would both change {inner}: give one of them a mapping that leaves it out")
+        owners |= dict.fromkeys(mine, score_name(technique))
 
 
 def spread(sparsity: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
@@ -83,7 +113,9 @@ def spread(sparsity: float | Mapping[str, float], names: list[str]) -> dict[str,
         if not matching:
             endings = dict.fromkeys(ending for name in names for ending in (name, name.rsplit(".", 1)[-1]))
             nearest = difflib.get_close_matches(pattern, endings, n=1, cutoff=0)
-            raise ValueError(f"sparsity names {pattern!r}, which is no module here; the nearest name is {nearest[0]!r}")
+            raise ValueError(
+                f"sparsity names {pattern!r}, which is no module that can be made sparse here; the nearest name is {nearest[0]!r}"
+            )
         result |= dict.fromkeys(matching, value)
     return result
 
@@ -106,7 +138,8 @@ def _greedy_sparsities(technique: Technique, anatomy: Anatomy, statistics: Stati
     if missing:
         raise ValueError(f"the statistics hold no inputs of {missing[0]}: calibrate with greedy allocation")
     sparsities = {}
-    for block in progress(anatomy.blocks, "allocating", unit="block"):
+    blocks = [block for block in anatomy.blocks if block.projections]
+    for block in progress(blocks, "allocating", unit="block"):
         sizes = {projection.name: projection.module.weight.numel() for projection in block.projections}
         error = _block_error(technique, block, statistics)
         sparsities |= greedy(sizes, error, technique.sparsity)
@@ -120,20 +153,16 @@ def _block_error(technique: Technique, block: Block, statistics: Statistics) -> 
     dense = [_hidden(block, call) for call in calls]
 
     def error(sparsities: dict[str, float]) -> float:
-        handles = []
-        for projection in block.projections:
-            if sparsities[projection.name] > 0:
-                threshold = _histogram(technique, projection.name, statistics).threshold(sparsities[projection.name])
-                mask = masked_input(cutoffs(threshold, weights[projection.name]))
-                handles.append(projection.module.register_forward_pre_hook(mask))
-        try:
-            return sum(
-                float((_hidden(block, call) - output).float().pow(2).sum())
-                for call, output in zip(calls, dense, strict=True)
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for projection in block.projections:
+                if sparsities[projection.name] > 0:
+                    threshold = _histogram(technique, projection.name, statistics).threshold(
+                        sparsities[projection.name]
+                    )
+                    mask = masked_input(cutoffs(threshold, weights[projection.name]))
+                    hooks.callback(projection.module.register_forward_pre_hook(mask).remove)
+            outputs = [_hidden(block, call) for call in calls]
+        return sum(float((fast - exact).float().pow(2).sum()) for fast, exact in zip(outputs, dense, strict=True))
 
     return error
 
@@ -174,20 +203,21 @@ def sparse_edits(anatomy: Anatomy, settings: list[Setting]) -> list[Edit]:
 
 
 def _replace_projection(setting: Setting, projection: Projection) -> Edit:
-    def make(old: nn.Linear) -> SparseLinear:
-        weights = _column_weights(setting.technique, old.weight.detach())
-        return SparseLinear(old, setting.name, cutoffs(setting.threshold, weights), largest_union(setting.sparsity))
+    return ReplaceModule(projection.name, partial(_sparse_linear, setting))
 
-    return ReplaceModule(projection.name, make)
+
+def _sparse_linear(setting: Setting, old: nn.Linear) -> SparseLinear:
+    weights = _column_weights(setting.technique, old.weight.detach())
+    return SparseLinear(old, setting.name, cutoffs(setting.threshold, weights), largest_union(setting.sparsity))
 
 
 def _replace_mlp(setting: Setting, block: Block) -> Edit:
     activation = block.activation_name.rpartition(".")[2]
+    return ReplaceModule(setting.name, partial(_cats_mlp, setting, activation))
 
-    def make(old: nn.Module) -> CatsMLP:
-        return CatsMLP(old, setting.name, activation, setting.threshold, largest_union(setting.sparsity))
 
-    return ReplaceModule(setting.name, make)
+def _cats_mlp(setting: Setting, activation: str, old: nn.Module) -> CatsMLP:
+    return CatsMLP(old, setting.name, activation, setting.threshold, largest_union(setting.sparsity))
 
 
 def left_dense(anatomy: Anatomy, settings: list[Setting]) -> list[Projection]:
@@ -202,4 +232,4 @@ def left_dense(anatomy: Anatomy, settings: list[Setting]) -> list[Projection]:
 
 
 def dense_edit(projection: Projection, max_batch: int) -> Edit:
-    return ReplaceModule(projection.name, lambda old: DecodeLinear(old, max_batch))
+    return ReplaceModule(projection.name, partial(DecodeLinear, max_batch=max_batch))

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,13 +13,14 @@ from tqdm.auto import tqdm
 
 from hasten.anatomy import Anatomy, Block, Projection, dissect
 from hasten.plan import Plan
+from hasten.preflight import refuse_unready
 from hasten.sparsity.histogram import ScoreHistogram
 from hasten.sparsity.scores import column_norms
 from hasten.techniques import Cats, InputSparsity, Technique, Wina
 from hasten.tokens import Texts, windows
 
 BLOCK_SAMPLES = 4
-# The first position of a sequence is always part of a dense prefill, and an attention sink with extreme activations.
+# The first position of a sequence is an attention sink with extreme activations, and part of the dense prefill of every prompt but one of one token.
 FIRST = 1
 
 
@@ -36,7 +38,12 @@ class Statistics:
 
 
 def calibrate(
-    model: nn.Module, plan: Plan | Technique | Iterable[Technique], calibration: Texts, tokenizer=None
+    model: nn.Module,
+    plan: Plan | Technique | Iterable[Technique],
+    calibration: Texts,
+    tokenizer=None,
+    *,
+    strict: bool = True,
 ) -> Statistics:
     """Runs the dense model over `calibration` and gathers what the techniques of `plan` ask for. The model is not changed.
 
@@ -45,17 +52,25 @@ def calibrate(
         plan: techniques; their sparsities do not matter here.
         calibration: texts, or tensors of token ids [T] or [B, T]; a few thousand tokens of what the model will be used for.
         tokenizer: the model's tokenizer, needed for texts.
+        strict: as for `hasten.accelerate`.
 
     Raises:
         ValueError, TypeError: as `hasten.accelerate` on bad calibration data.
-        UnsupportedModelError: as `hasten.accelerate`.
+        UnsupportedModelError, StateError: as `hasten.accelerate`.
     """
-    anatomy = dissect(model)
-    return gather(model, anatomy, Plan(plan), windows(calibration, tokenizer, vocabulary(model)))
+    refuse_unready(model)
+    anatomy = dissect(model, strict=strict)
+    pieces = windows(calibration, tokenizer, vocabulary(model), longest=longest_input(model))
+    return gather(model, anatomy, Plan(plan), pieces)
 
 
 def vocabulary(model: nn.Module) -> int:
     return model.get_input_embeddings().num_embeddings
+
+
+def longest_input(model: nn.Module) -> int:
+    """The number of positions that the model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def gather(model: nn.Module, anatomy: Anatomy, plan: Plan, pieces: list[torch.Tensor]) -> Statistics:
@@ -65,7 +80,7 @@ def gather(model: nn.Module, anatomy: Anatomy, plan: Plan, pieces: list[torch.Te
         for technique in plan:
             for handle in _listeners(technique, anatomy, statistics):
                 hooks.callback(handle.remove)
-        device = anatomy.blocks[0].projections[0].module.weight.device
+        device = next(anatomy.projections()).module.weight.device
         for piece in progress(pieces, "calibrating", unit="window"):
             forward(model, piece[None].to(device))
             statistics.tokens += piece.numel()
@@ -91,13 +106,8 @@ def scored(technique: Technique, anatomy: Anatomy) -> list[Projection]:
 
 
 def gated_mlps(anatomy: Anatomy) -> list[Block]:
-    """The blocks whose MLP has a gate and all of its projections."""
-    gates = ("gate", "gate_up")
-    return [
-        block
-        for block in anatomy.blocks
-        if any(map(block.projection, gates)) and block.projection("down") and block.mlp_name
-    ]
+    """The blocks whose MLP has a gate and can be replaced as a whole."""
+    return [block for block in anatomy.blocks if block.mlp_name and block.mlp_refusal is None]
 
 
 def _listeners(

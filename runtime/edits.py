@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from hasten.errors import StateError
@@ -11,7 +12,7 @@ from hasten.kernels.storage import is_column_major, to_column_major
 
 
 class Edit(Protocol):
-    """One reversible change. `undo` also undoes an `apply` that was interrupted; `check` raises `StateError` if it would restore the wrong thing."""
+    """One reversible change. `undo` also undoes an `apply` that was interrupted, and may be repeated; `check` raises `StateError` if it would restore the wrong thing."""
 
     def apply(self, model: nn.Module) -> None: ...
     def check(self, model: nn.Module) -> None: ...
@@ -33,8 +34,13 @@ class ReplaceModule:
         _put(model, self.name, self.new)
 
     def check(self, model: nn.Module) -> None:
-        present = model.get_submodule(self.name)
-        if present is not self.new:
+        try:
+            present = model.get_submodule(self.name)
+        except AttributeError:
+            raise StateError(
+                f"{self.name} was removed after hasten.accelerate: put it back, then hasten.revert(model)"
+            ) from None
+        if present is not self.new and present is not self.old:
             raise StateError(
                 f"{self.name} was replaced by a {type(present).__qualname__} after hasten.accelerate: "
                 f"put back the {type(self.new).__qualname__} that stood there, then hasten.revert(model)"
@@ -42,6 +48,8 @@ class ReplaceModule:
 
     def undo(self, model: nn.Module) -> None:
         if self.old is not None:
+            if self.new is not None:
+                self.old.training = self.new.training
             _put(model, self.name, self.old)
 
 
@@ -65,20 +73,20 @@ class StoreColumnMajor:
 
 
 def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None:
-    """Applies `edits` in order and records them in `done`; whatever interrupts it, also within an edit, all are undone first."""
-    try:
+    """Applies `edits` in order. Each is in `done` before it begins, so that `undo_all` also undoes one that was interrupted."""
+    # Tensors made in inference mode could never require grad again, nor count their versions.
+    with torch.inference_mode(False), torch.no_grad():
         for edit in edits:
             done.append(edit)
             edit.apply(model)
-    except BaseException:
-        undo_all(model, done)
-        raise
 
 
 def undo_all(model: nn.Module, done: list[Edit]) -> None:
-    """Undoes `done` in reverse and empties it."""
-    while done:
-        done.pop().undo(model)
+    """Undoes `done` in reverse and empties it. Interrupted, it can be called again: an edit leaves `done` when it is undone."""
+    with torch.inference_mode(False), torch.no_grad():
+        while done:
+            done[-1].undo(model)
+            done.pop()
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

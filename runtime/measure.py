@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hasten.anatomy import Projection
-from hasten.calibration import progress
+from hasten.calibration import longest_input, progress
 from hasten.kernels.linear.op import MAX_BATCH, linear
 
 PREFILL_TOKENS, DECODE_TOKENS = 128, 24
@@ -88,27 +88,26 @@ def drift(dense: list[tuple[torch.Tensor, torch.Tensor]], fast: list[tuple[torch
     return Drift(
         kl=float(kl.mean()),
         top1=float((p.argmax(-1) == q.argmax(-1)).float().mean()),
-        dense_perplexity=math.exp(F.nll_loss(p, targets)),
-        fast_perplexity=math.exp(F.nll_loss(q, targets)),
+        dense_perplexity=float(F.nll_loss(p, targets).exp()),
+        fast_perplexity=float(F.nll_loss(q, targets).exp()),
         tokens=targets.numel(),
     )
 
 
 @torch.no_grad()
 def speed(model: nn.Module, vocabulary: int) -> Speed:
-    """Times prefill and decode on random tokens, medians after a warm-up."""
+    """Times prefill and decode on random tokens, medians after a warm-up; the prefill is shorter for a model of fewer positions."""
     device = device_of(model)
-    ids = torch.randint(vocabulary, (1, PREFILL_TOKENS + DECODE_TOKENS), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    prompt = min(PREFILL_TOKENS, longest_input(model) - DECODE_TOKENS)
+    ids = torch.randint(vocabulary, (1, prompt + DECODE_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
 
     def prefill():
-        return model(input_ids=ids[:, :PREFILL_TOKENS], use_cache=True)
+        return model(input_ids=ids[:, :prompt], use_cache=True)
 
     prefills = [seconds(prefill, device) for _ in range(3)]
     cache = prefill().past_key_values
     steps = []
-    for position in range(PREFILL_TOKENS, ids.shape[1]):
+    for position in range(prompt, ids.shape[1]):
         token = ids[:, position : position + 1]
         steps.append(seconds(lambda token=token: model(input_ids=token, past_key_values=cache, use_cache=True), device))
     return Speed(statistics.median(steps[2:]), statistics.median(prefills[1:]))
@@ -136,7 +135,7 @@ def memory(model: nn.Module) -> int:
 def faster_up_to(projections: list[Projection], rounds: int = 9) -> tuple[int, float]:
     """Up to which batch hasten's dense product beats torch's on projections of one shape, and the ratio at batch 1.
 
-    Pairs are timed one after the other on different weights of the shape in turn, so that they are as cold as in decode.
+    Pairs are timed one after the other on different weights of the shape in turn, so that they are as cold as in decode; who comes first alternates.
     """
     weights = [(projection.module.weight, projection.module.bias) for projection in projections]
     weight, half = weights[0][0], len(weights) // 2
@@ -146,8 +145,10 @@ def faster_up_to(projections: list[Projection], rounds: int = 9) -> tuple[int, f
         ratios = []
         for i in range(rounds + 2):
             theirs, ours = weights[i % len(weights)], weights[(i + half) % len(weights)]
-            torch_seconds = seconds(partial(F.linear, x, *theirs), weight.device)
-            ratios.append(torch_seconds / seconds(partial(linear, x, *ours), weight.device))
+            products = [partial(F.linear, x, *theirs), partial(linear, x, *ours)]
+            turn = i % 2  # a weight that is alone of its shape is warm for the second
+            times = {k: seconds(products[k], weight.device) for k in (turn, 1 - turn)}
+            ratios.append(times[0] / times[1])
         ratio = statistics.median(ratios[2:])
         if batch == 1:
             ratio_at_one = ratio

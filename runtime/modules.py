@@ -42,27 +42,48 @@ def share_attributes(new: nn.Module, old: nn.Module) -> None:
 class Watch:
     """Notices that a weight was written to, replaced, or moved since thresholds and layout were derived from it.
 
-    The stamp is taken at the first check; a copy or a pickle of a module takes its own.
+    Every call compares the version and address of the weights, a prefill on a CPU also samples of their values, for writes through `.data` have no
+    version. The stamps are taken at the first check; a copy or a pickle of a module takes its own.
     """
 
-    def __init__(self, name: str):
-        self.name = name
-        self.stamp: tuple[int, int] | None = None
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        self.stamps: list[tuple] = []
 
-    def check(self, weight: torch.Tensor) -> None:
+    def check(self, weights: tuple[torch.Tensor, ...], thorough: bool) -> None:
+        """Raises `StateError` where a weight of `names` is not what it was."""
         if torch.compiler.is_compiling():
             return
-        stamp = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-        if self.stamp is None:
-            self.stamp = stamp
-        elif stamp != self.stamp:
+        stamps = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if not self.stamps:
+            self.stamps = stamps
+            self.samples = [_sample(weight) for weight in weights]
+            return
+        changed = [stamp != now for stamp, now in zip(self.stamps, stamps, strict=True)]
+        if thorough and not any(changed):
+            changed = [
+                weight.is_cpu and not torch.equal(_sample(weight), sample)
+                for weight, sample in zip(weights, self.samples, strict=True)
+            ]
+        if any(changed):
             raise StateError(
-                f"{self.name}.weight was changed after hasten.accelerate: call hasten.revert(model), "
+                f"{self.names[changed.index(True)]}.weight was changed after hasten.accelerate: call hasten.revert(model), "
                 "which keeps the new weight, and accelerate again"
             )
 
+    def restart(self) -> None:
+        """Takes the weights as they are at the next check."""
+        self.stamps = []
+
     def __reduce__(self):
-        return Watch, (self.name,)
+        return Watch, (self.names,)
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """Some 64 values of a weight of either layout."""
+    values = weight.detach()
+    values = (values if values.is_contiguous() else values.t()).reshape(-1)
+    return values[:: max(1, values.numel() // 64)].clone()
 
 
 class DecodeLinear(nn.Linear):
@@ -74,7 +95,7 @@ class DecodeLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if 0 < decode_batch(x) <= self.max_batch:
-            return linear(x, self.weight, self.bias)
+            return linear(x.to(self.weight.dtype), self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -92,14 +113,19 @@ class SparseLinear(nn.Linear):
         share_attributes(self, replaced)
         self.register_buffer("cutoff", cutoff, persistent=False)
         self.max_union = max_union
-        self.watch = Watch(name)
+        self.watch = Watch((name,))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.watch.check(self.weight)
-        batch = decode_batch(x)
+        batch, weight = decode_batch(x), self.weight
+        self.refuse_changed_weights(thorough=not batch)
         if 0 < batch <= MAX_BATCH:
-            return column_sparse_linear(x, self.weight, self.cutoff if batch <= self.max_union else None, self.bias)
-        return F.linear(x, self.weight, self.bias)
+            cutoff = self.cutoff if batch <= self.max_union else None
+            return column_sparse_linear(x.to(weight.dtype), weight, cutoff, self.bias)
+        return F.linear(x, weight, self.bias)
+
+    def refuse_changed_weights(self, thorough: bool) -> None:
+        """Raises `StateError` if the weight is not what it was when the model was accelerated."""
+        self.watch.check((self.weight,), thorough)
 
 
 class CatsMLP(nn.Module):
@@ -120,13 +146,19 @@ class CatsMLP(nn.Module):
         self.activation = activation
         self.max_union = max_union
         self.register_buffer("threshold", torch.tensor(threshold, device=weight.device), persistent=False)
-        self.register_buffer("nonzero", torch.zeros(weight.shape[1], device=weight.device), persistent=False)
-        self.watch = Watch(f"{name}.down_proj")
+        # Of the neurons' values, which are exactly 0 where they were skipped, down needs all others.
+        self.register_buffer("nonzero_cutoff", torch.zeros(weight.shape[1], device=weight.device), persistent=False)
+        self.linears = tuple(
+            name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if hasattr(self, name)
+        )
+        self.watch = Watch(tuple(f"{name}.{inner}" for inner in self.linears))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.watch.check(self.down_proj.weight)
-        if not 0 < decode_batch(x) <= self.max_union:
+        batch = decode_batch(x)
+        self.refuse_changed_weights(thorough=not batch)
+        if not 0 < batch <= self.max_union:
             return self.dense_forward(self, x)
+        x = x.to(self.down_proj.weight.dtype)
         return self.skip(x, self.gate(x))
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +176,11 @@ class CatsMLP(nn.Module):
         else:
             weight, bias = self.up_proj.weight, self.up_proj.bias
         neurons = row_sparse_linear(x, weight, gate, self.threshold, bias)
-        return column_sparse_linear(neurons, self.down_proj.weight, self.nonzero, self.down_proj.bias)
+        return column_sparse_linear(neurons, self.down_proj.weight, self.nonzero_cutoff, self.down_proj.bias)
+
+    def refuse_changed_weights(self, thorough: bool) -> None:
+        """Raises `StateError` if a weight is not what it was when the model was accelerated."""
+        self.watch.check(tuple(getattr(self, name).weight for name in self.linears), thorough)
 
     def _fused_halves(self):
         bias = self.gate_up_proj.bias

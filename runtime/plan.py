@@ -25,7 +25,7 @@ class Plan(tuple):
 
     def __new__(cls, techniques: Technique | Iterable[Technique]) -> "Plan":
         techniques = (techniques,) if isinstance(techniques, Technique) else techniques
-        if not isinstance(techniques, Iterable):
+        if not isinstance(techniques, Iterable) or isinstance(techniques, str):
             raise TypeError(f"a plan holds techniques such as hasten.Wina(sparsity=0.5), got {techniques!r}")
         plan = super().__new__(cls, techniques)
         if not plan:

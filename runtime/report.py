@@ -87,9 +87,8 @@ class Report:
         techniques = []
         for entry in self.techniques:
             fields = dataclasses.asdict(entry)
-            techniques.append(
-                {"technique": type(entry.technique).__name__} | fields | {"configuration": fields.pop("technique")}
-            )
+            configuration = fields.pop("technique")
+            techniques.append({"technique": type(entry.technique).__name__, "configuration": configuration} | fields)
         return {
             "plan": self.plan.to_dict(),
             "techniques": techniques,
@@ -109,7 +108,7 @@ class Report:
             [str(technique) for technique in self.techniques]
             + [
                 f"memory   {self.memory_before / 1e6:.1f} -> {self.memory_after / 1e6:.1f} MB ({growth:+.1%})",
-                f"check    kernels agree with their definition to {self.self_check:.1e} (relative, logits of one decode step)",
+                f"check    kernels agree with their definition to {self.self_check:.1e} (largest relative distance of a module in one decode step)",
             ]
         )
 

@@ -1,6 +1,7 @@
 """What a user asks for: frozen dataclasses whose fields are their whole configuration. How they are carried out is in `hasten.bind`."""
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -93,7 +94,7 @@ def _checked_sparsity(sparsity: Sparsity) -> Sparsity:
 
 
 def _checked_number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
     if math.isnan(value) or not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")

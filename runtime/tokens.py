@@ -10,13 +10,16 @@ WINDOW = 512
 SHORTEST = 8
 
 
-def windows(data: Texts, tokenizer, vocabulary: int, name: str = "calibration") -> list[torch.Tensor]:
-    """Cuts texts or token ids into windows of at most WINDOW tokens; tails shorter than SHORTEST are left out when there is something longer.
+def windows(
+    data: Texts, tokenizer, vocabulary: int, name: str = "calibration", longest: int = WINDOW
+) -> list[torch.Tensor]:
+    """Cuts texts, one after the other, or rows of token ids into windows of at most WINDOW tokens. Tails shorter than SHORTEST are left out.
 
     Args:
         data: texts (with a tokenizer), a tensor of token ids [T] or [B, T], or a sequence of such tensors.
         vocabulary: the number of rows of the model's embedding.
         name: what to call `data` in errors.
+        longest: the longest input of the model, if that is less than WINDOW.
 
     Returns:
         int64 tensors [T] on the CPU.
@@ -24,8 +27,11 @@ def windows(data: Texts, tokenizer, vocabulary: int, name: str = "calibration") 
     Raises:
         TypeError, ValueError: no data, texts without a tokenizer, ids that are no integers or outside the vocabulary.
     """
-    sequences = [sequence for item in _items(data, name) for sequence in _ids(item, tokenizer, name)]
-    pieces = [piece for sequence in sequences for piece in sequence.split(WINDOW)]
+    items = _items(data, name)
+    sequences = [sequence for item in items for sequence in _ids(item, tokenizer, name)]
+    if sequences and all(isinstance(item, str) for item in items):
+        sequences = [torch.cat(sequences)]  # however short each text is, nothing of it is lost
+    pieces = [piece for sequence in sequences for piece in sequence.split(min(WINDOW, longest))]
     pieces = [piece for piece in pieces if piece.numel() >= SHORTEST]
     if not pieces:
         longest = max((sequence.numel() for sequence in sequences), default=0)

@@ -278,6 +278,7 @@ def test_report_shows_what_was_measured():
         assert part in text
     assert ("slower" in text) or ("faster" in text) or ("the same" in text)
     data = json.loads(report.to_json())
+    assert data["techniques"][0]["technique"] == "Wina"
     assert data["techniques"][0]["configuration"] == {"sparsity": 0.5, "allocation": "uniform"}
     assert data["speedup"] == report.speedup
     first = report.techniques[0]
@@ -308,3 +309,66 @@ def test_hooks_of_the_replaced_module_stay():
     with torch.no_grad():
         model(token_ids(1, 4))
     assert len(seen) == 1
+
+
+def test_inference_mode_leaves_no_trace():
+    model = build("llama")
+    with (
+        torch.inference_mode(),
+        hasten.accelerated(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False),
+    ):
+        model(token_ids())
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_autocast_computes_as_the_dense_model_does():
+    model, ids = build("llama"), token_ids()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = measure.decode_logits(model, ids, 8)
+        accelerate(model, hasten.DenseDecode(always=True))
+        fast = measure.decode_logits(model, ids, 8)
+    assert (fast - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["dense", "wina", "cats"])
+def test_an_accelerated_model_can_be_pickled(tmp_path, name):
+    model, ids = build("llama"), token_ids()[0]
+    accelerate(model, PLANS[name])
+    expected = measure.decode_logits(model, ids, 8)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(measure.decode_logits(loaded, ids, 8), expected)
+    hasten.revert(loaded)
+
+
+def test_training_mode_survives_revert():
+    model = build("llama")
+    accelerate(model, hasten.Wina(0.5))
+    model.train()
+    hasten.revert(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_short_texts_are_used_whole():
+    class Tokenizer:
+        def __call__(self, text, verbose):
+            return {"input_ids": [3 + ord(letter) % 200 for letter in text]}
+
+    statistics = hasten.calibrate(build("llama"), hasten.Wina(), ["import os"] * 100, Tokenizer())
+    assert statistics.tokens == 900
+
+
+def test_models_of_few_positions():
+    model = build("opt-short")
+    report = hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(2, 400))
+    assert report.drift.tokens > 0 and report.speedup > 0
+
+
+def test_left_padded_batches_generate_as_the_dense_model_does():
+    model, x = build("llama"), token_ids(3, 12)
+    mask = torch.ones_like(x)
+    mask[1, :5] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    dense = model.generate(x, **settings)
+    accelerate(model, hasten.DenseDecode(always=True))
+    assert torch.equal(model.generate(x, **settings), dense)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_acceleration import assert_unchanged, snapshot
 from tiny_models import build, token_ids
+from torch.nn.utils import prune
 
 import hasten
-from hasten import acceleration, calibration, edits, measure, modules
+from hasten import acceleration, anatomy, bind, calibration, edits, measure, modules
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_misspelt_argument(model):
     [
         ([], ValueError, "at least one"),
         (None, TypeError, "None"),
-        ("wina", TypeError, "'w'"),
+        ("wina", TypeError, "'wina'"),
         (hasten.Wina, TypeError, "Wina"),
         ([hasten.Wina], TypeError, r"did you mean hasten\.Wina\(\)"),
         ([hasten.Wina(0.5), hasten.Wina(0.2)], ValueError, "twice"),
@@ -218,7 +219,7 @@ def test_module_replaced_after_accelerate(model):
     mlp.up_proj = ours
 
 
-def test_mixed_devices(model):
+def test_a_weight_on_the_meta_device(model):
     norm = model.model.layers[0].mlp
     weight = norm.up_proj.weight
     norm.up_proj.weight = torch.nn.Parameter(weight.detach().to("meta"), requires_grad=False)
@@ -290,3 +291,146 @@ def test_plans_from_json(change, words):
 def test_plan_that_is_no_json():
     with pytest.raises(hasten.SavedPlanError, match="not JSON"):
         hasten.Plan.from_json("{")
+
+
+def test_no_model_at_all():
+    with pytest.raises(TypeError, match="'gpt2'"):
+        hasten.accelerate("gpt2", hasten.DenseDecode())
+
+
+def test_wrapped_and_headless_models():
+    with pytest.raises(hasten.UnsupportedModelError, match="accelerate the model itself"):
+        hasten.accelerate(torch.nn.DataParallel(build("llama")), hasten.DenseDecode())
+    with pytest.raises(hasten.UnsupportedModelError, match="no language-model head"):
+        hasten.accelerate(build("llama").model, hasten.DenseDecode())
+
+
+@pytest.mark.parametrize("share", ["module", "weight"])
+def test_shared_weights_are_refused(share):
+    model = build("llama")
+    first, second = model.model.layers
+    if share == "module":
+        second.mlp = first.mlp
+    else:
+        second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with pytest.raises(hasten.UnsupportedModelError, match=r"layers\.1\.mlp.*shares its weight with .*layers\.0\.mlp"):
+        hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids())
+
+
+def test_pruned_weights_are_refused():
+    model = build("llama")
+    prune.random_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+    with pytest.raises(hasten.UnsupportedModelError, match=r"up_proj.*prune\.remove"):
+        hasten.accelerate(model.requires_grad_(False), hasten.Wina(0.5), calibration=token_ids())
+
+
+def _five_times(mlp):
+    stock = type(mlp)
+    mlp.__class__ = type("FiveTimesMLP", (stock,), {"forward": lambda self, x: 5 * stock.forward(self, x)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_five_times, "FiveTimesMLP.*not the stock one"),
+        (lambda mlp: setattr(mlp, "forward", mlp.forward), "not the stock one"),
+        (lambda mlp: mlp.up_proj.register_forward_hook(lambda *_: None), "up projection has forward hooks"),
+    ],
+    ids=["class", "forward", "hook"],
+)
+def test_cats_refuses_mlps_that_compute_something_else(change, words):
+    model = build("llama")
+    change(model.model.layers[0].mlp)
+    with pytest.raises(hasten.UnsupportedModelError, match=rf"layers\.0\.mlp .*{words}"):
+        hasten.accelerate(model, hasten.Cats(0.5), calibration=token_ids())
+    report = hasten.accelerate(model, hasten.Cats(0.5), calibration=token_ids(), strict=False, measure_speed=False)
+    assert [setting.name for setting in report.techniques[0].settings] == ["model.layers.1.mlp"]
+    assert [skip.name for skip in report.skipped if "torch's product" not in skip.reason] == ["model.layers.0.mlp"]
+
+
+def test_strict_false_leaves_what_it_cannot_change():
+    model = build("llama")
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        setattr(
+            model.model.layers[0].self_attn,
+            name,
+            type("Odd", (torch.nn.Linear,), {})(64, 32 if name in "k_proj v_proj" else 64),
+        )
+    model.eval().requires_grad_(False)
+    for technique in (hasten.Wina(0.5), hasten.Wina(0.5, "greedy")):
+        with hasten.accelerated(model, technique, calibration=token_ids(), strict=False, measure_speed=False) as report:
+            odd = {skip.name for skip in report.skipped if "not a plain" in skip.reason}
+            assert odd == {f"model.layers.0.self_attn.{role}_proj" for role in "qkvo"}
+            assert len(report.techniques[0].settings) == 10
+    assert hasten.calibrate(model, hasten.Wina(), token_ids(), strict=False).tokens == token_ids().numel()
+
+
+def test_calibrate_asks_for_the_same_state(model):
+    model.train()
+    with pytest.raises(hasten.StateError, match="training mode"):
+        hasten.calibrate(model, hasten.Wina(), token_ids())
+    model.eval()
+    hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
+    with pytest.raises(hasten.StateError, match="accelerated already"):
+        hasten.calibrate(model, hasten.Wina(), token_ids())
+
+
+def test_parameters_that_are_no_projection_must_not_require_grad(model):
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(hasten.StateError, match=r"model\.norm\.weight requires grad"):
+        hasten.accelerate(model, hasten.DenseDecode())
+    model.requires_grad_(False)
+
+
+def test_writes_through_data_are_seen_by_the_next_prefill_and_by_save(tmp_path):
+    model, x = build("llama"), token_ids()
+    hasten.accelerate(model, hasten.Wina(0.5), calibration=x, measure_speed=False)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    with pytest.raises(hasten.StateError, match=r"up_proj.*changed"):
+        hasten.save(model, tmp_path)
+    with pytest.raises(hasten.StateError, match=r"up_proj.*changed"):
+        model(x)
+
+
+def test_an_interrupted_revert_can_be_repeated(model, monkeypatch):
+    hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False)
+    calls, plain = iter(range(100)), edits.is_column_major
+
+    def interrupted(weight):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return plain(weight)
+
+    monkeypatch.setattr(edits, "is_column_major", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hasten.revert(model)
+    hasten.revert(model)
+
+
+def test_interrupt_while_allocating_leaves_no_hooks(model, monkeypatch):
+    calls, plain = iter(range(1000)), bind.cutoffs
+
+    def interrupted(*arguments):
+        if next(calls) == 60:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(bind, "cutoffs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hasten.accelerate(model, hasten.Wina(0.5, "greedy"), calibration=token_ids(), measure_speed=False)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_an_error_while_measuring_restores_the_model(model, monkeypatch):
+    calls, plain = iter(range(100)), measure.memory
+    monkeypatch.setattr(measure, "memory", lambda m: plain(m) if next(calls) == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False)
+
+
+def test_several_devices():
+    near, far = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3, device="meta")
+    projections = (anatomy.Projection("a.up", "up", near), anatomy.Projection("b.up", "up", far))
+    block = anatomy.Block("a", torch.nn.Module(), projections, None, None)
+    with pytest.raises(hasten.UnsupportedModelError, match=r"b\.up.*it is on meta, a\.up is on cpu.*one device"):
+        anatomy._one_device(anatomy.Anatomy("llama", (block,), None))

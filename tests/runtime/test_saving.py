@@ -89,6 +89,10 @@ def _edit_plan(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _edit_settings(folder, change):
+    _edit_plan(folder, settings=change(json.loads((folder / "hasten_plan.json").read_text())["settings"]))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -97,6 +101,17 @@ def _edit_plan(folder, **changes):
         (lambda folder: _edit_plan(folder, version=7), "version 7"),
         (lambda folder: _edit_plan(folder, settings=[{"name": "x"}]), "damaged"),
         (lambda folder: _edit_plan(folder, settings=None), "damaged"),
+        (lambda folder: _edit_plan(folder, settings=[]), "not those that its plan asks for"),
+        (lambda folder: _edit_settings(folder, lambda settings: settings[:3]), "not those that its plan asks for"),
+        (lambda folder: _edit_settings(folder, lambda settings: [*settings, settings[0]]), "not those that"),
+        (
+            lambda folder: _edit_settings(folder, lambda settings: [s | {"technique": "Cats"} for s in settings]),
+            "not those",
+        ),
+        (
+            lambda folder: _edit_settings(folder, lambda settings: [s | {"threshold": 1e999} for s in settings]),
+            "threshold inf",
+        ),
         (lambda folder: (folder / "config.json").write_text("{}"), "damaged"),
         (lambda folder: (folder / "config.json").unlink(), "damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), "damaged"),
@@ -113,6 +128,11 @@ def _edit_plan(folder, **changes):
         "newer",
         "settings",
         "no-settings",
+        "empty-settings",
+        "cut-settings",
+        "double-settings",
+        "other-technique",
+        "threshold",
         "config",
         "no-config",
         "no-weights",
@@ -132,3 +152,28 @@ def test_a_plan_of_another_model(tmp_path, other):
     build(other, seed=1).save_pretrained(tmp_path)
     with pytest.raises(hasten.SavedPlanError, match="another model"):
         hasten.load(tmp_path)
+    with pytest.raises(hasten.SavedPlanError, match="another model"):
+        hasten.load(tmp_path, dtype=torch.bfloat16)
+
+
+def test_loading_in_another_dtype(tmp_path):
+    saved(build("llama"), hasten.Wina(0.5), tmp_path)
+    assert hasten.load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="banana"):
+        hasten.load(tmp_path, dtype="banana")
+
+
+def test_a_class_that_transformers_does_not_have(tmp_path):
+    model = build("llama")
+    model.__class__ = type("MyLlama", (type(model),), {})
+    hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
+    with pytest.raises(hasten.UnsupportedModelError, match="MyLlama"):
+        hasten.save(model, tmp_path)
+
+
+def test_saving_what_was_loaded(tmp_path):
+    saved(build("llama"), hasten.Teal({"*.self_attn.*": 0.3}), tmp_path / "first")
+    loaded = hasten.load(tmp_path / "first")
+    hasten.save(loaded, tmp_path / "second")
+    first, second = ((tmp_path / name / "hasten_plan.json").read_text() for name in ("first", "second"))
+    assert first == second
