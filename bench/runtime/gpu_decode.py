@@ -110,13 +110,13 @@ def compare(steps: int = 40, sparsity: float = 0.5) -> list[dict]:
             times[name].append(gpu_seconds(run))
     limit = max(bandwidth("cuda", turn) for turn in range(5))
     limits = {name: bytes_read(base, reports.get(name)) / limit for name in times}
-    captured = records_of("decode, CUDA graph", {name: times[name] for name in runs}, limits, torch.bfloat16, "cuda")
+    captured = records_of(
+        "decode, CUDA graph", {name: times[name] for name in runs}, limits, torch.bfloat16, "cuda", "8B"
+    )
     eager_pair = {"transformers": times["transformers"], "eager": times["eager"], "dense": times["dense"]}
     uncaptured = [
-        r for r in records_of("decode", eager_pair, limits, torch.bfloat16, "cuda") if r["case"].endswith("eager")
+        r for r in records_of("decode", eager_pair, limits, torch.bfloat16, "cuda", "8B") if r["case"].endswith("eager")
     ]
-    for record in captured + uncaptured:
-        record["case"] = record["case"].replace("1.1B", "8B")
     return captured + uncaptured
 
 

@@ -83,7 +83,9 @@ def run(plot: str, json_file: Path | None, quick: bool) -> None:
         picture.draw(picture_file, points, records)
         typer.echo(f"\nPicture: {picture_file.resolve()}")
     elif plot == "auto":
-        typer.echo("\nNo picture: matplotlib is not installed (pip install 'hasten[plot]').")
+        typer.echo(
+            "\nNo picture: it takes matplotlib (pip install 'hasten[plot]') and a folder that can be written to."
+        )
     seconds = time.perf_counter() - start
     if json_file:
         drift = [asdict(point) for point in points]

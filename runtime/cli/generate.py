@@ -13,6 +13,7 @@ import typer
 from torch import nn
 
 import hasten
+from hasten.acceleration import state_of
 from hasten.saving import PLAN_FILE
 from hasten.techniques import Cats, DenseDecode, Teal, Technique, Wina
 
@@ -89,11 +90,20 @@ def run(
     if plan:
         sparse = [technique for technique in plan if not isinstance(technique, DenseDecode)]
         statistics = hasten.calibrate(model, sparse, text, tokenizer) if sparse else None
-        hasten.accelerate(model, plan, calibration=statistics, measure_speed=False)
+        report = hasten.accelerate(model, plan, calibration=statistics, measure_speed=False)
+        edited, left = sum(len(entry.edited) for entry in report.techniques), len(report.skipped)
+        _say(
+            f"changed {edited} modules, left {left} as they were; hasten.accelerate in Python measures speed and drift"
+        )
     generation = continue_prompt(model, tokenizer, prompt, max_new_tokens, temperature, shown=not as_json)
     speed = generation.tokens_per_second
     if as_json:
-        record = {"model": name, "plan": [repr(technique) for technique in plan], "prompt": prompt}
+        state = state_of(model)
+        record = {
+            "model": name,
+            "plan": [repr(technique) for technique in (state.plan if state else ())],
+            "prompt": prompt,
+        }
         typer.echo(json.dumps(record | asdict(generation) | {"tokens_per_second": speed}, indent=2))
     decode = f"{speed:.1f} tokens/s in decode" if speed else "one token"
     _say(f"{generation.tokens} tokens, {decode}, first token after {generation.prefill_seconds:.2f} s")
@@ -119,7 +129,7 @@ def load(name: str, plan: list[Technique], dtype: str) -> tuple[nn.Module, trans
     if (folder / PLAN_FILE).is_file():
         if plan:
             raise ValueError(f"{name} holds a plan of hasten.save: leave out the options that choose techniques")
-        return hasten.load(folder, dtype=dtype, device=device), tokenizer
+        return hasten.load(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device), tokenizer
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
@@ -146,9 +156,12 @@ def continue_prompt(
 
 
 def _calibration_text(plan: list[Technique], calibration: Path | None) -> str:
+    sparse = any(not isinstance(technique, DenseDecode) for technique in plan)
     if calibration is not None:
+        if not sparse:
+            raise ValueError("--calibration is for --wina, --teal and --cats: give one of them, or leave it out")
         return calibration.read_text(encoding="utf-8")
-    if any(not isinstance(technique, DenseDecode) for technique in plan):
+    if sparse:
         _say("calibrating on Python sources that come with hasten; --calibration FILE takes text of your own use")
         return (hasten.embedded_model() / "heldout.txt").read_text(encoding="utf-8")[:CALIBRATION_CHARACTERS]
     return ""

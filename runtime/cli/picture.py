@@ -1,5 +1,6 @@
 """The picture of `hasten demo`: drift against the weights that are read. Needs matplotlib, the extra `[plot]`."""
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ LABELS = {"WINA": BELOW, "TEAL": ABOVE, "CATS": ABOVE}
 
 
 def destination(plot: str) -> Path | None:
-    """Where the picture goes; None where nobody named a file and there is no matplotlib.
+    """Where the picture goes; None where nobody named a file, and there is no matplotlib or the folder cannot be written to.
 
     Raises:
         ValueError: a file was named and matplotlib is not installed.
@@ -31,7 +32,9 @@ def destination(plot: str) -> Path | None:
         return None
     if not installed:
         raise ValueError("--plot needs matplotlib: pip install 'hasten[plot]'")
-    path = DEFAULT if plot == "auto" else Path(plot)
+    if plot == "auto":
+        return DEFAULT if os.access(DEFAULT.resolve().parent, os.W_OK) else None
+    path = Path(plot)
     tables.check_writable(path)
     return path
 
