@@ -19,7 +19,7 @@ from hasten.sparsity.scores import column_norms
 from hasten.techniques import Cats, InputSparsity, Technique, Wina
 from hasten.tokens import Texts, windows
 
-BLOCK_SAMPLES = 4
+BLOCK_SAMPLES = 2
 # The first position of a sequence is an attention sink with extreme activations, and part of the dense prefill of every prompt but one of one token.
 FIRST = 1
 
