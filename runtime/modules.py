@@ -15,7 +15,8 @@ from hasten.kernels.column_sparse_linear import column_sparse_linear
 from hasten.kernels.linear.op import MAX_BATCH, linear
 from hasten.kernels.row_sparse_linear import row_sparse_linear
 
-# Where more of the inputs than this are expected to be active in some row of the batch, the exact product costs hardly more than the sparse one.
+# Where more of the inputs than this are expected to be active in some row of the batch, decode is exact. Measured on two cores at 4096 x 4096 in
+# bf16, batch 2 to 8: a union of 85 % is 1.9 to 2.0 times as fast as torch's product, the exact product of columns 1.5 to 1.6 times.
 UNION_PAYS_UP_TO = 0.85
 
 
@@ -156,10 +157,10 @@ class CatsMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch = decode_batch(x)
         self.refuse_changed_weights(thorough=not batch)
-        if not 0 < batch <= self.max_union:
+        if not 0 < batch <= MAX_BATCH:
             return self.dense_forward(self, x)
         x = x.to(self.down_proj.weight.dtype)
-        return self.skip(x, self.gate(x))
+        return self.skip(x, self.gate(x), exact=batch > self.max_union)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """act(gate_proj(x)) [..., neurons]."""
@@ -169,13 +170,14 @@ class CatsMLP(nn.Module):
         (weight, _), (bias, _) = self._fused_halves()
         return act(linear(x, weight, bias))
 
-    def skip(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """down_proj(gate * up_proj(x)) over the neurons whose |gate| is over the threshold."""
+    def skip(self, x: torch.Tensor, gate: torch.Tensor, exact: bool = False) -> torch.Tensor:
+        """down_proj(gate * up_proj(x)) over the neurons whose |gate| is over the threshold; `exact`: over all neurons."""
+        threshold = torch.full_like(self.threshold, -1) if exact else self.threshold
         if hasattr(self, "gate_up_proj"):
             (_, weight), (_, bias) = self._fused_halves()
         else:
             weight, bias = self.up_proj.weight, self.up_proj.bias
-        neurons = row_sparse_linear(x, weight, gate, self.threshold, bias)
+        neurons = row_sparse_linear(x, weight, gate, threshold, bias)
         return column_sparse_linear(neurons, self.down_proj.weight, self.nonzero_cutoff, self.down_proj.bias)
 
     def refuse_changed_weights(self, thorough: bool) -> None:

@@ -191,6 +191,19 @@ def test_a_batch_uses_the_union_while_it_pays():
         torch.testing.assert_close(projection(rows), (rows * expected) @ projection.weight.T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_cats_is_exact_for_batches_whose_union_does_not_pay(name):
+    model = build(name)
+    x = torch.randn(4, 1, 64)
+    with torch.no_grad():
+        dense = model.model.layers[0].mlp(x)
+        accelerate(model, hasten.Cats(0.5))
+        mlp = model.model.layers[0].mlp
+        assert mlp.max_union == 2
+        torch.testing.assert_close(mlp(x), dense, rtol=1e-4, atol=1e-5)
+        assert (mlp(x[:1]) - dense[:1]).norm() > 1e-3 * dense[:1].norm()
+
+
 def test_what_counts_as_decode():
     assert [decode_batch(torch.empty(*shape)) for shape in ((1, 1, 8), (5, 1, 8), (1, 2, 8), (1, 8), (2, 8))] == [
         1,
