@@ -49,7 +49,8 @@ class Watch:
 
     def __init__(self, names: tuple[str, ...]):
         self.names = names
-        self.stamps: list[tuple] = []
+        self.stamps: list[tuple[int, int]] = []  # address and version of each weight
+        self.samples: list[torch.Tensor] = []
 
     def check(self, weights: tuple[torch.Tensor, ...], thorough: bool) -> None:
         """Raises `StateError` where a weight of `names` is not what it was."""
