@@ -36,16 +36,21 @@ def use(name: str):
         _chosen.reset(token)
 
 
-def choose(x: torch.Tensor) -> str:
-    """The implementation that an operator on x runs as: "reference", "cpu" or "triton"."""
+def chosen() -> str:
+    """The name given to `use`, or "auto"."""
+    return _chosen.get()
+
+
+def choose(x: torch.Tensor, fallback: str = "reference") -> str:
+    """The implementation that an operator on x runs as: "reference", "cpu", "triton", or `fallback` where none was asked for and no kernel can run."""
     name = _chosen.get()
     if x.dtype not in storage.DTYPE_CODES:
-        return "reference"
+        return name if name == "reference" else fallback
     if name != "auto":
         return name
     if x.is_cpu:
-        return "cpu" if cpu.reason() is None else "reference"
-    return "triton" if x.is_cuda and _without_triton() is None else "reference"
+        return "cpu" if cpu.reason() is None else fallback
+    return "triton" if x.is_cuda and _without_triton() is None else fallback
 
 
 @cache

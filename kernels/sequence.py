@@ -1,0 +1,133 @@
+"""What the operators over sequences share: their shapes, the kinds of decay, packed sequences, and the checks.
+
+Letters: B rows of a batch, T tokens, H heads of q and k, Hv heads of v (a multiple of H; head h of v reads head h * H // Hv of q and k), K and V the
+sizes of a head, N sequences (B, or the number of packed ones).
+"""
+
+from itertools import pairwise
+
+import torch
+
+
+def state_dtype(q: torch.Tensor) -> torch.dtype:
+    """The dtype that a state is kept in: float32, or float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raises ValueError unless q, k [B, T, H, K] and v [B, T, Hv, V] fit, T >= 1, in one floating dtype on one device."""
+    if q.dim() != 4:
+        raise ValueError(f"q: expected shape [B, T, H, K], got shape {list(q.shape)}")
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
+    B, T, H, K = q.shape
+    if T == 0:
+        raise ValueError(f"q: expected at least one token, got T = 0 in shape {list(q.shape)}")
+    if B == 0 or H == 0 or K == 0:
+        raise ValueError(f"q: expected B, H and K of at least 1, got shape {list(q.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"k: expected {list(q.shape)}, the shape of q, got shape {list(k.shape)}")
+    if v.dim() != 4 or v.shape[:2] != q.shape[:2] or v.shape[3] == 0:
+        raise ValueError(
+            f"v: expected shape [{B}, {T}, Hv, V] for q of shape {list(q.shape)}, got shape {list(v.shape)}"
+        )
+    if v.shape[2] == 0 or v.shape[2] % H:
+        raise ValueError(f"v: expected a multiple of the {H} heads of q and k, got {v.shape[2]} heads")
+    check_like(q, "k", k)
+    check_like(q, "v", v)
+
+
+def check_like(q: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError unless tensor has the dtype and the device of q."""
+    if tensor.dtype != q.dtype:
+        raise ValueError(f"{name}: expected {q.dtype}, the dtype of q, got {tensor.dtype}")
+    check_device(q, name, tensor)
+
+
+def check_device(q: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name}: expected on {q.device}, the device of q, got {tensor.device}")
+
+
+def check_decay(q: torch.Tensor, v: torch.Tensor, decay: torch.Tensor | None) -> None:
+    """Raises ValueError unless decay is None, [Hv], [B, T, Hv] or [B, T, Hv, K], floating, on the device of q."""
+    if decay is None:
+        return
+    B, T, _, K = q.shape
+    Hv = v.shape[2]
+    if list(decay.shape) not in ([Hv], [B, T, Hv], [B, T, Hv, K]):
+        shapes = f"[{Hv}], [{B}, {T}, {Hv}] or [{B}, {T}, {Hv}, {K}]"
+        raise ValueError(f"decay: expected shape {shapes}, got shape {list(decay.shape)}")
+    if not decay.is_floating_point():
+        raise ValueError(f"decay: expected a floating dtype, got {decay.dtype}")
+    check_device(q, "decay", decay)
+
+
+def check_beta(q: torch.Tensor, v: torch.Tensor, beta: torch.Tensor) -> None:
+    """Raises ValueError unless beta is [B, T, Hv], floating, on the device of q."""
+    if list(beta.shape) != list(v.shape[:3]):
+        raise ValueError(f"beta: expected shape {list(v.shape[:3])}, got shape {list(beta.shape)}")
+    if not beta.is_floating_point():
+        raise ValueError(f"beta: expected a floating dtype, got {beta.dtype}")
+    check_device(q, "beta", beta)
+
+
+def check_signs(decay: torch.Tensor | None) -> None:
+    """Raises ValueError where a decay on a CPU is positive. On a GPU looking would wait for the device: there a positive decay makes its output NaN."""
+    if decay is None or not decay.is_cpu:
+        return
+    largest = float(decay.max())
+    if largest > 0:
+        raise ValueError(f"decay: expected logarithms of at most 0, got {largest:.4g}")
+
+
+def check_state(q: torch.Tensor, name: str, state: torch.Tensor | None, shape: list[int]) -> None:
+    """Raises ValueError unless state is None, or has this shape, the state's dtype and the device of q."""
+    if state is None:
+        return
+    if list(state.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got shape {list(state.shape)}")
+    if state.dtype != state_dtype(q):
+        raise ValueError(f"{name}: expected {state_dtype(q)}, got {state.dtype}")
+    check_device(q, name, state)
+
+
+def check_packing(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+    """Raises ValueError unless cu_seqlens is None, or [N + 1] integers from 0 up to T, rising, with B = 1."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        found = f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens: expected int32 or int64 of shape [N + 1], got {found}")
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: expected B = 1 (sequences packed along T), got B = {q.shape[0]}")
+
+
+def boundaries(cu_seqlens: torch.Tensor, T: int) -> list[int]:
+    """The values of cu_seqlens. Raises ValueError unless they rise from 0 to T."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != T or any(end <= begin for begin, end in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens: expected to rise from 0 to T = {T}, got {bounds}")
+    return bounds
+
+
+def refuse_gradients(**tensors: torch.Tensor | None) -> None:
+    """Raises ValueError where autograd would want a gradient: kernels have none, the definition does."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                advice = 'call it under torch.no_grad(), or under hasten.kernels.backend.use("reference") for gradients'
+                raise ValueError(f"{name}: expected no gradient, got a tensor that requires grad: {advice}")
+
+
+def per_sequence(form, tensors, decay, initial_state, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """form(*tensors, decay=, initial_state=) on each packed sequence alone; the outputs and the states of all of them."""
+    if bounds is None:
+        return form(*tensors, decay=decay, initial_state=initial_state)
+    pieces = []
+    for n, (begin, end) in enumerate(pairwise(bounds)):
+        own_decay = decay if decay is None or decay.dim() == 1 else decay[:, begin:end]
+        own_state = None if initial_state is None else initial_state[n : n + 1]
+        own = [x[:, begin:end] for x in tensors]
+        pieces.append(form(*own, decay=own_decay, initial_state=own_state))
+    return torch.cat([o for o, _ in pieces], 1), torch.cat([state for _, state in pieces], 0)
