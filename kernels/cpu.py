@@ -12,7 +12,7 @@ import torch  # noqa: F401  brings its OpenMP runtime, which the library then sh
 ISAS = ("avx512bf16", "avx512", "avx2", "scalar")  # best first
 LIBRARY = Path(__file__).with_name("_cpu.so")
 
-_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     # dtype, y, x, weight, bias, rows, N, K, threads
     "linear": (_INT, *[_POINTER] * 4, *[_SIZE] * 3, _INT),
@@ -20,6 +20,14 @@ _ARGUMENTS = {
     "column_sparse_linear": (_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT),
     # dtype, y, x, weight, gate, threshold, bias, rows, N, K, threads
     "row_sparse_linear": (_INT, *[_POINTER] * 6, *[_SIZE] * 3, _INT),
+    # dtype, o, q, k, v, decay, initial, final, bounds, shape, scale, threads
+    "linear_attention": (_INT, *[_POINTER] * 9, _FLOAT, _INT),
+    # dtype, o, q, k, v, decay, state, shape, scale, threads
+    "linear_attention_step": (_INT, *[_POINTER] * 7, _FLOAT, _INT),
+    # dtype, o, q, k, v, beta, decay, initial, final, bounds, shape, scale, l2_norm, threads
+    "delta_rule": (_INT, *[_POINTER] * 10, _FLOAT, _INT, _INT),
+    # dtype, o, q, k, v, beta, decay, state, shape, scale, l2_norm, threads
+    "delta_rule_step": (_INT, *[_POINTER] * 8, _FLOAT, _INT, _INT),
 }
 
 

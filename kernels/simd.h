@@ -27,6 +27,7 @@ constexpr int WIDTH = 4, REGISTERS = 16;
 
 typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef uint16_t Shorts __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
 
 struct bf16 { uint16_t bits; };
@@ -90,12 +91,51 @@ inline Vec load(const f16* from) {
 #endif
 }
 
+// The first `count` of a vector, the rest zero.
+template <class T> inline Vec load_part(const T* from, int64_t count) {
+    T values[WIDTH] = {};
+    memcpy(values, from, sizeof(T) * count);
+    return load(values);
+}
+
+inline void store(float* to, Vec v) { memcpy(to, &v, sizeof(v)); }
+inline void store(bf16* to, Vec v) {
+    const Bits bits = bit_cast<Bits>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Shorts halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (Bits{} + 0x7fc0) : rounded, Shorts);
+    memcpy(to, &halves, sizeof(halves));
+}
+inline void store(f16* to, Vec v) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to, &halves, sizeof(halves));
+#elif defined(__AVX2__)
+    const __m128i halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to, &halves, sizeof(halves));
+#else
+    for (int i = 0; i < WIDTH; i++) from_float(v[i], to[i]);
+#endif
+}
+template <class T> inline void store_part(T* to, Vec v, int64_t count) {
+    T values[WIDTH];
+    store(values, v);
+    memcpy(to, values, sizeof(T) * count);
+}
+
 inline float sum(Vec v) {  // always the same tree
     float parts[WIDTH];
     memcpy(parts, &v, sizeof(v));
     for (int half = WIDTH / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     return parts[0];
+}
+
+// The same by halves of the register.
+inline float quick_sum(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#else
+    return sum(v);
+#endif
 }
 
 // Weights are read a cache line at a time.
