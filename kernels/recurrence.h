@@ -96,17 +96,27 @@ template <class T, bool DELTA> struct Chunks {
         for (int64_t token = begin; token < end; token += CHUNK) {
             const int64_t count = smaller(CHUNK, end - token), rows = count <= 16 ? 16 : count <= 32 ? 32 : CHUNK;
             load_chunk(row, head, token, count, rows);
+            const int64_t next = token + CHUNK, ahead = smaller(CHUNK, end - next);
+            expect(in.q + row * shape.q[0] + next * shape.q[1] + head * shape.H / shape.Hv * shape.q[2], shape.q[1], ahead, shape.K);
             if (vector) vector_decays(rows);
             else scalar_decays(rows);
             if (DELTA) correct(rows);
             product(O, Q, S, rows, wide_v, false, [&](int64_t) { return wide_k; });
+            expect(in.k + row * shape.k[0] + next * shape.k[1] + head * shape.H / shape.Hv * shape.k[2], shape.k[1], ahead, shape.K);
             product(O, P, U, rows, wide_v, true, [](int64_t r) { return r + TILE_ROWS; });
             for (int64_t c = 0; c < wide_k; c++) multiply(S.row(c), vector ? kept(c) : between[0] * a[0], wide_v);
+            expect(in.v + row * shape.v[0] + next * shape.v[1] + head * shape.v[2], shape.v[1], ahead, shape.V);
             product(S, vector ? Y.transposed() : X, U, wide_k, wide_v, true, [&](int64_t) { return rows; });
             for (int64_t i = 0; i < count; i++)
                 pack(o + ((row * shape.T + token + i) * shape.Hv + head) * shape.V, O.row(i), in.scale, shape.V);
         }
         for (int64_t c = 0; c < shape.K; c++) pack(final + c * shape.V, S.row(c), 1.f, shape.V);
+    }
+
+    // Prefetches `rows` rows: memory is read in pieces of one head of one token, which no hardware prefetcher foresees
+    static void expect(const T* from, int64_t stride, int64_t rows, int64_t size) {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t c = 0; c < size; c += LINE<T>) prefetch(from + i * stride + c);
     }
 
     void load_chunk(int64_t row, int64_t head, int64_t token, int64_t count, int64_t rows) {

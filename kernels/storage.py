@@ -28,7 +28,7 @@ def to_column_major(weight: torch.Tensor) -> torch.Tensor:
     """A copy of weight [N, K] whose columns are contiguous."""
     N, K = weight.shape
     columns = torch.empty((K, N), dtype=weight.dtype, device=weight.device)
-    _ask_for_huge_pages(columns)
+    ask_for_huge_pages(columns)
     return columns.copy_(weight.detach().t()).t()
 
 
@@ -82,7 +82,7 @@ def check_column_major(weight: torch.Tensor) -> None:
         raise ValueError(f"weight: expected column-major, got strides {weight.stride()}: {advice}")
 
 
-def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
+def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     """Lets Linux back a new, unwritten CPU tensor by 2 MB pages: skipping columns is a walk through many small pages."""
     huge = 1 << 21
     begin = -(-tensor.data_ptr() // huge) * huge

@@ -14,6 +14,7 @@ def launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
     initial = None if initial_state is None else initial_state.contiguous()
     packed = None if bounds is None else torch.tensor(bounds)
     o = v.new_empty(v.shape)
+    storage.ask_for_huge_pages(o)
     final = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     code = cpu.kernels().delta_rule(
         storage.DTYPE_CODES[q.dtype],
