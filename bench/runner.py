@@ -12,6 +12,7 @@ from hasten.kernels import backend
 
 COLD_BYTES = {"cpu": 600 << 20, "cuda": 1 << 30}  # weights to rotate through: more than any last-level cache
 OURS = "hasten"
+PATIENCE, FEWEST = 15.0, 3
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Case:
     """One operator on one problem.
 
     make() builds it and returns what can be run: under OURS and under each baseline's name, calls that do the same on
-    different copies of the weights. bytes is what one call has to move.
+    different copies of the weights. bytes is what one call has to move, operations what it has to compute (2 for a multiplication
+    and an addition).
     """
 
     op: str
@@ -28,6 +30,7 @@ class Case:
     device: str
     bytes: int
     make: Callable[[], dict[str, list[Callable[[], torch.Tensor]]]]
+    operations: int = 0
 
 
 def copies(weight: torch.Tensor, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> list[torch.Tensor]:
@@ -38,9 +41,12 @@ def copies(weight: torch.Tensor, copy: Callable[[torch.Tensor], torch.Tensor] = 
 def run(cases: Iterable[Case], seconds: float = 2.0, rounds: int = 25) -> list[dict]:
     """One record per case and baseline, after measuring each case for at least `rounds` rounds and about `seconds` seconds.
 
+    A case that takes longer than PATIENCE seconds has FEWEST rounds.
+
     op, case, dtype, device, backend; baseline; seconds and baseline_seconds of one call; ratio = baseline_seconds / seconds
-    (above 1: hasten is faster); share_of_limit = the bandwidth that a call reaches over the bandwidth that torch reads at
-    in the same rounds.
+    (above 1: hasten is faster); share_of_limit = the time that the machine's limits allow over the time taken. Limits are the
+    bandwidth that torch reads at and, for a case with operations, the rate of torch's matrix product in the case's dtype,
+    both in the same rounds.
     """
     return [record for case in cases for record in _run_case(case, seconds, rounds)]
 
@@ -56,6 +62,8 @@ def bandwidth(device: str, turn: int) -> float:
 def _run_case(case: Case, seconds: float, rounds: int) -> list[dict]:
     contenders = case.make()
     probes = _bandwidth_probes(case.device)
+    if case.operations:
+        probes = probes | _rate_probe(case.device, case.dtype)
     measure = _measure_cuda if torch.device(case.device).type == "cuda" else _measure_cpu
     for turn in range(2):
         measure([*contenders.values(), *probes.values()], turn)  # warm up
@@ -63,10 +71,14 @@ def _run_case(case: Case, seconds: float, rounds: int) -> list[dict]:
     times = []
     begin = time.perf_counter()
     while len(times) < rounds or time.perf_counter() - begin < seconds:
+        if len(times) >= FEWEST and time.perf_counter() - begin > PATIENCE:
+            break
         times.append(measure([*contenders.values(), *probes.values()], len(times)))
     medians = dict(zip([*contenders, *probes], map(median, zip(*times, strict=True)), strict=True))
 
-    bandwidth = max(PROBE_BYTES / medians[name] for name in probes)
+    limit = case.bytes / max(PROBE_BYTES / medians[name] for name in probes if name != RATE)
+    if case.operations:
+        limit = max(limit, case.operations / PROBE_OPERATIONS * medians[RATE])
     ours = medians[OURS]
     return [
         {
@@ -79,7 +91,7 @@ def _run_case(case: Case, seconds: float, rounds: int) -> list[dict]:
             "seconds": ours,
             "baseline_seconds": medians[baseline],
             "ratio": medians[baseline] / ours,
-            "share_of_limit": case.bytes / ours / bandwidth,
+            "share_of_limit": limit / ours,
         }
         for baseline in contenders
         if baseline != OURS
@@ -120,6 +132,8 @@ def _cold(turn: int, place: int, count: int) -> int:
 
 
 PROBE_BYTES = 64 << 20
+PROBE_SIZE, RATE = 2048, "probe matrix product"
+PROBE_OPERATIONS = 2 * PROBE_SIZE**3
 
 
 @cache
@@ -132,3 +146,10 @@ def _bandwidth_probes(device: str) -> dict[str, list[Callable]]:
         "probe all": [lambda b=b: b.view(torch.uint8).all() for b in blocks],
         "probe dot": [lambda b=b: torch.dot(*b.chunk(2)) for b in blocks],
     }
+
+
+@cache
+def _rate_probe(device: str, dtype: torch.dtype) -> dict[str, list[Callable]]:
+    """A product of square matrices by torch."""
+    a, b = torch.randn(2, PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=device)
+    return {RATE: [lambda: a @ b]}

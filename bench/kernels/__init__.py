@@ -1,9 +1,10 @@
 """The cases of the kernels, one module per operator."""
 
 from ..runner import Case
-from . import column_sparse_linear, linear, row_sparse_linear
+from . import column_sparse_linear, delta_rule, linear, linear_attention, row_sparse_linear
 
 
 def cases(device: str = "cpu") -> list[Case]:
     """All of them."""
-    return [*linear.cases(device), *column_sparse_linear.cases(device), *row_sparse_linear.cases(device)]
+    operators = (linear, column_sparse_linear, row_sparse_linear, linear_attention, delta_rule)
+    return [case for operator in operators for case in operator.cases(device)]

@@ -22,6 +22,10 @@ DEFAULT = (
 )
 
 
+# What a user would run otherwise; it stands under "to torch".
+BASELINES = ("torch", "scaled_dot_product_attention", "transformers")
+
+
 def run(patterns: list[str], json_file: Path | None, only_list: bool, threads: int | None) -> None:
     """Runs the cases that `patterns` name, prints a table and writes the records.
 
@@ -40,7 +44,9 @@ def run(patterns: list[str], json_file: Path | None, only_list: bool, threads: i
         torch.set_num_threads(threads)
     records = [record for name in progress(chosen, "benchmarks", unit="case") for record in cases[name]()]
     tables.show(f"Batch 1 unless it says otherwise, {torch.get_num_threads()} threads", *table(records), labels=4)
-    typer.echo("of limit: the share of the memory's bandwidth, measured in the same run")
+    typer.echo(
+        "of limit: the share of what the memory's bandwidth (and for attention torch's matrix products) would allow, measured in the same run"
+    )
     if json_file:
         tables.write_json(json_file, records)
 
@@ -89,9 +95,9 @@ def table(records: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows = []
     for key, by_baseline in grouped.items():
         record = next(iter(by_baseline.values()))
-        outer = by_baseline.get("torch") or by_baseline.get("transformers")
+        outer = next((by_baseline[name] for name in BASELINES if name in by_baseline), None)
         limit = record["share_of_limit"]
-        ratios = _ratio(outer), _ratio(by_baseline.get("hasten dense"))
+        ratios = _ratio(outer), _ratio(by_baseline.get("hasten dense") or by_baseline.get("hasten in torch"))
         rows.append((*key, f"{record['seconds'] * 1e3:.3f}", *ratios, f"{limit:.0%}" if limit else "-"))
     return columns, rows
 
