@@ -7,10 +7,19 @@ import torch
 from hasten.kernels.delta_rule import chunked, delta_rule, delta_rule_step
 
 from ..runner import OURS, Case
-from .linear_attention import SIZE, log_decay, operations
+from .linear_attention import (
+    SIZE,
+    STATE_BYTES,
+    STEP_HEADS,
+    TYPICAL,
+    captured,
+    cold_states,
+    flash_linear_attention,
+    log_decay,
+    operations,
+)
 
-HEADS = 16
-STEP_HEADS = 32
+HEADS = {"cpu": 16, "cuda": 32}
 NAMES = {"scalar": "gated delta rule", "vector": "Kimi delta attention"}
 
 
@@ -25,38 +34,38 @@ def _inputs(T: int, heads: int, kind: str, dtype: torch.dtype, device: str):
 
 
 def _prefill(kind: str, dtype: torch.dtype, device: str) -> Case:
-    T = 4096
+    T, heads = TYPICAL[device], HEADS[device]
 
     def make():
-        q, k, v, beta, decay = _inputs(T, HEADS, kind, dtype, device)
-        return {
+        q, k, v, beta, decay = _inputs(T, heads, kind, dtype, device)
+        contenders = {
             OURS: [partial(delta_rule, q, k, v, beta, decay=decay, scale=SIZE**-0.5, l2_norm=True)],
             "hasten in torch": [partial(chunked.delta_rule, q, k, v, beta, decay, SIZE**-0.5, None, True)],
         }
+        if fla := flash_linear_attention(device):
+            peer = {"scalar": fla.chunk_gated_delta_rule, "vector": fla.chunk_kda}[kind]
+            contenders["flash-linear-attention"] = [
+                lambda: peer(q, k, v, g=decay, beta=beta.to(dtype), use_qk_l2norm_in_kernel=True)
+            ]
+        return contenders
 
-    moved = 4 * T * HEADS * SIZE * dtype.itemsize
+    moved = 4 * T * heads * SIZE * dtype.itemsize
     # Beyond linear attention: the triangle of K K^T, the correction by the state, and the substitution.
-    extra = T * HEADS * (2 * SIZE * SIZE + 2 * 2 * SIZE * 32)
-    return Case(
-        "delta_rule", f"prefill {T} tokens, {NAMES[kind]}", dtype, device, moved, make, operations(T, HEADS) + extra
-    )
+    work = operations(T, heads) + T * heads * (2 * SIZE * SIZE + 2 * 2 * SIZE * 32)
+    return Case("delta_rule", f"prefill {T} tokens, {NAMES[kind]}", dtype, device, moved, make, work)
 
 
 def _step(kind: str, dtype: torch.dtype, device: str) -> Case:
     def make():
         q, k, v, beta, decay = _inputs(1, STEP_HEADS, kind, dtype, device)
-        states = [
-            torch.zeros(1, STEP_HEADS, SIZE, SIZE, device=device)
-            for _ in range(1 + (600 << 20) // (STEP_HEADS * SIZE * SIZE * 4))
-        ]
+        states = cold_states(device)
         settings = {"decay": decay, "scale": SIZE**-0.5, "l2_norm": True}
-        return {
-            OURS: [partial(delta_rule_step, q, k, v, beta, state, **settings) for state in states],
-            "torch": [partial(_torch_step, q, k, v, beta, state, decay) for state in states],
-        }
+        ours = [partial(delta_rule_step, q, k, v, beta, state, **settings) for state in states]
+        theirs = [partial(_torch_step, q, k, v, beta, state, decay) for state in states]
+        return {OURS: [captured(call, device) for call in ours], "torch": [captured(call, device) for call in theirs]}
 
-    moved = 2 * STEP_HEADS * SIZE * SIZE * 4
-    return Case("delta_rule_step", f"{STEP_HEADS} heads of {SIZE}, {NAMES[kind]}", dtype, device, moved, make)
+    name = f"{STEP_HEADS} heads of {SIZE}, {NAMES[kind]}"
+    return Case("delta_rule_step", name, dtype, device, 2 * STATE_BYTES, make)
 
 
 def _torch_step(q, k, v, beta, state, decay):

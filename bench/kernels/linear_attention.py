@@ -1,29 +1,29 @@
 """Linear attention: prefill against softmax attention and against our own form in plain torch, and the decode step against torch."""
 
+import importlib.util
+from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.kernels.linear_attention import chunked, linear_attention, linear_attention_step
 
-from ..runner import OURS, Case
+from ..runner import COLD_BYTES, OURS, Case
 
-LENGTHS = [1024, 4096, 16384, 65536]
-LONGEST_SOFTMAX = 16384  # beyond it softmax attention takes minutes
-HEADS, SIZE = 8, 128
+LENGTHS = {"cpu": [1024, 4096, 16384, 65536], "cuda": [2048, 8192, 32768, 131072]}
+LONGEST_SOFTMAX = {"cpu": 16384, "cuda": 131072}  # beyond it softmax attention takes minutes
+TYPICAL = {"cpu": 4096, "cuda": 8192}
+HEADS, SIZE = {"cpu": 8, "cuda": 32}, 128
 STEP_HEADS = 32
-DECAYS = {"constant": (), "scalar": (1,), "vector": (1, SIZE)}  # dimensions after [B, T] and the heads
+STATE_BYTES = STEP_HEADS * SIZE * SIZE * 4
 
 
 def cases(device: str) -> list[Case]:
-    found = [
-        _prefill(T, decay, torch.bfloat16, device)
-        for T in LENGTHS
-        for decay in DECAYS
-        if decay == "constant" or T == 4096
-    ]
-    found += [_prefill(4096, "constant", dtype, device) for dtype in (torch.float32, torch.float16)]
+    found = [_prefill(T, "constant", torch.bfloat16, device) for T in LENGTHS[device]]
+    found += [_prefill(TYPICAL[device], kind, torch.bfloat16, device) for kind in ("scalar", "vector")]
+    found += [_prefill(TYPICAL[device], "constant", dtype, device) for dtype in (torch.float32, torch.float16)]
     return found + [_step(dtype, device) for dtype in (torch.bfloat16, torch.float32)]
 
 
@@ -37,41 +37,65 @@ def operations(T: int, heads: int, chunk: int = 64) -> int:
     return T * heads * (2 * 2 * SIZE * SIZE + 2 * 2 * SIZE * (chunk // 2))
 
 
+def flash_linear_attention(device: str) -> ModuleType | None:
+    """The peer's operators, where they can run and are installed."""
+    return importlib.import_module("fla.ops") if device == "cuda" and importlib.util.find_spec("fla") else None
+
+
+def captured(call: Callable[[], torch.Tensor], device: str) -> Callable[[], object]:
+    """On a GPU the replay of a CUDA graph of `call`, which is how decode runs where launches would cost more than the work."""
+    if device != "cuda":
+        return call
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def cold_states(device: str) -> list[torch.Tensor]:
+    return [torch.zeros(1, STEP_HEADS, SIZE, SIZE, device=device) for _ in range(1 + COLD_BYTES[device] // STATE_BYTES)]
+
+
 def _prefill(T: int, kind: str, dtype: torch.dtype, device: str) -> Case:
+    heads = HEADS[device]
+
     def make():
-        q, k, v = torch.randn(3, 1, T, HEADS, SIZE, dtype=dtype, device=device)
-        decay = log_decay(kind, T, HEADS, device)
+        q, k, v = torch.randn(3, 1, T, heads, SIZE, dtype=dtype, device=device)
+        decay = log_decay(kind, T, heads, device)
         contenders = {
             OURS: [partial(linear_attention, q, k, v, decay=decay)],
             "hasten in torch": [partial(chunked.linear_attention, q, k, v, decay, 1.0, None)],
         }
-        if T <= LONGEST_SOFTMAX:
+        if kind == "constant" and LONGEST_SOFTMAX[device] >= T:
             heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
             contenders["scaled_dot_product_attention"] = [
                 partial(scaled_dot_product_attention, *heads_first, is_causal=True)
             ]
+        if fla := flash_linear_attention(device):
+            peer = {
+                "constant": lambda: fla.chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0),
+                "scalar": lambda: fla.chunk_simple_gla(q, k, v, g=decay, scale=1.0),
+                "vector": lambda: fla.chunk_gla(q, k, v, g=decay, scale=1.0),
+            }
+            contenders["flash-linear-attention"] = [peer[kind]]
         return contenders
 
-    moved = 4 * T * HEADS * SIZE * dtype.itemsize
+    moved = 4 * T * heads * SIZE * dtype.itemsize
     name = f"prefill {T} tokens, {kind} decay"
-    return Case("linear_attention", name, dtype, device, moved, make, operations(T, HEADS))
+    return Case("linear_attention", name, dtype, device, moved, make, operations(T, heads))
 
 
 def _step(dtype: torch.dtype, device: str) -> Case:
     def make():
         q, k, v = torch.randn(3, 1, 1, STEP_HEADS, SIZE, dtype=dtype, device=device)
         decay = log_decay("constant", 1, STEP_HEADS, device)
-        states = [
-            torch.zeros(1, STEP_HEADS, SIZE, SIZE, device=device)
-            for _ in range(1 + (600 << 20) // (STEP_HEADS * SIZE * SIZE * 4))
-        ]
-        return {
-            OURS: [partial(linear_attention_step, q, k, v, state, decay=decay) for state in states],
-            "torch": [partial(_torch_step, q, k, v, state, decay) for state in states],
-        }
+        states = cold_states(device)
+        ours = [partial(linear_attention_step, q, k, v, state, decay=decay) for state in states]
+        theirs = [partial(_torch_step, q, k, v, state, decay) for state in states]
+        return {OURS: [captured(call, device) for call in ours], "torch": [captured(call, device) for call in theirs]}
 
-    moved = 2 * STEP_HEADS * SIZE * SIZE * 4
-    return Case("linear_attention_step", f"{STEP_HEADS} heads of {SIZE}", dtype, device, moved, make)
+    return Case("linear_attention_step", f"{STEP_HEADS} heads of {SIZE}", dtype, device, 2 * STATE_BYTES, make)
 
 
 def _torch_step(q, k, v, state, decay):

@@ -18,12 +18,14 @@ DEFAULT = (
     "linear * batch 1 bfloat16",
     "column_sparse_linear * 50% bfloat16",
     "row_sparse_linear * 50% bfloat16",
+    "linear_attention* 4096 *bfloat16",
+    "delta_rule * bfloat16",
     "decode",
 )
 
 
 # What a user would run otherwise; it stands under "to torch".
-BASELINES = ("torch", "scaled_dot_product_attention", "transformers")
+BASELINES = ("torch", "flash-linear-attention", "scaled_dot_product_attention", "transformers")
 
 
 def run(patterns: list[str], json_file: Path | None, only_list: bool, threads: int | None) -> None:
