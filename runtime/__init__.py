@@ -16,7 +16,7 @@ _WHERE = {
     "plan": ("Plan",),
     "report": ("Report",),
     "saving": ("load", "save"),
-    "techniques": ("Cats", "DenseDecode", "Teal", "Wina"),
+    "techniques": ("Cats", "DenseDecode", "FastLinearAttention", "Teal", "Wina"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

@@ -1,6 +1,7 @@
 """`accelerate`, `revert` and `accelerated`: one reversible change of a model in place."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -8,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from hasten import measure
+from hasten import linear_layers, measure
 from hasten.anatomy import Anatomy, Projection, dissect
 from hasten.bind import Setting, dense_edit, left_dense, mlp_refusals, refuse_overlap, settle, sparse_edits
 from hasten.calibration import Statistics, gather, longest_input, score_name, vocabulary
-from hasten.edits import Edit, apply_all, undo_all
+from hasten.edits import Edit, ReplaceForward, apply_all, undo_all
 from hasten.errors import HastenError, StateError
 from hasten.kernels import backend
 from hasten.kernels.linear.op import MAX_BATCH
@@ -20,13 +21,14 @@ from hasten.modules import CatsMLP, DecodeLinear, SparseLinear
 from hasten.plan import Plan
 from hasten.preflight import refuse_unready
 from hasten.report import Report, Skip, TechniqueReport
-from hasten.techniques import DenseDecode, Technique
+from hasten.techniques import DenseDecode, FastLinearAttention, Technique, is_sparse
 from hasten.tokens import Texts, split_heldout, windows
 
 logger = logging.getLogger("hasten")
 
 # Relative distance of a module's output by kernel from its output by definition, on the same input.
 SELF_CHECK_LIMIT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+SELF_CHECK_TOKENS = 17
 
 
 @dataclass(slots=True)
@@ -78,7 +80,7 @@ def accelerate(
     """
     plan = Plan(plan)
     refuse_unready(model)
-    anatomy = dissect(model, strict=strict)
+    anatomy = plan_anatomy(model, plan, strict)
     refuse_overlap(plan, anatomy)
     skipped = [*anatomy.skipped, *(refusal for technique in plan for refusal in mlp_refusals(technique, anatomy))]
     if strict and skipped:
@@ -91,7 +93,7 @@ def accelerate(
     settings = [setting for technique in _sparse(plan) for setting in settle(model, technique, anatomy, statistics)]
 
     report = Report(plan, [], measure.memory(model), 0, 0.0, statistics.tokens)
-    with contextlib.closing(_installed(model, anatomy, plan, settings)) as entries:
+    with contextlib.closing(_installed(model, anatomy, plan, settings, strict)) as entries:
         for entry in entries:
             if measure_speed:
                 entry.before, entry.after = speed, measure.speed(model, vocabulary(model))
@@ -147,23 +149,38 @@ def revert(model: nn.Module) -> None:
     del model._hasten
 
 
+def plan_anatomy(model: nn.Module, plan: Plan, strict: bool = True) -> Anatomy:
+    """`dissect`, for a plan that changes projections; linear-attention layers are found by their classes (`hasten.linear_layers`)."""
+    if all(isinstance(technique, FastLinearAttention) for technique in plan):
+        linear_layers.edits(model, strict)
+        return Anatomy(model.config.model_type, (), None)
+    return dissect(model, strict=strict)
+
+
 def install(model: nn.Module, anatomy: Anatomy, plan: Plan, settings: list[Setting]) -> None:
     """Carries out a plan whose settings are known, with the self-check and nothing measured but which dense products are faster."""
-    for _ in _installed(model, anatomy, plan, settings):
+    for _ in _installed(model, anatomy, plan, settings, strict=True):
         pass
 
 
-def _installed(model: nn.Module, anatomy: Anatomy, plan: Plan, settings: list[Setting]) -> Iterator[TechniqueReport]:
+def _installed(
+    model: nn.Module, anatomy: Anatomy, plan: Plan, settings: list[Setting], strict: bool
+) -> Iterator[TechniqueReport]:
     """Applies one technique after the other; each is yielded when the model runs with it. Whatever stops this, the caller too, restores the model."""
     state = State(plan, settings)
     dense = left_dense(anatomy, settings)
+    # What sparse techniques leave dense is decoded as DenseDecode does, by the last of them if the plan has no DenseDecode.
+    deciding = next((t for t in reversed(plan) if isinstance(t, DenseDecode)), None) or next(
+        (t for t in reversed(plan) if is_sparse(t)), None
+    )
     try:
         for technique in plan:
             own = [setting for setting in settings if setting.technique == score_name(technique)]
             edits, skipped = sparse_edits(anatomy, own), []
-            if isinstance(technique, DenseDecode) or (
-                technique is plan[-1] and not any(isinstance(t, DenseDecode) for t in plan)
-            ):
+            if isinstance(technique, FastLinearAttention):
+                edits, refusals = linear_layers.edits(model, strict)
+                skipped = [Skip(refusal.name, refusal.reason) for refusal in refusals]
+            if technique is deciding:
                 dense_edits, skipped = _dense_edits(
                     dense, always=isinstance(technique, DenseDecode) and technique.always
                 )
@@ -174,7 +191,7 @@ def _installed(model: nn.Module, anatomy: Anatomy, plan: Plan, settings: list[Se
                     module.watch.restart()
             edited = list(dict.fromkeys(edit.name for edit in edits))
             yield TechniqueReport(technique, edited, own, skipped)
-        state.self_check = _self_check(model, [edit.name for edit in state.edits])
+        state.self_check = _self_check(model, state.edits)
     except BaseException:
         undo_all(model, state.edits)
         raise
@@ -199,7 +216,7 @@ def _dense_edits(projections: list[Projection], always: bool) -> tuple[list[Edit
 
 
 def _sparse(plan: Plan) -> list[Technique]:
-    return [technique for technique in plan if not isinstance(technique, DenseDecode)]
+    return [technique for technique in plan if is_sparse(technique)]
 
 
 def _data(
@@ -225,8 +242,8 @@ def _data(
 
 
 @torch.no_grad()
-def _self_check(model: nn.Module, names: list[str]) -> float:
-    """Runs one decode step and recomputes every edited module on its own input by the definitions.
+def _self_check(model: nn.Module, edits: list[Edit]) -> float:
+    """Runs a short prefill and a decode step and recomputes edited modules on their own input by the definitions.
 
     Returns:
         the largest relative distance.
@@ -236,30 +253,61 @@ def _self_check(model: nn.Module, names: list[str]) -> float:
     """
     worst = 0.0
 
-    def compare(name: str):
+    def compare(name: str, output: torch.Tensor, expected: torch.Tensor) -> None:
+        nonlocal worst
+        if not expected.isfinite().all():
+            raise HastenError(
+                f"self-check: {name} overflows in {output.dtype} by its definition too; the model was left as it was"
+            )
+        distance = float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+        if not distance <= SELF_CHECK_LIMIT[output.dtype]:
+            raise HastenError(
+                f"self-check: {name} differs from its definition by {distance:.2g} (relative); the model was left as it was"
+            )
+        worst = max(worst, distance)
+
+    def projection(name: str):
         def hook(module, arguments, output):
-            nonlocal worst
             # The gate decides what CatsMLP skips: both must decide on the same values, for rounding tips those at the threshold.
             gate = [module.gate(*arguments)] if isinstance(module, CatsMLP) else []
             with backend.use("reference"):
                 expected = module.skip(*arguments, *gate) if gate else module.forward(*arguments)
-            if not expected.isfinite().all():
-                raise HastenError(
-                    f"self-check: {name} overflows in {output.dtype} by its definition too; the model was left as it was"
-                )
-            distance = float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
-            if not distance <= SELF_CHECK_LIMIT[output.dtype]:
-                raise HastenError(
-                    f"self-check: {name} differs from its definition by {distance:.2g} (relative); the model was left as it was"
-                )
-            worst = max(worst, distance)
+            compare(name, output, expected)
 
         return hook
 
-    token = torch.zeros(1, 1, dtype=torch.int64, device=measure.device_of(model))
-    with contextlib.ExitStack() as hooks, torch.autocast(token.device.type, enabled=False):
-        for name, module in model.named_modules():
-            if name in names and isinstance(module, DecodeLinear | SparseLinear | CatsMLP):
-                hooks.callback(module.register_forward_hook(compare(name)).remove)
-        model(input_ids=token, use_cache=True)
+    def layer(name: str, hooks: contextlib.ExitStack):
+        module, before = model.get_submodule(name), {}
+
+        def remember(_, arguments, keywords):  # a step changes the cache
+            before["call"] = copy.deepcopy((arguments, keywords))
+
+        def hook(_, arguments, keywords, output):
+            arguments, keywords = before.pop("call")
+            with backend.use("reference"):
+                expected = module.forward(*arguments, **keywords)
+            outputs = [x[0] if isinstance(x, tuple) else x for x in (output, expected)]
+            compare(name, *outputs)
+
+        hooks.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
+        hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+
+    names = {edit.name for edit in edits if not isinstance(edit, ReplaceForward)}
+    layers = [edit.name for edit in edits if isinstance(edit, ReplaceForward)]
+    tokens = torch.zeros(1, SELF_CHECK_TOKENS, dtype=torch.int64, device=measure.device_of(model))
+    with torch.autocast(tokens.device.type, enabled=False):
+        if layers:
+            with contextlib.ExitStack() as hooks:
+                for name in layers:
+                    layer(name, hooks)
+                model(input_ids=tokens, use_cache=False)
+            cache = model(input_ids=tokens, use_cache=True)
+            with contextlib.ExitStack() as hooks:
+                layer(layers[0], hooks)  # for every layer, the whole cache would be copied
+                model(input_ids=tokens[:, :1], use_cache=True, **measure.cache_of(cache))
+        with contextlib.ExitStack() as hooks:
+            for name, module in model.named_modules():
+                if name in names and isinstance(module, DecodeLinear | SparseLinear | CatsMLP):
+                    hooks.callback(module.register_forward_hook(projection(name)).remove)
+            model(input_ids=tokens[:, :1], use_cache=True)
     return worst

@@ -18,7 +18,7 @@ from hasten.modules import CatsMLP, DecodeLinear, SparseLinear, largest_union
 from hasten.plan import Plan
 from hasten.sparsity.allocation import greedy
 from hasten.sparsity.scores import column_norms, cutoffs
-from hasten.techniques import Cats, DenseDecode, Technique, Wina
+from hasten.techniques import Cats, Technique, Wina, is_sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def targets(technique: Technique, anatomy: Anatomy) -> list[str]:
     else:
         names = [projection.name for projection in scored(technique, anatomy)]
         reason = "no projection of it can be made sparse"
-    if not names and not isinstance(technique, DenseDecode):
+    if not names and is_sparse(technique):
         raise UnsupportedModelError("", anatomy.model_type, reason, "use hasten.Wina or hasten.Teal on another model")
     return names
 

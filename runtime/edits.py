@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Protocol
 
 import torch
@@ -70,6 +71,35 @@ class StoreColumnMajor:
         weight = model.get_submodule(self.name).weight
         if is_column_major(weight):
             weight.data = weight.data.contiguous()
+
+
+@dataclass(slots=True)
+class ReplaceForward:
+    """Gives the module called `name` a forward of its own, made by `make(module)`; the class, its parameters and its hooks stay as they are."""
+
+    name: str
+    make: Callable[[nn.Module], Callable]
+    new: MethodType | None = None
+
+    def apply(self, model: nn.Module) -> None:
+        module = model.get_submodule(self.name)
+        self.new = MethodType(self.make(module), module)
+        module.forward = self.new
+
+    def check(self, model: nn.Module) -> None:
+        try:
+            present = vars(model.get_submodule(self.name)).get("forward")
+        except AttributeError:
+            raise StateError(
+                f"{self.name} was removed after hasten.accelerate: put it back, then hasten.revert(model)"
+            ) from None
+        if present is not None and getattr(present, "__func__", None) is not self.new.__func__:
+            raise StateError(
+                f"the forward of {self.name} was replaced after hasten.accelerate: undo that, then hasten.revert(model)"
+            )
+
+    def undo(self, model: nn.Module) -> None:
+        vars(model.get_submodule(self.name)).pop("forward", None)
 
 
 def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None:

@@ -50,6 +50,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def cache_of(output) -> dict[str, object]:
+    """The cache in a model's output, by the name of the argument that takes it: Mamba-2 calls it `cache_params`."""
+    name = "past_key_values" if hasattr(output, "past_key_values") else "cache_params"
+    return {name: getattr(output, name)}
+
+
 @torch.no_grad()
 def decode_logits(model: nn.Module, ids: torch.Tensor, prefix: int) -> torch.Tensor:
     """Logits [T - prefix + 1, V] in float32 that follow positions prefix - 1 .. T - 1 of `ids` [T]: a prefill of `prefix` tokens, then single steps."""
@@ -57,9 +63,7 @@ def decode_logits(model: nn.Module, ids: torch.Tensor, prefix: int) -> torch.Ten
     output = model(input_ids=ids[:, :prefix], use_cache=True)
     rows = [output.logits[0, -1].float()]
     for position in range(prefix, ids.shape[1]):
-        output = model(
-            input_ids=ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True
-        )
+        output = model(input_ids=ids[:, position : position + 1], use_cache=True, **cache_of(output))
         rows.append(output.logits[0, -1].float())
     return torch.stack(rows).cpu()
 
@@ -105,11 +109,11 @@ def speed(model: nn.Module, vocabulary: int) -> Speed:
         return model(input_ids=ids[:, :prompt], use_cache=True)
 
     prefills = [seconds(prefill, device) for _ in range(3)]
-    cache = prefill().past_key_values
+    cache = cache_of(prefill())
     steps = []
     for position in range(prompt, ids.shape[1]):
         token = ids[:, position : position + 1]
-        steps.append(seconds(lambda token=token: model(input_ids=token, past_key_values=cache, use_cache=True), device))
+        steps.append(seconds(lambda token=token: model(input_ids=token, use_cache=True, **cache), device))
     return Speed(statistics.median(steps[2:]), statistics.median(prefills[1:]))
 
 

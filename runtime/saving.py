@@ -11,8 +11,8 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from hasten.acceleration import install, state_of
-from hasten.anatomy import Anatomy, dissect
+from hasten.acceleration import install, plan_anatomy, state_of
+from hasten.anatomy import Anatomy
 from hasten.bind import Setting, refuse_overlap, spread, targets
 from hasten.calibration import score_name
 from hasten.errors import SavedPlanError, StateError, UnsupportedModelError
@@ -87,7 +87,7 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
     _matches(model, settings, expected, directory)
     model = model.to(device) if dtype == "auto" else model.to(device, dtype)
     try:
-        anatomy = dissect(model)
+        anatomy = plan_anatomy(model, plan)
         _fit(plan, settings, anatomy, path)
         install(model, anatomy, plan, settings)
     except UnsupportedModelError as error:

@@ -78,8 +78,22 @@ class Cats:
         object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
 
 
-Technique = DenseDecode | Wina | Teal | Cats
-TECHNIQUES: dict[str, type] = {technique.__name__: technique for technique in (DenseDecode, Wina, Teal, Cats)}
+@dataclass(frozen=True, slots=True)
+class FastLinearAttention:
+    """Exact: linear-attention layers (lightning attention, gated delta rule, Kimi delta attention, Mamba-2) run hasten's kernels instead of
+    transformers' torch fallbacks, in prefill, in the continuation of a cached prefix and in decode, with their state in float32.
+    """
+
+
+Technique = DenseDecode | Wina | Teal | Cats | FastLinearAttention
+TECHNIQUES: dict[str, type] = {
+    technique.__name__: technique for technique in (DenseDecode, Wina, Teal, Cats, FastLinearAttention)
+}
+
+
+def is_sparse(technique: Technique) -> bool:
+    """Whether it skips inputs, for which it needs calibration."""
+    return isinstance(technique, InputSparsity | Cats)
 
 
 def _checked_sparsity(sparsity: Sparsity) -> Sparsity:

@@ -1,0 +1,125 @@
+"""Tiny random models with linear-attention layers, from configurations: every family that FastLinearAttention knows."""
+
+import torch
+import transformers as tf
+
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BASE = {"vocab_size": 300, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2} | TOKENS
+GATED = BASE | {
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+LATENT = BASE | {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 24, "mamba_chunk_size": 32}
+
+CONFIGS = {
+    "minimax": lambda: tf.MiniMaxConfig(
+        **BASE,
+        intermediate_size=48,
+        head_dim=16,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        block_size=32,
+    ),
+    "qwen3_next": lambda: tf.Qwen3NextConfig(**GATED, **EXPERTS, head_dim=16),
+    "qwen3_5": lambda: tf.Qwen3_5TextConfig(**GATED, head_dim=16),
+    "qwen3_5_moe": lambda: tf.Qwen3_5MoeTextConfig(
+        **{name: value for name, value in GATED.items() if name != "intermediate_size"}, **EXPERTS, head_dim=16
+    ),
+    "olmo_hybrid": lambda: tf.OlmoHybridConfig(**GATED | {"linear_num_key_heads": 6}),
+    "kimi_linear": lambda: tf.KimiLinearConfig(**LATENT, linear_head_dim=24, linear_num_heads=3),
+    "bailing_hybrid": lambda: tf.BailingHybridConfig(**LATENT, linear_head_dim=24, linear_num_heads=3),
+    "mamba2": lambda: tf.Mamba2Config(
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_heads=8,
+        head_dim=16,
+        state_size=24,
+        n_groups=2,
+        chunk_size=32,
+        **TOKENS,
+    ),
+    "bamba": lambda: tf.BambaConfig(**BASE, **MAMBA, num_hidden_layers=3, intermediate_size=48, attn_layer_indices=[1]),
+    "falcon_h1": lambda: tf.FalconH1Config(
+        **BASE, **MAMBA, mamba_d_ssm=128, num_hidden_layers=2, intermediate_size=48, head_dim=16
+    ),
+    "granitemoehybrid": lambda: tf.GraniteMoeHybridConfig(
+        **BASE,
+        **MAMBA,
+        num_hidden_layers=3,
+        layer_types=["mamba", "attention", "mamba"],
+        intermediate_size=48,
+        shared_intermediate_size=48,
+        num_local_experts=2,
+    ),
+    "nemotron_h": lambda: tf.NemotronHConfig(
+        **BASE,
+        head_dim=16,
+        layers_block_type=["mamba", "attention", "moe", "mamba"],
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        ssm_state_size=24,
+        n_groups=2,
+        chunk_size=32,
+        intermediate_size=48,
+        n_routed_experts=4,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+    ),
+    "zamba2": lambda: tf.Zamba2Config(
+        **BASE | {"num_key_value_heads": 4},
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        intermediate_size=48,
+        n_mamba_heads=8,
+        mamba_d_state=24,
+        mamba_ngroups=2,
+        chunk_size=32,
+        adapter_rank=8,
+    ),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    """A model of `CONFIGS` with weights large enough that its predictions are not flat, and decays as trained models have them."""
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("A_log"):
+                parameter.copy_(torch.rand_like(parameter) * 2)
+            elif parameter_name.endswith("dt_bias"):
+                parameter.copy_(torch.rand_like(parameter) * 3 - 5)
+            elif parameter.dim() >= 2:
+                parameter.normal_(std=0.15)
+    return model.to(dtype).eval().requires_grad_(False)
