@@ -20,6 +20,10 @@ _ARGUMENTS = {
     "column_sparse_linear": (_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT),
     # dtype, y, x, weight, gate, threshold, bias, rows, N, K, threads
     "row_sparse_linear": (_INT, *[_POINTER] * 6, *[_SIZE] * 3, _INT),
+    # dtype, y, x, weight, bias, initial, bounds, N, tokens, T, D, W, row stride, token stride, silu, threads
+    "causal_conv1d": (_INT, *[_POINTER] * 6, *[_SIZE] * 7, _INT, _INT),
+    # dtype, y, x, state, weight, bias, B, D, T, S, W, silu, threads
+    "causal_conv1d_update": (_INT, *[_POINTER] * 5, *[_SIZE] * 5, _INT, _INT),
     # dtype, o, q, k, v, decay, initial, final, bounds, shape, scale, threads
     "linear_attention": (_INT, *[_POINTER] * 9, _FLOAT, _INT),
     # dtype, o, q, k, v, decay, state, shape, scale, threads

@@ -37,16 +37,16 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     check_like(q, "v", v)
 
 
-def check_like(q: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError unless tensor has the dtype and the device of q."""
+def check_like(q: torch.Tensor, name: str, tensor: torch.Tensor, of: str = "q") -> None:
+    """Raises ValueError unless tensor has the dtype and the device of the tensor called `of`."""
     if tensor.dtype != q.dtype:
-        raise ValueError(f"{name}: expected {q.dtype}, the dtype of q, got {tensor.dtype}")
-    check_device(q, name, tensor)
+        raise ValueError(f"{name}: expected {q.dtype}, the dtype of {of}, got {tensor.dtype}")
+    check_device(q, name, tensor, of)
 
 
-def check_device(q: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+def check_device(q: torch.Tensor, name: str, tensor: torch.Tensor, of: str = "q") -> None:
     if tensor.device != q.device:
-        raise ValueError(f"{name}: expected on {q.device}, the device of q, got {tensor.device}")
+        raise ValueError(f"{name}: expected on {q.device}, the device of {of}, got {tensor.device}")
 
 
 def check_decay(q: torch.Tensor, v: torch.Tensor, decay: torch.Tensor | None) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from hasten.edits import ReplaceForward
 from hasten.errors import UnsupportedModelError
+from hasten.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from hasten.kernels.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.linear_attention import linear_attention, linear_attention_step
 from hasten.kernels.sequence import state_dtype
@@ -166,6 +167,17 @@ def step_mamba2(
     return (output if z is None else output * F.silu(z)).to(hidden_states.dtype)
 
 
+def conv1d(hidden_states, weight, bias=None, activation=None, seq_idx=None, **unused):
+    """For `causal_conv1d_fn`."""
+    _refuse_packed(seq_idx)
+    return causal_conv1d(hidden_states, weight, bias, activation=activation)
+
+
+def conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None):
+    """For `causal_conv1d_update`: the state is shifted in place."""
+    return causal_conv1d_update(hidden_states, conv_state, weight, bias, activation=activation)
+
+
 def minimax_forward(layer: nn.Module) -> Callable:
     """The forward of a `MiniMaxLightningAttention`: its state in float32, and a cached prefix continued in chunks."""
     slopes = layer.get_slope_rate().detach().float().flatten()
@@ -219,9 +231,10 @@ def remade(**replacements: Callable) -> Callable[[nn.Module], Callable]:
     return make
 
 
-_GATED = {"torch_chunk_gated_delta_rule": chunk_delta_rule, "torch_recurrent_gated_delta_rule": step_delta_rule}
-_KIMI = {"chunk_kimi_delta_attention": chunk_delta_rule, "recurrent_kimi_delta_attention": step_delta_rule}
-_MAMBA2 = {"mamba2_chunk_scan": chunk_mamba2, "mamba2_selective_state_update": step_mamba2}
+_CONV = {"causal_conv1d_fn": conv1d, "causal_conv1d_update": conv1d_update}
+_GATED = _CONV | {"torch_chunk_gated_delta_rule": chunk_delta_rule, "torch_recurrent_gated_delta_rule": step_delta_rule}
+_KIMI = _CONV | {"chunk_kimi_delta_attention": chunk_delta_rule, "recurrent_kimi_delta_attention": step_delta_rule}
+_MAMBA2 = _CONV | {"mamba2_chunk_scan": chunk_mamba2, "mamba2_selective_state_update": step_mamba2}
 
 
 @dataclass(frozen=True, slots=True)

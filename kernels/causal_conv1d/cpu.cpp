@@ -1,0 +1,102 @@
+// Short depthwise causal convolution: y[t] = act(bias + sum_w weight[w] x[t - (W - 1) + w]), channel by channel.
+#include "../vector_math.h"
+
+namespace {
+
+constexpr int MAX_WIDTH = 8;
+constexpr int64_t CHANNELS = 512;  // whose weights stay in the first cache while tokens pass
+constexpr int64_t TOKENS = 64;
+
+inline Vec silu(Vec x) { return x / (exp(-x) + 1.f); }
+
+// One token: `channels` of y from the inputs at from[w], null where there are none
+template <class T>
+void convolve(T* y, const T* const* from, const float* weight, int64_t stride, const float* bias, int64_t W, int64_t channels, bool activate) {
+    for (int64_t d = 0; d < channels; d += WIDTH) {
+        const int64_t count = smaller(WIDTH, channels - d);
+        const bool whole = count == WIDTH;
+        Vec sum = !bias ? Vec{} : whole ? load(bias + d) : load_part(bias + d, count);
+        for (int64_t w = 0; w < W; w++) {
+            if (!from[w]) continue;
+            const float* factor = weight + w * stride + d;
+            if (whole) sum += load(from[w] + d) * load(factor);
+            else sum += load_part(from[w] + d, count) * load_part(factor, count);
+        }
+        if (activate) sum = silu(sum);
+        if (whole) store(y + d, sum);
+        else store_part(y + d, sum, count);
+    }
+}
+
+}  // namespace
+
+// x [rows of T tokens][D] with strides in elements, y contiguous; weight [W][D], initial [N][W - 1][D]; bounds null or of N packed sequences
+HASTEN_EXPORT(hasten_causal_conv1d)
+(int dtype, void* y, const void* x, const float* weight, const float* bias, const void* initial, const int64_t* bounds, int64_t N,
+ int64_t tokens, int64_t T_row, int64_t D, int64_t W, int64_t row_stride, int64_t token_stride, int activate, int threads) {
+    if (W > MAX_WIDTH) return 1;
+    return with_dtype(dtype, [&](auto stored) {
+        using T = typename Pointed<decltype(stored)>::type;
+        parallel(tokens, TOKENS, threads_for(tokens * D * sizeof(T), threads), [&](int64_t from, int64_t to) {
+            for (int64_t block = from; block < to; block += TOKENS)
+                for (int64_t d = 0; d < D; d += CHANNELS) {
+                    int64_t n = 0;
+                    for (int64_t token = block; token < smaller(to, block + TOKENS); token++) {
+                        int64_t row = 0, t = token, begin = 0;
+                        if (bounds) {
+                            while (n + 1 < N && bounds[n + 1] <= token) n++;
+                            begin = bounds[n];
+                        } else {
+                            row = n = token / T_row;
+                            t = token % T_row;
+                        }
+                        const T* inputs[MAX_WIDTH];
+                        for (int64_t w = 0; w < W; w++) {
+                            const int64_t at = t - (W - 1) + w;
+                            if (at >= begin) inputs[w] = (const T*)x + row * row_stride + at * token_stride + d;
+                            else inputs[w] = initial ? (const T*)initial + (n * (W - 1) + at - begin + W - 1) * D + d : nullptr;
+                        }
+                        convolve((T*)y + token * D + d, inputs, weight + d, D, bias ? bias + d : nullptr, W, smaller(CHANNELS, D - d), activate);
+                    }
+                }
+        });
+        return 0;
+    });
+}
+
+// x, y [B][D][T], state [B][D][S] shifted in place, weight [D][W]
+HASTEN_EXPORT(hasten_causal_conv1d_update)
+(int dtype, void* y, const void* x, void* state, const float* weight, const float* bias, int64_t B, int64_t D, int64_t T_new, int64_t S,
+ int64_t W, int activate, int threads) {
+    return with_dtype(dtype, [&](auto stored) {
+        using T = typename Pointed<decltype(stored)>::type;
+        parallel(B * D, WIDTH, threads_for(B * D * (S + T_new) * sizeof(T), threads), [&](int64_t from, int64_t to) {
+            for (int64_t first = from; first < to; first += WIDTH) {
+                const int64_t count = smaller(WIDTH, to - first);
+                T* states = (T*)state + first * S;
+                const T* inputs = (const T*)x + first * T_new;
+                for (int64_t t = 0; t < T_new; t++) {
+                    alignas(64) float sums[WIDTH] = {};
+                    for (int64_t c = 0; c < count; c++) {
+                        const float* factor = weight + (first + c) % D * W;
+                        float sum = bias ? bias[(first + c) % D] : 0;
+                        for (int64_t w = 0; w < W; w++) {
+                            const int64_t at = t - (W - 1) + w;
+                            sum += factor[w] * to_float(at < 0 ? states[c * S + S + at] : inputs[c * T_new + at]);
+                        }
+                        sums[c] = sum;
+                    }
+                    Vec out = load(sums);
+                    if (activate) out = silu(out);
+                    for (int64_t c = 0; c < count; c++) from_float(out[c], ((T*)y)[(first + c) * T_new + t]);
+                }
+                for (int64_t c = 0; c < count; c++) {
+                    const int64_t kept = T_new < S ? S - T_new : 0, added = S - kept;
+                    memmove(states + c * S, states + c * S + S - kept, sizeof(T) * kept);
+                    memcpy(states + c * S + kept, inputs + c * T_new + T_new - added, sizeof(T) * added);
+                }
+            }
+        });
+        return 0;
+    });
+}
