@@ -147,7 +147,6 @@ def _cpu(x, weight, bias, silu, initial_state, bounds):
     initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
     packed = None if bounds is None else torch.tensor(bounds)
     y = rows.new_empty(B, T, D)
-    storage.ask_for_huge_pages(y)
     code = cpu.kernels().causal_conv1d(
         storage.DTYPE_CODES[x.dtype],
         y.data_ptr(),
