@@ -36,9 +36,9 @@ def use(name: str):
         _chosen.reset(token)
 
 
-def chosen() -> str:
-    """The name given to `use`, or "auto"."""
-    return _chosen.get()
+def is_reference() -> bool:
+    """Whether `use("reference")` holds. torch.compile cannot look, and records the operator either way."""
+    return not torch.compiler.is_compiling() and _chosen.get() == "reference"
 
 
 def choose(x: torch.Tensor, fallback: str = "reference") -> str:

@@ -44,7 +44,7 @@ def causal_conv1d(
             `hasten.kernels.linear_attention.linear_attention`).
     """
     silu = _is_silu(activation)
-    if backend.chosen() == "reference":
+    if backend.is_reference():
         y, state = _run(x, weight, bias, silu, initial_state, cu_seqlens)
     else:
         sequence.refuse_gradients(x=x, weight=weight, bias=bias, initial_state=initial_state)

@@ -52,7 +52,7 @@ def delta_rule(
     Raises:
         ValueError: as `hasten.kernels.linear_attention.linear_attention`.
     """
-    if backend.chosen() == "reference":
+    if backend.is_reference():
         o, state = _run(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens)
     else:
         sequence.refuse_gradients(q=q, k=k, v=v, beta=beta, decay=decay, initial_state=initial_state)

@@ -54,11 +54,11 @@ def linear_attention(
         ValueError: shapes, dtypes or devices that do not fit, T = 0, a positive decay (on a CPU; on a GPU such a sequence becomes NaN), or an input
             that requires grad: the kernels have no gradients, `hasten.kernels.backend.use("reference")` has.
     """
-    if backend.chosen() != "reference":
+    if backend.is_reference():
+        o, state = _run(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
+    else:
         sequence.refuse_gradients(q=q, k=k, v=v, decay=decay, initial_state=initial_state)
         o, state = _op(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
-    else:
-        o, state = _run(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
     return (o, state) if return_state else o
 
 

@@ -1,0 +1,331 @@
+"""linear_attention and delta_rule on CPUs: every form and instruction set against the float64 definition, laws, errors, torch.compile."""
+
+import pytest
+import torch
+
+from hasten.kernels import backend
+from hasten.kernels.delta_rule import chunked as delta_chunked
+from hasten.kernels.delta_rule import delta_rule, delta_rule_step
+from hasten.kernels.linear_attention import chunked as linear_chunked
+from hasten.kernels.linear_attention import linear_attention, linear_attention_step
+
+H, HV = 2, 4
+SIZES = [(1, 24, 17), (63, 17, 40), (64, 16, 16), (65, 40, 33), (500, 24, 17)]  # T, K, V
+DECAYS = ["none", "head", "token", "component"]
+STATES = {  # layouts of a state [B, Hv, K, V]
+    "V contiguous": lambda S: S,
+    "K contiguous": lambda S: S.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "neither": lambda S: torch.stack([S, S], -1)[..., 0],
+}
+
+
+@pytest.fixture(params=["linear_attention", "delta_rule"])
+def operator(request):
+    return request.param
+
+
+def log_decay(kind, B, T, K, lowest=5.0, dtype=torch.float32):
+    shape = {"none": None, "head": (HV,), "token": (B, T, HV), "component": (B, T, HV, K)}[kind]
+    return None if shape is None else -lowest * torch.rand(shape, dtype=dtype)
+
+
+def inputs(operator, T, K=24, V=17, dtype=torch.float32, B=2):
+    q, k = torch.randn(2, B, T, H, K).to(dtype)
+    tensors = [q, k, torch.randn(B, T, HV, V).to(dtype)]
+    return [*tensors, torch.rand(B, T, HV) * 1.5] if operator == "delta_rule" else tensors
+
+
+def run(operator, tensors, decay=None, state=None, **settings):
+    if operator == "delta_rule":
+        settings = {"l2_norm": True} | settings
+    function = {"linear_attention": linear_attention, "delta_rule": delta_rule}[operator]
+    return function(*tensors, decay=decay, scale=0.3, initial_state=state, return_state=True, **settings)
+
+
+def step(operator, tensors, state, decay=None):
+    if operator == "delta_rule":
+        return delta_rule_step(*tensors, state, decay=decay, scale=0.3, l2_norm=True)
+    return linear_attention_step(*tensors, state, decay=decay, scale=0.3)
+
+
+def definition(operator, tensors, decay=None, state=None, **settings):
+    with backend.use("reference"):
+        return run(operator, double(tensors), *double([decay, state]), **settings)
+
+
+def double(tensors):
+    return [x if x is None else x.double() for x in tensors]
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize(("T", "K", "V"), SIZES)
+def test_is_the_definition(isa, dtype, operator, T, K, V, kind, poisoned, assert_close):
+    tensors, decay = inputs(operator, T, K, V, dtype), log_decay(kind, 2, T, K)
+    state = torch.randn(2, HV, K, V)
+    for found, expected in zip(
+        run(operator, tensors, decay, state), definition(operator, tensors, decay, state), strict=True
+    ):
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", STATES)
+@pytest.mark.parametrize("kind", DECAYS)
+def test_step_is_the_definition(isa, dtype, operator, kind, layout, poisoned, assert_close):
+    for T, K, V in ((1, 24, 17), (3, 64, 129), (1, 40, 64)):
+        tensors, decay = inputs(operator, T, K, V, dtype), log_decay(kind, 2, T, K)
+        state = torch.randn(2, HV, K, V)
+        o, final = definition(operator, tensors, decay, state)
+        mine = STATES[layout](state)
+        assert_close(step(operator, tensors, mine, decay), o)
+        assert_close(mine, final)
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_chunks_in_plain_torch(operator, kind):
+    for T in (1, 65, 1100):
+        tensors, decay = inputs(operator, T, dtype=torch.float64), log_decay(kind, 2, T, 24, dtype=torch.float64)
+        state = torch.randn(2, HV, 24, 17, dtype=torch.float64)
+        if operator == "delta_rule":
+            found = delta_chunked.delta_rule(*tensors, decay, 0.3, state, True)
+        else:
+            found = linear_chunked.linear_attention(*tensors, decay, 0.3, state)
+        torch.testing.assert_close(found, definition(operator, tensors, decay, state), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(run(operator, tensors, decay, state), found, rtol=0, atol=0)
+
+
+def test_long(operator, assert_close):
+    tensors, decay = inputs(operator, 4097, 16, 8, B=1), log_decay("token", 1, 4097, 16)
+    o, state = run(operator, tensors, decay)
+    expected, final = definition(operator, tensors, decay)
+    assert_close(o, expected)
+    assert_close(state, final)
+
+
+def test_linear_attention_is_a_masked_product():
+    """Against the full matrix, written out."""
+    T, K, V = 70, 9, 5
+    q, k, v = (x.double() for x in inputs("linear_attention", T, K, V))
+    decay = log_decay("component", 2, T, K).double()
+    total = decay.cumsum(1)
+    q, k = (x.repeat_interleave(2, 2) for x in (q, k))
+    between = (total[:, :, None] - total[:, None]).masked_fill(
+        ~torch.ones(T, T).tril().bool()[:, :, None, None], -torch.inf
+    )
+    scores = torch.einsum("bihk,bjhk,bijhk->bhij", q, k, between.exp())
+    expected = torch.einsum("bhij,bjhv->bihv", scores, v)
+    torch.testing.assert_close(linear_attention(q[:, :, ::2], k[:, :, ::2], v, decay=decay), expected)
+
+
+def test_delta_rule_is_a_product_of_matrices():
+    """S_t = (I - beta k k^T) Diag(a) S_{t-1} + beta k v^T, written out for one head."""
+    T, K, V = 12, 5, 4
+    q, k, v, beta = torch.randn(T, K), torch.randn(T, K), torch.randn(T, V), torch.rand(T)
+    decay = -torch.rand(T, K)
+    S, expected = torch.zeros(K, V), []
+    for t in range(T):
+        S = (torch.eye(K) - beta[t] * torch.outer(k[t], k[t])) @ (decay[t].exp()[:, None] * S) + beta[t] * torch.outer(
+            k[t], v[t]
+        )
+        expected.append(S.t() @ q[t])
+    own = [x[None, :, None].double() for x in (q, k, v)]
+    o = delta_rule(*own, beta[None, :, None], decay=decay[None, :, None])
+    torch.testing.assert_close(o[0, :, 0].float(), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["token", "component"])
+def test_extreme_decays(isa, operator, kind, assert_close):
+    T = 200
+    tensors = inputs(operator, T)
+    for values in ([-50.0, 0.0], [-50.0, -0.01, -torch.inf], [0.0], [-50.0], [-1e-6, -104.0]):
+        decay = log_decay(kind, 2, T, 24)
+        decay = torch.tensor(values)[torch.randint(len(values), decay.shape)]
+        state = torch.randn(2, HV, 24, 17)
+        for found, expected in zip(
+            run(operator, tensors, decay, state), definition(operator, tensors, decay, state), strict=True
+        ):
+            assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["head", "component"])
+def test_hardly_any_decay_over_8192_tokens(operator, kind):
+    T = 8192
+    tensors = inputs(operator, T, 16, 8, torch.bfloat16, B=1)
+    tensors[1] = tensors[1].abs() / 4  # keys that agree: the state grows
+    decay = torch.full_like(log_decay(kind, 1, T, 16), -1e-5)
+    for found, expected in zip(run(operator, tensors, decay), definition(operator, tensors, decay), strict=True):
+        assert (found.double() - expected).norm() <= 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_split_and_carry(isa, operator, kind):
+    T = 150
+    tensors, decay = inputs(operator, T), log_decay(kind, 2, T, 24)
+
+    def part(x, own):
+        return x if x is None or x.dim() == 1 else x[:, own]
+
+    whole, final = run(operator, tensors, decay)
+    state, pieces = None, []
+    for own in (slice(0, 1), slice(1, 70), slice(70, 150)):
+        o, state = run(operator, [x[:, own] for x in tensors], part(decay, own), state)
+        pieces.append(o)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", DECAYS)
+def test_packed_sequences_are_separate(isa, operator, kind, integers):
+    bounds = [0, 1, 65, 70, 150]
+    tensors, decay = inputs(operator, 150, B=1), log_decay(kind, 1, 150, 24)
+    states = torch.randn(4, HV, 24, 17)
+    packed, finals = run(operator, tensors, decay, states, cu_seqlens=torch.tensor(bounds, dtype=integers))
+    for n in range(4):
+        own = slice(bounds[n], bounds[n + 1])
+        alone = decay if decay is None or decay.dim() == 1 else decay[:, own]
+        o, final = run(operator, [x[:, own] for x in tensors], alone, states[n : n + 1])
+        assert torch.equal(packed[:, own], o) and torch.equal(finals[n : n + 1], final)
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_reverse_is_flipped(kind):
+    tensors, decay, state = inputs("linear_attention", 70), log_decay(kind, 2, 70, 24), torch.randn(2, HV, 24, 17)
+    flipped = decay if decay is None or decay.dim() == 1 else decay.flip(1)
+    o, final = run("linear_attention", tensors, decay, state, reverse=True)
+    expected, expected_final = run("linear_attention", [x.flip(1) for x in tensors], flipped, state)
+    assert torch.equal(o, expected.flip(1)) and torch.equal(final, expected_final)
+    packed = run(
+        "linear_attention", [x[:1] for x in tensors], reverse=True, cu_seqlens=torch.tensor([0, 9, 70]), state=state
+    )
+    first = run("linear_attention", [x[:1, :9] for x in tensors], reverse=True, state=state[:1])
+    assert torch.equal(packed[0][:, :9], first[0]) and torch.equal(packed[1][:1], first[1])
+
+
+def test_normaliser(isa, dtype, assert_close):
+    q, k, v = (x.abs() for x in inputs("linear_attention", 100, dtype=dtype))
+    decay, state = log_decay("token", 2, 100, 24), torch.rand(2, HV, 24, 18)
+    o, final = run("linear_attention", (q, k, v), decay, state, normalize=True)
+    expected, expected_final = definition("linear_attention", (q, k, v), decay, state, normalize=True)
+    assert_close(o, expected)
+    assert_close(final, expected_final)
+    ones = linear_attention(q, k, torch.ones_like(v), normalize=True)
+    torch.testing.assert_close(ones, torch.ones_like(v), rtol=1e-2, atol=1e-2)
+    S = state.clone()
+    first = linear_attention_step(q[:, :1], k[:, :1], v[:, :1], S, decay=decay[:, :1], scale=0.3, normalize=True)
+    assert_close(first, expected[:, :1])
+
+
+def test_bits_do_not_depend_on_threads_or_calls(isa, operator, threads):
+    tensors, decay = inputs(operator, 150), log_decay("component", 2, 150, 24)
+    torch.set_num_threads(1)
+    first = run(operator, tensors, decay)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        again = run(operator, tensors, decay)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_strides(isa, operator):
+    tensors, decay = inputs(operator, 70, 24, 24), log_decay("component", 2, 70, 24)
+    expected = run(operator, tensors, decay)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    tokens_last = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in tensors]
+    fused = torch.cat([x.flatten(2) for x in tensors[:3]], -1)
+    slices = [x.unflatten(-1, (-1, 24)) for x in fused.split([H * 24, H * 24, HV * 24], -1)] + tensors[3:]
+    for strided in (heads_first, tokens_last, slices):
+        for other_decay in (decay, decay.transpose(1, 3).contiguous().transpose(1, 3)):
+            found = run(operator, strided, other_decay)
+            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_nan_stays_in_its_sequence(isa, operator):
+    tensors, decay = inputs(operator, 70), log_decay("token", 2, 70, 24)
+    clean, clean_state = run(operator, tensors, decay)
+    for i in range(3):
+        spoilt = [x.clone() for x in tensors]
+        spoilt[i][0, 30] = torch.nan
+        o, state = run(operator, spoilt, decay)
+        assert torch.equal(o[1], clean[1]) and torch.equal(state[1], clean_state[1])
+        assert o[0, 30].isnan().all()
+        packed = torch.tensor([0, 10, 40, 70])
+        o, state = run(operator, [x[:1] for x in spoilt], decay[:1], cu_seqlens=packed)
+        assert o[0, :10].isfinite().all() and o[0, 40:].isfinite().all() and state[[0, 2]].isfinite().all()
+
+
+def test_inputs_are_left_alone(operator):
+    tensors, decay, state = inputs(operator, 70), log_decay("component", 2, 70, 24), torch.randn(2, HV, 24, 17)
+    before = [x.clone() for x in (*tensors, decay, state)]
+    run(operator, tensors, decay, state)
+    assert all(torch.equal(x, y) for x, y in zip(before, (*tensors, decay, state), strict=True))
+
+
+def test_zero_vectors_have_no_direction():
+    q, k, v, beta = inputs("delta_rule", 5)
+    assert run("delta_rule", [torch.zeros_like(q), torch.zeros_like(k), v, beta])[0].eq(0).all()
+
+
+BAD = {
+    "length of k": (lambda q, k, v: ((q, k[:, 1:], v), {}), r"k: expected \[2, 9, 2, 24\], the shape of q"),
+    "heads of v": (lambda q, k, v: ((q, k, v[:, :, :3]), {}), "v: expected a multiple of the 2 heads of q and k, got 3"),
+    "length of v": (lambda q, k, v: ((q, k, v[:, 1:]), {}), "v: expected shape"),
+    "no tokens": (lambda q, k, v: ((q[:, :0], k[:, :0], v[:, :0]), {}), "T = 0"),
+    "K of 0": (lambda q, k, v: ((q[..., :0], k[..., :0], v), {}), "q: expected B, H and K"),
+    "dimensions": (lambda q, k, v: ((q[0], k, v), {}), r"q: expected shape \[B, T, H, K\]"),
+    "dtype of k": (lambda q, k, v: ((q, k.half(), v), {}), "k: expected torch.float32, the dtype of q, got torch.float16"),
+    "integers": (lambda q, k, v: ((q.int(), k, v), {}), "q: expected a floating dtype"),
+    "device": (lambda q, k, v: ((q, k, v.to("meta")), {}), "v: expected on cpu"),
+    "positive decay": (lambda q, k, v: ((q, k, v), {"decay": torch.tensor([-1.0, 0, 0.5, 0])}), "decay: expected logarithms .* got 0.5"),
+    "shape of decay": (lambda q, k, v: ((q, k, v), {"decay": torch.zeros(2)}), r"decay: expected shape \[4\]"),
+    "state's shape": (lambda q, k, v: ((q, k, v), {"state": torch.zeros(2, 4, 17, 24)}), r"initial_state: expected shape \[2, 4, 24, 17\]"),
+    "state's dtype": (lambda q, k, v: ((q, k, v), {"state": torch.zeros(2, 4, 24, 17).half()}), "initial_state: expected torch.float32"),
+    "packed rows": (lambda q, k, v: ((q, k, v), {"cu_seqlens": torch.tensor([0, 9])}), "cu_seqlens: expected B = 1"),
+    "packed short": (lambda q, k, v: ((q[:1], k[:1], v[:1]), {"cu_seqlens": torch.tensor([0, 5])}), r"cu_seqlens: .* T = 9, got \[0, 5\]"),
+    "packed falling": (lambda q, k, v: ((q[:1], k[:1], v[:1]), {"cu_seqlens": torch.tensor([0, 5, 4, 9])}), "cu_seqlens: expected to rise"),
+    "packed floats": (lambda q, k, v: ((q[:1], k[:1], v[:1]), {"cu_seqlens": torch.tensor([0.0, 9])}), "cu_seqlens: expected int32 or int64"),
+    "gradient": (lambda q, k, v: ((q.requires_grad_(), k, v), {}), 'q: expected no gradient.*backend.use."reference"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(operator, case):
+    *qkv, beta = [*inputs(operator, 9), None][:4]
+    change, message = BAD[case]
+    tensors, settings = change(*qkv)
+    if operator == "delta_rule":
+        tensors = (*tensors, beta[: tensors[2].shape[0], : tensors[2].shape[1], : tensors[2].shape[2]])
+    with pytest.raises(ValueError, match=message):
+        run(operator, tensors, **settings)
+
+
+def test_bad_beta():
+    q, k, v, beta = inputs("delta_rule", 9)
+    with pytest.raises(ValueError, match=r"beta: expected shape \[2, 9, 4\], got shape \[2, 9\]"):
+        delta_rule(q, k, v, beta[..., 0])
+
+
+def test_gradients_of_the_definition(operator):
+    tensors = [x.double()[:1].requires_grad_() for x in inputs(operator, 3, 3, 2)]
+    with backend.use("reference"):
+        assert torch.autograd.gradcheck(lambda *x: run(operator, x), tensors)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles(compiler, can_compile, operator):
+    tensors, state = inputs(operator, 20), torch.randn(2, HV, 24, 17)
+
+    def both(state, *tensors):
+        o, final = run(operator, tensors, state=state)
+        return step(operator, [x[:, :1] for x in tensors], state) + o[:, :1], final
+
+    own, compiled_own = state.clone(), state.clone()
+    compiled = torch.compile(both, fullgraph=True, backend=compiler)
+    torch.testing.assert_close(compiled(compiled_own, *tensors), both(own, *tensors))
+    torch.testing.assert_close(compiled_own, own)
+
+
+def test_is_a_well_made_torch_operator(operator):
+    tensors, decay, state = inputs(operator, 20), log_decay("token", 2, 20, 24), torch.randn(2, HV, 24, 17)
+    chunk_op, step_op = (getattr(torch.ops.hasten, operator + ending).default for ending in ("", "_step"))
+    extra = [True] if operator == "delta_rule" else [False, False]
+    torch.library.opcheck(chunk_op, (*tensors, decay, 1.0, state, *extra, None))
+    torch.library.opcheck(step_op, (*tensors, state, decay, 1.0, extra[0]))
