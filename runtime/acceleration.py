@@ -13,7 +13,7 @@ from hasten import linear_layers, measure
 from hasten.anatomy import Anatomy, Projection, dissect
 from hasten.bind import Setting, dense_edit, left_dense, mlp_refusals, refuse_overlap, settle, sparse_edits
 from hasten.calibration import Statistics, gather, longest_input, score_name, vocabulary
-from hasten.edits import Edit, ReplaceForward, apply_all, undo_all
+from hasten.edits import Edit, MarkStateful, ReplaceForward, apply_all, undo_all
 from hasten.errors import HastenError, StateError
 from hasten.kernels import backend
 from hasten.kernels.linear.op import MAX_BATCH
@@ -179,6 +179,7 @@ def _installed(
             edits, skipped = sparse_edits(anatomy, own), []
             if isinstance(technique, FastLinearAttention):
                 edits, refusals = linear_layers.edits(model, strict)
+                edits = [*edits, *([] if getattr(model, "_is_stateful", True) else [MarkStateful()])]
                 skipped = [Skip(refusal.name, refusal.reason) for refusal in refusals]
             if technique is deciding:
                 dense_edits, skipped = _dense_edits(
@@ -189,7 +190,7 @@ def _installed(
             for module in model.modules():
                 if isinstance(module, SparseLinear | CatsMLP):
                     module.watch.restart()
-            edited = list(dict.fromkeys(edit.name for edit in edits))
+            edited = list(dict.fromkeys(edit.name for edit in edits if edit.name))
             yield TechniqueReport(technique, edited, own, skipped)
         state.self_check = _self_check(model, state.edits)
     except BaseException:

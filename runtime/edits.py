@@ -102,6 +102,22 @@ class ReplaceForward:
         vars(model.get_submodule(self.name)).pop("forward", None)
 
 
+@dataclass(slots=True)
+class MarkStateful:
+    """Lets transformers know that the model cannot go back in its text, so that it refuses assisted decoding and gives that reason."""
+
+    name: str = ""
+
+    def apply(self, model: nn.Module) -> None:
+        model._is_stateful = True
+
+    def check(self, model: nn.Module) -> None:
+        pass
+
+    def undo(self, model: nn.Module) -> None:
+        vars(model).pop("_is_stateful", None)
+
+
 def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None:
     """Applies `edits` in order. Each is in `done` before it begins, so that `undo_all` also undoes one that was interrupted."""
     # Tensors made in inference mode could never require grad again, nor count their versions.

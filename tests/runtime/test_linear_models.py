@@ -1,0 +1,277 @@
+"""FastLinearAttention on tiny models of every family: the same predictions in every way of running them, and a model left as it was."""
+
+import copy
+import sys
+
+import linear_models
+import pytest
+import torch
+import transformers as tf
+
+import hasten
+from hasten import linear_layers, measure
+
+FAMILIES = list(linear_models.CONFIGS)
+ONE_OF_EACH = ["minimax", "qwen3_next", "kimi_linear", "mamba2", "falcon_h1"]
+PLAN = hasten.FastLinearAttention()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each kernel was called."""
+    counts = {}
+    for name in ("linear_attention", "linear_attention_step", "delta_rule", "delta_rule_step"):
+        kernel = getattr(linear_layers, name)
+
+        def counted(*arguments, name=name, kernel=kernel, **settings):
+            counts[name] = counts.get(name, 0) + 1
+            return kernel(*arguments, **settings)
+
+        monkeypatch.setattr(linear_layers, name, counted)
+    return counts
+
+
+def ids(rows=2, length=112, seed=0):
+    return torch.randint(3, 290, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, tokens, parts):
+    """A prefill of parts[0] tokens, then the other parts with the cache."""
+    outputs, cache = [], {}
+    for part in tokens.split(parts, 1):
+        output = model(input_ids=part, use_cache=True, **cache)
+        cache = measure.cache_of(output)
+        outputs.append(output.logits)
+    return torch.cat(outputs, 1)
+
+
+def distance(a, b):
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
+
+
+def generated(model, tokens, **settings):
+    torch.manual_seed(1)
+    return model.generate(tokens, max_new_tokens=8, pad_token_id=0, eos_token_id=None, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_continuation_and_decode(family, calls):
+    model, parts = linear_models.build(family), [70, 37, 1, 1, 1, 1, 1]
+    before = logits(model, ids(), parts)
+    report = hasten.accelerate(model, PLAN, measure_speed=False)
+    layers = len(report.techniques[0].edited)
+    assert layers >= 2 and report.self_check < 1e-5
+    calls.clear()
+    assert distance(logits(model, ids(), parts), before) < 2e-5
+    assert sorted(calls.values()) == [2 * layers, 5 * layers], (
+        "every layer in the prefill, the continuation and each step"
+    )
+    hasten.revert(model)
+    assert torch.equal(logits(model, ids(), parts), before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "olmo_hybrid", "mamba2", "bamba", "falcon_h1", "zamba2"])
+def test_as_near_to_float64_as_transformers(family):
+    """Where transformers runs in float64 at all (its recurrences then run in float32, or its experts do not run)."""
+    exact = logits(linear_models.build(family).double(), ids(), [70, 37, 1, 1, 1, 1, 1])
+    model = linear_models.build(family)
+    theirs = distance(logits(model, ids(), [70, 37, 1, 1, 1, 1, 1]), exact)
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    assert distance(logits(model, ids(), [70, 37, 1, 1, 1, 1, 1]), exact) < 1.5 * theirs + 2e-6
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_generate(family):
+    model, tokens = linear_models.build(family), ids(2, 40)
+    tokens[0, :9] = 0
+    mask = tokens.ne(0).long()
+    ways = {
+        "greedy": {},
+        "sampling": {"do_sample": True, "temperature": 1.5},
+        "beam": {"num_beams": 3},
+        "left-padded": {"attention_mask": mask},
+        "padded beam": {"attention_mask": mask, "num_beams": 2},
+    }
+    if family not in ("mamba2", "minimax"):  # transformers 5.23 itself does not prefill those in chunks
+        ways["chunked prefill"] = {"prefill_chunk_size": 16}
+    expected = {way: generated(model, tokens, **settings) for way, settings in ways.items()}
+    with hasten.accelerated(model, PLAN, measure_speed=False):
+        for way, settings in ways.items():
+            assert torch.equal(generated(model, tokens, **settings), expected[way]), way
+
+
+@pytest.mark.parametrize("family", ["minimax", "qwen3_next", "kimi_linear", "falcon_h1"])
+def test_a_left_padded_row_is_a_row_alone(family):
+    model = linear_models.build(family)
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    short, long = ids(1, 20, 1), ids(1, 33, 2)
+    batch = torch.cat([torch.cat([torch.zeros(1, 13, dtype=torch.int64), short], 1), long])
+    mask = torch.ones_like(batch)
+    mask[0, :13] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        together = model(input_ids=batch, attention_mask=mask, position_ids=positions).logits
+        alone = model(input_ids=short).logits
+    assert distance(together[0, 13:], alone[0]) < 1e-4
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_a_second_turn(family):
+    """generate, then generate again with its cache and several new tokens."""
+    model, first = linear_models.build(family), ids(1, 30)
+    name = "cache_params" if family == "mamba2" else "past_key_values"  # Mamba-2 takes it by another name than it gives
+    outputs = []
+    for fast in (False, True):
+        if fast:
+            hasten.accelerate(model, PLAN, measure_speed=False)
+        turn = generated(model, first, return_dict_in_generate=True)
+        tokens = torch.cat([turn.sequences, ids(1, 20, 3)], 1)
+        outputs.append(generated(model, tokens, **{name: turn.past_key_values}))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba2", "minimax"])
+def test_caches_move_between_the_stock_and_the_fast_model(family):
+    model, tokens = linear_models.build(family), ids(2, 60)
+    fast = copy.deepcopy(model)
+    hasten.accelerate(fast, PLAN, measure_speed=False)
+    expected = logits(model, tokens, [50, 5, 1, 1, 1, 1, 1])
+    with torch.no_grad():
+        for begin, then in ((model, fast), (fast, model)):
+            if family == "minimax" and then is model:
+                continue  # transformers' loop takes a state of the weights' dtype only; in float32 that is the same
+            cache = measure.cache_of(begin(input_ids=tokens[:, :50], use_cache=True))
+            steps = [
+                then(input_ids=part, use_cache=True, **cache).logits
+                for part in tokens[:, 50:].split([5, 1, 1, 1, 1, 1], 1)
+            ]
+            assert distance(torch.cat(steps, 1), expected[:, 50:]) < 2e-5
+
+
+def test_nothing_global_changes():
+    model, other = linear_models.build("qwen3_next"), linear_models.build("qwen3_next")
+    module = sys.modules[type(model).__module__]
+    before = dict(vars(module))
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    assert dict(vars(module)) == before
+    assert not any("forward" in vars(layer) for layer in other.modules())
+    assert distance(logits(model, ids(), [112]), logits(other, ids(), [112])) < 2e-5
+
+
+def test_a_copy_of_a_fast_model_is_fast_and_of_its_own():
+    model = linear_models.build("mamba2")
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    twin = copy.deepcopy(model)
+    layer = next(module for module in twin.modules() if type(module).__name__ == "Mamba2Mixer")
+    assert layer.forward.__self__ is layer
+    twin.backbone.layers[0].mixer.out_proj.weight.zero_()
+    assert distance(logits(model, ids(), [112]), logits(twin, ids(), [112])) > 1e-3
+
+
+def test_compiled_layers_call_the_kernels(calls):
+    model = linear_models.build("mamba2")
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    layer, x = model.backbone.layers[0].mixer, torch.randn(1, 30, 64)
+    expected = layer(x)
+    graphs = []
+
+    def look(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(layer, backend=look)(x), expected)
+    targets = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert any("hasten.linear_attention" in target for target in targets), targets
+
+
+def test_minimax_in_bfloat16_keeps_its_state_in_float32():
+    exact = linear_models.build("minimax").model.layers[0].self_attn
+    layer = copy.deepcopy(exact).bfloat16()
+    with torch.no_grad():
+        for parameter, rounded in zip(exact.parameters(), layer.parameters(), strict=True):
+            parameter.copy_(rounded)
+    fast = linear_layers.minimax_forward(layer)
+    theirs, ours = tf.models.minimax.modeling_minimax.MiniMaxCache(), tf.models.minimax.modeling_minimax.MiniMaxCache()
+    states = tf.models.minimax.modeling_minimax.MiniMaxCache()
+    x = torch.randn(1, 501, 64).bfloat16()
+    with torch.no_grad():
+        for t in range(501):
+            token = x[:, t : t + 1]
+            linear_layers.minimax_forward(exact)(exact, token.float(), None, None, states)
+            layer(token, None, None, theirs)
+            _, state = fast(layer, token, None, None, ours)
+    assert state.dtype == torch.float32
+    ratio = [
+        float((found.linear_cache[0].float() - states.linear_cache[0]).norm() / states.linear_cache[0].norm())
+        for found in (ours, theirs)
+    ]
+    assert ratio[0] < 0.01 < ratio[1], ratio
+
+
+@pytest.mark.parametrize("family", ["mamba2", "minimax"])
+def test_save_and_load(family, tmp_path):
+    model = linear_models.build(family)
+    report = hasten.accelerate(model, PLAN, measure_speed=False)
+    hasten.save(model, tmp_path)
+    loaded = hasten.load(tmp_path)
+    assert distance(logits(loaded, ids(), [70, 41, 1]), logits(model, ids(), [70, 41, 1])) < 1e-6
+    assert hasten.Plan.from_json(report.plan.to_json()) == report.plan
+    hasten.revert(loaded)
+
+
+def test_report():
+    model = linear_models.build("falcon_h1")
+    report = hasten.accelerate(model, PLAN, heldout=ids(1, 60))
+    assert "FastLinearAttention(): 2 modules" in str(report) and "prefill" in str(report)
+    assert report.drift.kl < 1e-6 and report.drift.top1 == 1
+    assert report.to_dict()["techniques"][0]["edited"] == ["model.layers.0.mamba", "model.layers.1.mamba"]
+
+
+def test_a_model_without_such_layers():
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**linear_models.BASE, intermediate_size=48, num_hidden_layers=1))
+    with pytest.raises(
+        hasten.UnsupportedModelError, match=r"no linear-attention layer .*'llama'.* known are those of MiniMax"
+    ):
+        hasten.accelerate(model.eval().requires_grad_(False), PLAN)
+
+
+def test_a_forward_of_someone_else():
+    model = linear_models.build("mamba2")
+    layer = model.backbone.layers[1].mixer
+    layer.forward = layer.forward
+    with pytest.raises(
+        hasten.UnsupportedModelError, match=r"backbone.layers.1.mixer.* forward was replaced on the instance"
+    ):
+        hasten.accelerate(model, PLAN, measure_speed=False)
+    report = hasten.accelerate(model, PLAN, strict=False, measure_speed=False)
+    assert [skip.name for skip in report.skipped] == ["backbone.layers.1.mixer"]
+    model.backbone.layers[0].mixer.forward = print
+    with pytest.raises(hasten.StateError, match=r"backbone.layers.0.mixer was replaced after"):
+        hasten.revert(model)
+
+
+def test_a_layer_on_the_meta_device():
+    model = linear_models.build("mamba2")
+    model.backbone.layers[0].mixer.to("meta")
+    with pytest.raises(hasten.UnsupportedModelError, match=r"layers.0.mixer.* meta device"):
+        hasten.accelerate(model, PLAN, measure_speed=False)
+
+
+def test_packed_sequences_are_refused():
+    model = linear_models.build("qwen3_next")
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    with pytest.raises(ValueError, match="packed sequences"):
+        model(input_ids=ids(1, 20), cu_seq_lens_q=torch.tensor([0, 10, 20]))
+
+
+@pytest.mark.parametrize("family", ["minimax", "qwen3_next", "mamba2"])
+def test_what_a_recurrent_state_cannot_do(family):
+    """Crop, and assisted decoding, which needs it: refused before a wrong token comes out."""
+    model = linear_models.build(family)
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        generated(model, ids(1, 30), assistant_model=linear_models.build(family))
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        generated(model, ids(1, 30), prompt_lookup_num_tokens=3)
