@@ -26,7 +26,7 @@ def config(K: int, V: int, dtype: torch.dtype, kind: int, hip: bool) -> dict[str
         "BK": BK,
         "BV": min(32, max(16, triton.next_power_of_2(V))),
         "DECAY": kind,
-        "PRECISION": "ieee" if dtype == torch.float32 or hip else "tf32",
+        "PRECISION": "ieee" if hip else "tf32x3" if dtype == torch.float32 else "tf32",
     }
 
 
@@ -71,34 +71,34 @@ def chunks_kernel(
     m_k, m_v = o_k < K, o_v < V
     m_kv = m_k[:, None] & m_v[None, :]
     m_lower = o_c[:, None] >= o_c[None, :]  # [C, C]
-    o_state = (i_nh * K + o_k[:, None]) * V + o_v[None, :]  # [BK, BV]
+    # Offsets within a chunk or a state fit 32 bits, and stay in registers; where they begin takes 64.
+    o_state = o_k[:, None] * V + o_v[None, :]  # [BK, BV]
+    o_qk = o_c[:, None] * (H * K) + o_k[None, :]  # [C, BK]
+    o_vo = o_c[:, None] * (Hv * V) + o_v[None, :]  # [C, BV]
     b_S = tl.zeros([BK, BV], dtype=tl.float32)
     if USE_INITIAL:
-        b_S = tl.load(p_initial + o_state, mask=m_kv, other=0.0)
+        b_S = tl.load(p_initial + i_nh * K * V + o_state, mask=m_kv, other=0.0)
     i_t = tl.load(p_bounds + i_n)
     end = tl.load(p_bounds + i_n + 1)
     while i_t < end:
-        o_t = i_t + o_c  # [C]
-        m_t = o_t < end
+        m_t = o_c < end - i_t
         m_tk = m_t[:, None] & m_k[None, :]
-        o_qk = (o_t * H + i_g)[:, None] * K + o_k[None, :]  # [C, BK]
-        o_vo = (o_t * Hv + i_h)[:, None] * V + o_v[None, :]  # [C, BV]
         m_tv = m_t[:, None] & m_v[None, :]
-        b_q = tl.load(p_q + o_qk, mask=m_tk, other=0.0).to(tl.float32)
-        b_k = tl.load(p_k + o_qk, mask=m_tk, other=0.0).to(tl.float32)
-        b_u = tl.load(p_v + o_vo, mask=m_tv, other=0.0).to(tl.float32)
+        b_q = tl.load(p_q + (i_t * H + i_g) * K + o_qk, mask=m_tk, other=0.0).to(tl.float32)
+        b_k = tl.load(p_k + (i_t * H + i_g) * K + o_qk, mask=m_tk, other=0.0).to(tl.float32)
+        b_u = tl.load(p_v + (i_t * Hv + i_h) * V + o_vo, mask=m_tv, other=0.0).to(tl.float32)
         if UNIT:
             b_q *= tl.rsqrt(tl.sum(b_q * b_q, axis=1) + 1e-6)[:, None]
             b_k *= tl.rsqrt(tl.sum(b_k * b_k, axis=1) + 1e-6)[:, None]
         b_beta = tl.zeros([C], dtype=tl.float32)
         if DELTA:
-            b_beta = tl.load(p_beta + o_t * Hv + i_h, mask=m_t, other=0.0)
+            b_beta = tl.load(p_beta + i_t * Hv + i_h + o_c * Hv, mask=m_t, other=0.0)
 
         # b_P = Q K^T and b_A = K K^T under the decays; b_since: K times its decay since the chunk began, b_until: until it ends
         b_since, b_until = b_k, b_k
         b_A = tl.zeros([C, C], dtype=tl.float32)
         if DECAY == 2:
-            b_g = tl.load(p_decay + (o_t * Hv + i_h)[:, None] * K + o_k[None, :], mask=m_tk, other=0.0)
+            b_g = tl.load(p_decay + (i_t * Hv + i_h) * K + o_c[:, None] * (Hv * K) + o_k[None, :], mask=m_tk, other=0.0)
             b_g = sane(b_g).to(tl.float64)
             b_all = tl.sum(b_g, axis=0)  # [BK]
             b_g = tl.cumsum(b_g, axis=0)
@@ -124,7 +124,8 @@ def chunks_kernel(
                 b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
             b_kept = tl.full([1, 1], 1.0, dtype=tl.float32)
             if DECAY == 1:
-                b_g = sane(tl.load(p_decay + o_t * decay_stride + i_h, mask=m_t, other=0.0)).to(tl.float64)
+                b_g = tl.load(p_decay + i_t * decay_stride + i_h + o_c * decay_stride, mask=m_t, other=0.0)
+                b_g = sane(b_g).to(tl.float64)
                 b_all = tl.sum(b_g, axis=0)
                 b_g = tl.cumsum(b_g, axis=0)
                 b_exponent = tl.where(m_lower, b_g[:, None] - b_g[None, :], 0.0)
@@ -151,10 +152,10 @@ def chunks_kernel(
 
         b_o = tl.dot(b_q, b_S, input_precision=PRECISION)
         b_o += tl.dot(b_P, b_u, input_precision=PRECISION)
-        tl.store(p_o + o_vo, (scale * b_o).to(p_o.dtype.element_ty), mask=m_tv)
+        tl.store(p_o + (i_t * Hv + i_h) * V + o_vo, (scale * b_o).to(p_o.dtype.element_ty), mask=m_tv)
         b_S = b_kept * b_S + tl.dot(tl.trans(b_until), b_u, input_precision=PRECISION)
         i_t += C
-    tl.store(p_final + o_state, b_S, mask=m_kv)
+    tl.store(p_final + i_nh * K * V + o_state, b_S, mask=m_kv)
 
 
 @triton.jit
