@@ -115,7 +115,9 @@ def _run(x, weight, bias, silu, initial_state, cu_seqlens):
     bounds = None if cu_seqlens is None else sequence.boundaries(cu_seqlens, x.shape[2])
     name = backend.choose(x)
     if name == "reference":
-        return reference.causal_conv1d(x, weight, bias, silu, initial_state, bounds)
+        y, state = reference.causal_conv1d(x, weight, bias, silu, initial_state, bounds)
+        y = y.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(1) == 1 else y.contiguous()
+        return y, state.clone(memory_format=torch.contiguous_format)
     if name == "triton":
         from . import triton
 

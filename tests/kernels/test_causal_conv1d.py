@@ -136,10 +136,13 @@ def test_gradients_of_the_definition():
         )
 
 
-def test_is_a_well_made_torch_operator():
-    x, weight, bias, before = inputs(20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_is_a_well_made_torch_operator(layout, dtype):
+    x, weight, bias, before = inputs(20, dtype=dtype)
+    x = LAYOUTS[layout](x)
     torch.library.opcheck(torch.ops.hasten.causal_conv1d.default, (x, weight, bias, True, before, None))
-    state = torch.randn(2, 33, 4)
+    state = torch.randn(2, 33, 4, dtype=dtype)
     torch.library.opcheck(torch.ops.hasten.causal_conv1d_update.default, (x, state, weight, bias, True))
 
 
