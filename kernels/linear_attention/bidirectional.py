@@ -20,7 +20,7 @@ def bidirectional_linear_attention(
     normalize: bool = True,
     form: str = "chunked",
 ) -> torch.Tensor:
-    """q, k [B, T, H, K], v [B, T, Hv, V] -> o [B, T, Hv, V] with o_i = sum_j M_ij (q_i . k_j) v_j / sum_j M_ij (q_i . k_j) (LION, eq. 5 and 8).
+    """q, k [B, T, H, K], v [B, T, Hv, V] -> o [B, T, Hv, V] with o_i = sum_j M_ij (q_i . k_j) v_j / sum_j M_ij (q_i . k_j) (LION).
 
     M_ij is 1 for i = j, a_j ... a_{i-1} for i > j and a_{i+1} ... a_j for i < j, with a = exp(decay): what a token forgets, it forgets of what it passes
     on. (`linear_attention` has a_{j+1} ... a_i for i > j.) Where the sum is 0 the result is NaN, as in the paper; positive features

@@ -15,7 +15,7 @@ def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
 
 
 def relu(x: torch.Tensor) -> torch.Tensor:
-    """max(x, 0): [..., D] -> [..., D] (cosFormer, Qin et al. 2022, arXiv 2202.08791, eq. 8; SUPRA and L2ViT)."""
+    """max(x, 0): [..., D] -> [..., D] (cosFormer, Qin et al. 2022, arXiv 2202.08791; SUPRA and L2ViT)."""
     return functional.relu(x)
 
 
@@ -25,13 +25,13 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 
 
 def silu_shifted(x: torch.Tensor) -> torch.Tensor:
-    """(silu(x) + 0.5) over its norm: [..., D] -> [..., D] of length 1 and above 0 (LION, Afzal et al. 2025, arXiv 2502.16249, section 4)."""
+    """(silu(x) + 0.5) over its norm: [..., D] -> [..., D] of length 1 and above 0 (LION, Afzal et al. 2025, arXiv 2502.16249)."""
     shifted = functional.silu(x) + 0.5  # silu is at least -0.279, so the norm is not 0
     return shifted / shifted.norm(dim=-1, keepdim=True)
 
 
 def dpfp(x: torch.Tensor, nu: int) -> torch.Tensor:
-    """Deterministic parameter-free projection: [..., D] -> [..., 2 D nu] (Schlag et al. 2021, arXiv 2102.11174, eq. 37).
+    """Deterministic parameter-free projection: [..., D] -> [..., 2 D nu] (Schlag et al. 2021, arXiv 2102.11174, DPFP).
 
     With r = [relu(x), relu(-x)], the products r * roll(r, i) for i = 1 to nu, side by side. `sum_normalize` follows it.
     """
@@ -42,7 +42,7 @@ def dpfp(x: torch.Tensor, nu: int) -> torch.Tensor:
 
 
 def sum_normalize(features: torch.Tensor) -> torch.Tensor:
-    """features / their sum: [..., D] >= 0 -> [..., D] that sums to 1 (Schlag et al. 2021, arXiv 2102.11174, section 4.2).
+    """features / their sum: [..., D] >= 0 -> [..., D] that sums to 1 (Schlag et al. 2021, arXiv 2102.11174, sum normalisation).
 
     Exact, without an epsilon; where every feature is 0 (the source has NaN there) the result is 0, a key that writes nothing.
     """
@@ -51,7 +51,7 @@ def sum_normalize(features: torch.Tensor) -> torch.Tensor:
 
 
 def cosformer(x: torch.Tensor, positions: torch.Tensor, longest: float) -> torch.Tensor:
-    """[x sin(pi i / 2M), x cos(pi i / 2M)]: [B, T, H, D] -> [B, T, H, 2 D] (cosFormer, arXiv 2202.08791, eq. 10), x after `relu`.
+    """[x sin(pi i / 2M), x cos(pi i / 2M)]: [B, T, H, D] -> [B, T, H, 2 D] (cosFormer, arXiv 2202.08791), x after `relu`.
 
     positions [T] or [B, T] are i, from 1 on; longest is M, the longest sequence. A state holds only for the M that it was computed with.
     """
@@ -62,7 +62,7 @@ def cosformer(x: torch.Tensor, positions: torch.Tensor, longest: float) -> torch
 
 
 def lrpe(x: torch.Tensor, theta: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """[x cos(theta i), x sin(theta i)]: [B, T, H, D] -> [B, T, H, 2 D] (TransNormerLLM, arXiv 2307.14995, eq. 4; LRPE, arXiv 2307.09270).
+    """[x cos(theta i), x sin(theta i)]: [B, T, H, D] -> [B, T, H, 2 D] (TransNormerLLM, arXiv 2405.17381, eq. 9).
 
     theta is [H, D], positions [T] or [B, T]. Products of q and k then depend on the difference of their positions alone.
     """
@@ -81,7 +81,7 @@ def lrpe_theta(heads: int, dim: int) -> torch.Tensor:
 
 
 def hgrn2_gates(f: torch.Tensor, lower_bound: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(decay, k) of f [B, T, H, K], both of its shape (HGRN2, Qin et al. 2024, arXiv 2404.07904, eq. 6 and 9).
+    """(decay, k) of f [B, T, H, K], both of its shape (HGRN2, Qin et al. 2024, arXiv 2404.07904).
 
     decay = log(lb + (1 - lb) sigmoid(f)) and k = 1 - exp(decay) = (1 - lb) sigmoid(-f). lower_bound, a number or a tensor that broadcasts with f, is
     in [0, 1]; 0 is none. decay is float32 or wider, k has f's dtype. No step cancels, so that a small k and a decay close to 0 are exact too.
@@ -123,7 +123,7 @@ def bounded_linear_attention(
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
-    """Slopes [H] of ALiBi, 2^(-8 (h + 1) / H) (Press et al. 2022, arXiv 2108.12409, section 3), interpolated where H is no power of two.
+    """Slopes [H] of ALiBi, 2^(-8 (h + 1) / H) (Press et al. 2022, arXiv 2108.12409), interpolated where H is no power of two.
 
     Then the largest power of two P below H gives P slopes, and every second one of 2 P the rest, as TransNormerLLM's code has it.
     """
@@ -150,7 +150,7 @@ def lightning_decay(heads: int, layer: int, layers: int) -> torch.Tensor:
 
 
 def retnet_decay(heads: int) -> torch.Tensor:
-    """Log decays [H] of RetNet, log(1 - 2^(-5 - h)) (Sun et al. 2023, arXiv 2307.08621, section 2.2)."""
+    """Log decays [H] of RetNet, log(1 - 2^(-5 - h)) (Sun et al. 2023, arXiv 2307.08621)."""
     _check_count("heads", heads)
     return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float64)))).float()
 
