@@ -22,6 +22,8 @@ _ARGUMENTS = {
     "row_sparse_linear": (_INT, *[_POINTER] * 6, *[_SIZE] * 3, _INT),
     # dtype, y, x, weight, bias, initial, bounds, N, tokens, T, D, W, row stride, token stride, silu, threads
     "causal_conv1d": (_INT, *[_POINTER] * 6, *[_SIZE] * 7, _INT, _INT),
+    # dtype, y, x, weight, bias, initial, bounds, N, B, T, D, W, row stride, channel stride, silu, threads
+    "causal_conv1d_by_channel": (_INT, *[_POINTER] * 6, *[_SIZE] * 7, _INT, _INT),
     # dtype, y, x, state, weight, bias, B, D, T, S, W, silu, threads
     "causal_conv1d_update": (_INT, *[_POINTER] * 5, *[_SIZE] * 5, _INT, _INT),
     # dtype, o, q, k, v, decay, initial, final, bounds, shape, scale, threads

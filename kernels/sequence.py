@@ -76,7 +76,7 @@ def check_signs(decay: torch.Tensor | None) -> None:
     """Raises ValueError where a decay on a CPU is positive. On a GPU looking would wait for the device: there a positive decay makes its output NaN."""
     if decay is None or not decay.is_cpu:
         return
-    largest = float(decay.max())
+    largest = float(decay.detach().max())
     if largest > 0:
         raise ValueError(f"decay: expected logarithms of at most 0, got {largest:.4g}")
 

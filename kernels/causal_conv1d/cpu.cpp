@@ -28,6 +28,29 @@ void convolve(T* y, const T* const* from, const float* weight, int64_t stride, c
     }
 }
 
+// The tokens of one channel, contiguous: y from x, with the W - 1 inputs before them, or null for zeros
+template <class T>
+void convolve_channel(T* y, const T* x, const T* before, const float* weight, float bias, int64_t W, int64_t tokens, bool activate) {
+    for (int64_t t = 0; t < tokens; t += WIDTH) {
+        const int64_t count = smaller(WIDTH, tokens - t);
+        T edge[WIDTH + MAX_WIDTH] = {};
+        const T* from = x + t - (W - 1);
+        if (t < W - 1 || count < WIDTH) {
+            for (int64_t i = 0; i < count + W - 1; i++) {
+                const int64_t at = t - (W - 1) + i;
+                if (at >= 0) edge[i] = x[at];
+                else if (before) edge[i] = before[at + W - 1];
+            }
+            from = edge;
+        }
+        Vec sum = Vec{} + bias;
+        for (int64_t w = 0; w < W; w++) sum += load(from + w) * weight[w];
+        if (activate) sum = silu(sum);
+        if (count == WIDTH) store(y + t, sum);
+        else store_part(y + t, sum, count);
+    }
+}
+
 }  // namespace
 
 // x [rows of T tokens][D] with strides in elements, y contiguous; weight [W][D], initial [N][W - 1][D]; bounds null or of N packed sequences
@@ -59,6 +82,29 @@ HASTEN_EXPORT(hasten_causal_conv1d)
                         convolve((T*)y + token * D + d, inputs, weight + d, D, bias ? bias + d : nullptr, W, smaller(CHANNELS, D - d), activate);
                     }
                 }
+        });
+        return 0;
+    });
+}
+
+// x [B][D][T] with strides in elements, y contiguous; weight [D][W], initial [N][D][W - 1]; bounds null or of N packed sequences
+HASTEN_EXPORT(hasten_causal_conv1d_by_channel)
+(int dtype, void* y, const void* x, const float* weight, const float* bias, const void* initial, const int64_t* bounds, int64_t N, int64_t B,
+ int64_t T_row, int64_t D, int64_t W, int64_t row_stride, int64_t channel_stride, int activate, int threads) {
+    if (W > MAX_WIDTH) return 1;
+    return with_dtype(dtype, [&](auto stored) {
+        using T = typename Pointed<decltype(stored)>::type;
+        parallel(B * D, 1, threads_for(B * D * T_row * sizeof(T), threads), [&](int64_t from, int64_t to) {
+            for (int64_t channel = from; channel < to; channel++) {
+                const int64_t b = channel / D, d = channel % D;
+                const T* inputs = (const T*)x + b * row_stride + d * channel_stride;
+                for (int64_t n = bounds ? 0 : b; n < (bounds ? N : b + 1); n++) {
+                    const int64_t begin = bounds ? bounds[n] : 0, end = bounds ? bounds[n + 1] : T_row;
+                    const T* before = initial ? (const T*)initial + (n * D + d) * (W - 1) : nullptr;
+                    convolve_channel((T*)y + channel * T_row + begin, inputs + begin, before, weight + d * W, bias ? bias[d] : 0, W,
+                                     end - begin, activate);
+                }
+            }
         });
         return 0;
     });

@@ -29,7 +29,7 @@ def causal_conv1d(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """x [B, D, T] -> y [B, D, T], and the last W - 1 inputs if `return_state`: y_t = act(bias + sum_w weight_w * x_{t - (W - 1) + w}), channel by channel.
 
-    Sums are in float32. y has x's layout in memory; fastest is the transpose of a contiguous [B, T, D].
+    Sums are in float32. y has x's layout in memory; fast are a contiguous [B, D, T] and, faster, the transpose of a contiguous [B, T, D].
 
     Args:
         x: float32, float16 or bfloat16 (float64 runs in plain torch).
@@ -115,7 +115,9 @@ def _run(x, weight, bias, silu, initial_state, cu_seqlens):
     bounds = None if cu_seqlens is None else sequence.boundaries(cu_seqlens, x.shape[2])
     name = backend.choose(x)
     if name == "reference":
-        return reference.causal_conv1d(x, weight, bias, silu, initial_state, bounds)
+        y, state = reference.causal_conv1d(x, weight, bias, silu, initial_state, bounds)
+        y = y.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(1) == 1 else y.contiguous()
+        return y, state.clone(memory_format=torch.contiguous_format)
     if name == "triton":
         from . import triton
 
@@ -139,36 +141,35 @@ def _last_inputs(x, count, initial_state, bounds) -> torch.Tensor:
 
 
 def _cpu(x, weight, bias, silu, initial_state, bounds):
-    channels_last = x.transpose(1, 2)  # [B, T, D]
-    rows = channels_last if channels_last.stride(2) == 1 else channels_last.contiguous()
-    B, T, D = rows.shape
-    weights = weight.float().t().contiguous()
+    if x.stride(1) != 1 and x.stride(2) != 1:
+        x = x.contiguous()
+    by_token = x.stride(1) == 1
+    B, D, T = x.shape
+    weights = weight.float().t().contiguous() if by_token else weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
+    initial = initial_state.transpose(1, 2) if by_token and initial_state is not None else initial_state
+    initial = None if initial is None else initial.contiguous()
     packed = None if bounds is None else torch.tensor(bounds)
-    y = rows.new_empty(B, T, D)
-    code = cpu.kernels().causal_conv1d(
+    N = B if bounds is None else len(bounds) - 1
+    y = x.new_empty(B, T, D).transpose(1, 2) if by_token else x.new_empty(B, D, T)
+    arguments = (
         storage.DTYPE_CODES[x.dtype],
         y.data_ptr(),
-        rows.data_ptr(),
+        x.data_ptr(),
         weights.data_ptr(),
         None if bias is None else bias.data_ptr(),
         None if initial is None else initial.data_ptr(),
         None if packed is None else packed.data_ptr(),
-        B if bounds is None else len(bounds) - 1,
-        B * T,
-        T,
-        D,
-        weight.shape[1],
-        rows.stride(0),
-        rows.stride(1),
-        silu,
-        torch.get_num_threads(),
+        N,
     )
+    end = (T, D, weight.shape[1], x.stride(0), x.stride(2) if by_token else x.stride(1), silu, torch.get_num_threads())
+    if by_token:
+        code = cpu.kernels().causal_conv1d(*arguments, B * T, *end)
+    else:
+        code = cpu.kernels().causal_conv1d_by_channel(*arguments, B, *end)
     if code:
         raise cpu.failed(code)
-    y = y.transpose(1, 2)
-    return y if rows is channels_last else y.contiguous()
+    return y
 
 
 def _run_update(x, state, weight, bias, silu):

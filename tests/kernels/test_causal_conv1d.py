@@ -136,10 +136,13 @@ def test_gradients_of_the_definition():
         )
 
 
-def test_is_a_well_made_torch_operator():
-    x, weight, bias, before = inputs(20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_is_a_well_made_torch_operator(layout, dtype):
+    x, weight, bias, before = inputs(20, dtype=dtype)
+    x = LAYOUTS[layout](x)
     torch.library.opcheck(torch.ops.hasten.causal_conv1d.default, (x, weight, bias, True, before, None))
-    state = torch.randn(2, 33, 4)
+    state = torch.randn(2, 33, 4, dtype=dtype)
     torch.library.opcheck(torch.ops.hasten.causal_conv1d_update.default, (x, state, weight, bias, True))
 
 
@@ -152,3 +155,56 @@ def test_compiles(compiler, can_compile):
 
     compiled = torch.compile(both, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(x, torch.ones(2, 33, 4)), both(x, torch.ones(2, 33, 4)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_split_and_carried_in_every_layout(isa, dtype, layout, assert_close):
+    x, weight, bias, _ = inputs(150, B=1, dtype=dtype)
+    bounds, before = [0, 1, 3, 70, 150], torch.randn(4, 33, 3).to(dtype)
+    packed = causal_conv1d(LAYOUTS[layout](x), weight, bias, initial_state=before, cu_seqlens=torch.tensor(bounds))
+    for n in range(4):
+        own, state, pieces = x[..., bounds[n] : bounds[n + 1]], before[n : n + 1], []
+        assert_close(packed[..., bounds[n] : bounds[n + 1]], definition(own, weight, bias, state)[0])
+        for part in own.split(37, -1):
+            y, state = causal_conv1d(LAYOUTS[layout](part), weight, bias, initial_state=state, return_state=True)
+            pieces.append(y)
+        assert torch.equal(torch.cat(pieces, -1), packed[..., bounds[n] : bounds[n + 1]])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_do_not_depend_on_threads(isa, dtype, layout, threads):
+    x, weight, bias, before = inputs(300, D=515, dtype=dtype)
+    x = LAYOUTS[layout](x)
+    torch.set_num_threads(1)
+    first = causal_conv1d(x, weight, bias, activation="silu", initial_state=before)
+    for count in (2, 3, 5):
+        torch.set_num_threads(count)
+        assert torch.equal(causal_conv1d(x, weight, bias, activation="silu", initial_state=before), first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_nan_stays_in_its_channel_in_every_layout(isa, layout):
+    x, weight, bias, _ = inputs(50)
+    x[0, 5, 20] = torch.nan
+    y = causal_conv1d(LAYOUTS[layout](x), weight, bias, activation="silu")
+    assert y.isnan().nonzero().tolist() == [[0, 5, t] for t in range(20, 24)]
+
+
+def test_updates_are_the_whole(isa):
+    x, weight, bias, _ = inputs(12)
+    state = torch.zeros(2, 33, 4)
+    steps = [causal_conv1d_update(part, state, weight, bias, activation="silu") for part in x.split(1, -1)]
+    torch.testing.assert_close(torch.cat(steps, -1), causal_conv1d(x, weight, bias, activation="silu"))
+
+
+def test_silu_is_precise_over_the_float_range(isa):
+    x = torch.cat([torch.linspace(-86, 88, 100_003), torch.logspace(-38, 1, 1001), -torch.logspace(-38, 1, 1001)])
+    y = causal_conv1d(x.view(1, 1, -1), torch.ones(1, 1), activation="silu").flatten()
+    expected = x.double() / (1 + (-x.double()).exp())
+    assert ((y.double() - expected) / expected).abs().max() < 4e-7  # of exp 2e-7, and a sum, a quotient
+
+
+def test_silu_of_infinity_and_nan(isa):
+    x = torch.tensor([torch.inf, torch.nan, -torch.inf]).view(1, 1, -1)
+    y = causal_conv1d(x, torch.ones(1, 1), activation="silu").flatten()
+    assert y[0] == torch.inf and y[1].isnan()  # and of -inf, as in torch, NaN or 0

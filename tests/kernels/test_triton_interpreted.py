@@ -1,4 +1,4 @@
-"""The checks of test_gpu.py under Triton's interpreter, on the CPU.
+"""The checks of test_gpu*.py under Triton's interpreter, on the CPU.
 
 In a process of their own, since kernels are made for the interpreter or for a GPU when they are imported.
 """
@@ -13,10 +13,11 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="here test_gpu.py itself is interpreted")
-def test_interpreted():
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="here the checks themselves are interpreted")
+@pytest.mark.parametrize("checks", ["test_gpu.py", "test_gpu_conv.py"])
+def test_interpreted(checks):
     folder = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", checks]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr)
