@@ -32,8 +32,8 @@ def config(K: int, V: int, dtype: torch.dtype, kind: int, hip: bool) -> dict[str
 
 @triton.jit
 def sane(b_g):
-    """Decays whose sums can be subtracted: exp(-1e4) is 0, like exp(-inf). What is positive is no decay."""
-    return tl.where(b_g > 0, float("nan"), tl.where(b_g < -1e4, -1e4, b_g))
+    """Decays whose sums can be subtracted: exp(-800) is 0, like exp(-inf). What is positive is no decay."""
+    return tl.where(b_g > 0, float("nan"), tl.where(b_g < -800.0, -800.0, b_g))
 
 
 @triton.jit

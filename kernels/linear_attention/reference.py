@@ -47,7 +47,7 @@ def linear_attention(
 
 def factor(decay: torch.Tensor, t: int, dtype: torch.dtype) -> torch.Tensor:
     """exp(decay) of token t, as what a state [B, Hv, K, V] is multiplied by."""
-    a = decay.to(dtype).exp()
-    if a.dim() == 1:
-        return a[:, None, None]
-    return a[:, t, :, None, None] if a.dim() == 3 else a[:, t, :, :, None]
+    if decay.dim() == 1:
+        return decay.to(dtype).exp()[:, None, None]
+    a = decay[:, t].to(dtype).exp()
+    return a[..., None, None] if a.dim() == 2 else a[..., None]
