@@ -6,6 +6,7 @@ without its remote code. `import hasten` alone does not: touch `hasten.TransNorm
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .cache import TransNormerCache
 from .configuration import TransNormerConfig
 from .modeling import TransNormerForCausalLM, TransNormerModel
 
@@ -15,4 +16,4 @@ AutoConfig.register(TransNormerConfig.model_type, TransNormerConfig, exist_ok=Tr
 AutoModel.register(TransNormerConfig, TransNormerModel, exist_ok=True)
 AutoModelForCausalLM.register(TransNormerConfig, TransNormerForCausalLM, exist_ok=True)
 
-__all__ = ["TransNormer", "TransNormerConfig", "TransNormerForCausalLM", "TransNormerModel"]
+__all__ = ["TransNormer", "TransNormerCache", "TransNormerConfig", "TransNormerForCausalLM", "TransNormerModel"]

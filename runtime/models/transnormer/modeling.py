@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hasten.kernels import backend
 from hasten.kernels.linear_attention import linear_attention, linear_attention_step
 
+from .cache import TransNormerCache
 from .configuration import TransNormerConfig
 
 
@@ -71,7 +71,7 @@ class TokenMixer(nn.Module):
         self.norm = SimpleRMSNorm()
         self.lrpe = Lrpe(self.heads, hidden // self.heads) if config.uses_lrpe[layer] else None
 
-    def forward(self, x, positions, mask, decay, cache: Cache | None):
+    def forward(self, x, positions, mask, decay, cache: TransNormerCache | None):
         """x [B, T, C], positions [B, T], mask [B, T] of the tokens that count or None, decay [H] or [B, T, H]."""
         q, k, v, u = self.qkvu_proj(x).chunk(4, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (F.silu(q), F.silu(k), v))
@@ -83,16 +83,14 @@ class TokenMixer(nn.Module):
         return self.out_proj(self.norm(o.flatten(2)) * u)
 
     def attend(self, q, k, v, decay, cache):
-        held = None if cache is None else cache.layers[self.layer]
-        state = held.recurrent_states[0] if held is not None and held.has_previous_state[0] else None
+        state = None if cache is None else cache.state(self.layer)
         differentiable = torch.is_grad_enabled() and any(y.requires_grad for y in (q, k, v))
         if state is not None and q.shape[1] == 1 and not differentiable:
             return linear_attention_step(q, k, v, state, decay=decay)
         with backend.use("reference") if differentiable else nullcontext():
             o, state = linear_attention(q, k, v, decay=decay, initial_state=state, return_state=True)
-        if held is not None:
-            held.update_recurrent_state(state.detach())
-            held.has_previous_state[0] = True
+        if cache is not None:
+            cache.keep(self.layer, state.detach())
         return o
 
 
@@ -138,7 +136,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
 
 
 class TransNormerModel(TransNormerPreTrainedModel):
-    """The decoder without the head. Its cache is transformers' DynamicCache with one state [B, H, K, V] in float32 per layer."""
+    """The decoder without the head. Its cache is a TransNormerCache."""
 
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
@@ -152,7 +150,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: TransNormerCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -168,7 +166,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         x = self.embed_scale * self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = TransNormerCache(self.config.decoder_layers)
+        if past_key_values is not None and not isinstance(past_key_values, TransNormerCache):
+            raise ValueError(f"past_key_values: expected a TransNormerCache, got a {type(past_key_values).__name__}")
         mask = self._own_mask(attention_mask, x)
         positions = self._positions(mask, x, past_key_values)
         decay = decays(self.config.decoder_attention_heads, self.config.decoder_layers).to(x.device)
@@ -202,14 +202,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
         counted = torch.ones(B, T, dtype=torch.long, device=x.device) if mask is None else mask.long()
         ends = counted.cumsum(1)
         if cache is not None:
-            first = cache.layers[0]
-            held = first.recurrent_states.get(1)
-            if held is not None and first.has_previous_state[0]:
-                ends = ends + held[:, None]
-            first.recurrent_states[1] = ends[:, -1].clone()
-            first.is_recurrent_states_initialized[1] = True
-            first.number_of_states = 2
-            first.is_conv_states_initialized[1] = first.has_previous_state[1] = False
+            ends = ends if cache.lengths is None else ends + cache.lengths[:, None]
+            cache.advance(ends[:, -1], T)
         return ends - counted
 
 
@@ -224,11 +218,20 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # ours, below
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TransNormerCache(self.config.decoder_layers)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: TransNormerCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
