@@ -208,7 +208,11 @@ class TransNormerModel(TransNormerPreTrainedModel):
 
 
 class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
-    """TransNormerLLM with its head. Loads the released checkpoints' parameters under their names."""
+    """TransNormerLLM with its head. Loads the released checkpoints' parameters under their names.
+
+    `hasten.TransNormer.from_pretrained(folder)`, or AutoModelForCausalLM once `hasten.TransNormer` was touched, which registers the model type. Where a
+    gradient is wanted, attention runs token by token in plain torch: right, and slow.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers reads a plain dict
 
