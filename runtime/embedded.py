@@ -13,6 +13,6 @@ def embedded_model(name: str = "stdlib-llama") -> Path:
     """
     folder = _MODELS / name
     if not name or not (folder / "config.json").is_file():
-        known = ", ".join(sorted(path.name for path in _MODELS.iterdir()))
+        known = ", ".join(sorted(path.parent.name for path in _MODELS.glob("*/config.json")))
         raise ValueError(f"no embedded model {name!r}, there are: {known}")
     return folder

@@ -1,0 +1,1 @@
+"""Model classes of hasten's own, and beside them the folders of the embedded models."""
