@@ -11,23 +11,34 @@ import triton.language as tl
 from .triton_common import OPTIONS
 
 MAX_K = 256
-NONE, SCALAR, VECTOR = 0, 1, 2  # kinds of decay
+SCALAR, VECTOR = 1, 2  # kinds of decay; none at all is a scalar 0 for every head
 
 
-def config(K: int, V: int, dtype: torch.dtype, kind: int, hip: bool) -> dict[str, int | str]:
-    """Constexprs of both kernels for heads of K and V.
+def config(K: int, V: int, dtype: torch.dtype, kind: int, delta: bool, hip: bool) -> dict[str, int | str]:
+    """Constexprs of the chunk kernel for heads of K and V: as much as the registers hold on compute capability 9.0.
 
-    Chunks as long as fit the registers with the state's columns; where every component decays by itself, the shortest that tl.dot takes, since pairs
-    are added up one by one. Products of float32 inputs are exact in float32, of halves in tf32, which is finer than they are.
+    Chunks of 32 tokens, or the 16 that tl.dot takes at least, where more is kept per chunk: for the delta rule, and where every component decays by
+    itself (pairs of tokens are then added up one by one). Products of halves are in tf32, which is finer than they are, of float32 in float32.
     """
-    BK = max(16, triton.next_power_of_2(K))
+    exact, BK = dtype == torch.float32, max(16, triton.next_power_of_2(K))
     return {
-        "C": 16 if kind == VECTOR or BK > 128 else 32,
+        "C": 16 if exact or delta or kind == VECTOR or BK > 128 else 32,
         "BK": BK,
-        "BV": min(32, max(16, triton.next_power_of_2(V))),
+        "BV": min(16 if exact or BK > 128 else 32, max(16, triton.next_power_of_2(V))),
         "DECAY": kind,
-        "PRECISION": "ieee" if hip else "tf32x3" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if exact or hip else "tf32",
     }
+
+
+def step_config(K: int, V: int, kind: int) -> dict[str, int]:
+    """Constexprs of the step kernel."""
+    BK = max(16, triton.next_power_of_2(K))
+    return {"BK": BK, "BV": min(2048 // BK, max(8, triton.next_power_of_2(V))), "DECAY": kind}
+
+
+def num_warps(tile: dict, hip: bool) -> int:
+    """256 threads where heads are wide, else 128."""
+    return (8 if tile["BK"] > 64 else 4) // (2 if hip else 1)
 
 
 @triton.jit
@@ -122,21 +133,19 @@ def chunks_kernel(
             b_P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             if DELTA:
                 b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-            b_kept = tl.full([1, 1], 1.0, dtype=tl.float32)
-            if DECAY == 1:
-                b_g = tl.load(p_decay + i_t * decay_stride + i_h + o_c * decay_stride, mask=m_t, other=0.0)
-                b_g = sane(b_g).to(tl.float64)
-                b_all = tl.sum(b_g, axis=0)
-                b_g = tl.cumsum(b_g, axis=0)
-                b_exponent = tl.where(m_lower, b_g[:, None] - b_g[None, :], 0.0)
-                b_between = tl.exp(b_exponent.to(tl.float32))  # [C, C]
-                b_P *= b_between
-                b_A *= b_between
-                b_decay = tl.exp(b_g.to(tl.float32))[:, None]
-                b_q *= b_decay
-                b_since = b_k * b_decay
-                b_until = b_k * tl.exp((b_all - b_g).to(tl.float32))[:, None]
-                b_kept = tl.zeros([1, 1], dtype=tl.float32) + tl.exp(b_all.to(tl.float32))
+            b_g = tl.load(p_decay + i_t * decay_stride + i_h + o_c * decay_stride, mask=m_t, other=0.0)
+            b_g = sane(b_g).to(tl.float64)
+            b_all = tl.sum(b_g, axis=0)
+            b_g = tl.cumsum(b_g, axis=0)
+            b_exponent = tl.where(m_lower, b_g[:, None] - b_g[None, :], 0.0)
+            b_between = tl.exp(b_exponent.to(tl.float32))  # [C, C]
+            b_P *= b_between
+            b_A *= b_between
+            b_decay = tl.exp(b_g.to(tl.float32))[:, None]
+            b_q *= b_decay
+            b_since = b_k * b_decay
+            b_until = b_k * tl.exp((b_all - b_g).to(tl.float32))[:, None]
+            b_kept = tl.zeros([1, 1], dtype=tl.float32) + tl.exp(b_all.to(tl.float32))
         b_P = tl.where(m_lower, b_P, 0.0)
 
         if DELTA:
@@ -208,11 +217,11 @@ def step_kernel(
         if UNIT:
             b_q *= tl.rsqrt(tl.sum(b_q * b_q, axis=0) + 1e-6)
             b_k *= tl.rsqrt(tl.sum(b_k * b_k, axis=0) + 1e-6)
-        if DECAY == 1:
-            b_S *= tl.exp(sane(tl.load(p_decay + i_token * decay_stride + i_h)))
         if DECAY == 2:
             b_g = tl.load(p_decay + (i_token * Hv + i_h) * K + o_k, mask=m_k, other=0.0)
             b_S *= tl.exp(sane(b_g))[:, None]
+        else:
+            b_S *= tl.exp(sane(tl.load(p_decay + i_token * decay_stride + i_h)))
         if DELTA:
             b_beta = tl.load(p_beta + i_token * Hv + i_h)
             b_u = b_beta * (b_u - tl.sum(b_S * b_k[:, None], axis=0))
@@ -226,7 +235,7 @@ def step_kernel(
 def launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole sequences: beta is None for linear attention. Arguments and results as in the operators' references, without a normaliser."""
     q, k, v, beta, decay = _prepared(q, k, v, beta, decay)
-    (B, T, H, K), (Hv, V) = q.shape, v.shape[2:]
+    (B, T, H, K), (Hv, V), hip = q.shape, v.shape[2:], torch.version.hip is not None
     if bounds is None:
         edges = torch.arange(0, (B + 1) * T, T, device=q.device)
     else:
@@ -235,7 +244,7 @@ def launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds) -> tuple
     initial = None if initial_state is None else initial_state.contiguous()
     o = torch.empty_like(v)
     final = torch.empty(N, Hv, K, V, dtype=torch.float32, device=q.device)
-    tile = config(K, V, q.dtype, _kind(decay), torch.version.hip is not None)
+    tile = config(K, V, q.dtype, _kind(decay), beta is not None, hip)
     with torch.cuda.device_of(q):
         chunks_kernel[(triton.cdiv(V, tile["BV"]), N * Hv)](
             o,
@@ -257,7 +266,7 @@ def launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds) -> tuple
             DELTA=beta is not None,
             UNIT=l2_norm,
             USE_INITIAL=initial is not None,
-            num_warps=warps(tile),
+            num_warps=num_warps(tile, hip),
             **OPTIONS,
         )
     return o, final
@@ -266,10 +275,9 @@ def launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds) -> tuple
 def step(q, k, v, beta, state, decay, scale, l2_norm) -> torch.Tensor:
     """A few tokens that continue `state`, which is updated in place."""
     q, k, v, beta, decay = _prepared(q, k, v, beta, decay)
-    (B, T, H, K), (Hv, V) = q.shape, v.shape[2:]
+    (B, T, H, K), (Hv, V), hip = q.shape, v.shape[2:], torch.version.hip is not None
     o = torch.empty_like(v)
-    tile = config(K, V, q.dtype, _kind(decay), torch.version.hip is not None)
-    tile = {name: tile[name] for name in ("BK", "BV", "DECAY")}
+    tile = step_config(K, V, _kind(decay))
     with torch.cuda.device_of(q):
         step_kernel[(triton.cdiv(V, tile["BV"]), B * Hv)](
             o,
@@ -290,29 +298,26 @@ def step(q, k, v, beta, state, decay, scale, l2_norm) -> torch.Tensor:
             **tile,
             DELTA=beta is not None,
             UNIT=l2_norm,
-            num_warps=warps(tile),
+            num_warps=num_warps(tile, hip),
             **OPTIONS,
         )
     return o
-
-
-def warps(tile) -> int:
-    """Warps that keep a program's tiles in registers."""
-    return 4 if tile["BK"] <= 128 else 8
 
 
 def _prepared(q, k, v, beta, decay):
     K = q.shape[3]
     if K > MAX_K:
         raise ValueError(f"q: expected K of at most {MAX_K} on a GPU, got K = {K}")
+    if decay is None:
+        decay = q.new_zeros(v.shape[2], dtype=torch.float32)
     floats = (None if x is None else x.float().contiguous() for x in (beta, decay))
     return q.contiguous(), k.contiguous(), v.contiguous(), *floats
 
 
 def _kind(decay) -> int:
-    return NONE if decay is None else VECTOR if decay.dim() == 4 else SCALAR
+    return VECTOR if decay.dim() == 4 else SCALAR
 
 
 def _stride(decay) -> int:
     """Elements between tokens in a decay per head, 0 if it is the same for all."""
-    return 0 if decay is None or decay.dim() == 1 else decay.shape[2]
+    return 0 if decay.dim() == 1 else decay.shape[2]

@@ -1,0 +1,124 @@
+"""The Triton kernels of the recurrences, run: on a GPU (`pytest -m gpu`), or by Triton's interpreter (test_triton_interpreted.py).
+
+Against the definitions in float64, outputs poisoned by NaN before the call; then the laws.
+"""
+
+import os
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+import test_recurrences as shared  # noqa: E402 (after the skips)
+
+from hasten.kernels import backend, triton_recurrence  # noqa: E402
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SIZES = (
+    [(1, 24, 17), (33, 40, 16), (70, 16, 129)] if INTERPRETED else [*shared.SIZES, (1000, 128, 128), (4097, 64, 128)]
+)
+DTYPES = [torch.float32] if INTERPRETED else list(TOLERANCES)
+
+
+@pytest.fixture(params=["linear_attention", "delta_rule"])
+def operator(request):
+    return request.param
+
+
+def here(values):
+    return [None if x is None else x.to(DEVICE) for x in values]
+
+
+def poisoned_run(function, *arguments, **settings):
+    """The result of Triton's kernels, where all that torch.empty returned was full of NaN before."""
+    empty, empty_like = torch.empty, torch.empty_like
+    with (
+        patch.object(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan)),
+        patch.object(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan)),
+        backend.use("triton"),
+    ):
+        return function(*arguments, **settings)
+
+
+def close(found, expected):
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= TOLERANCES[found.dtype], f"relative error {error:.1e} in {found.dtype}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("kind", shared.DECAYS)
+@pytest.mark.parametrize(("T", "K", "V"), SIZES)
+def test_is_the_definition(operator, T, K, V, kind, dtype):
+    tensors, decay = here(shared.inputs(operator, T, K, V, dtype)), here([shared.log_decay(kind, 2, T, K)])[0]
+    state = torch.randn(2, shared.HV, K, V).to(DEVICE)
+    found = poisoned_run(shared.run, operator, tensors, decay, state)
+    for x, y in zip(found, shared.definition(operator, tensors, decay, state), strict=True):
+        close(x, y)
+
+
+@pytest.mark.parametrize("layout", shared.STATES)
+@pytest.mark.parametrize("kind", shared.DECAYS)
+def test_step_is_the_definition(operator, kind, layout):
+    for T, K, V in ((1, 24, 17), (3, 40, 33)):
+        tensors, decay = here(shared.inputs(operator, T, K, V)), here([shared.log_decay(kind, 2, T, K)])[0]
+        state = torch.randn(2, shared.HV, K, V).to(DEVICE)
+        o, final = shared.definition(operator, tensors, decay, state)
+        mine = shared.STATES[layout](state)
+        close(poisoned_run(shared.step, operator, tensors, mine, decay), o)
+        close(mine, final)
+
+
+@pytest.mark.parametrize("kind", ["token", "component"])
+def test_extreme_decays(operator, kind):
+    T = 40
+    tensors, shape = here(shared.inputs(operator, T)), shared.log_decay(kind, 2, T, 24).shape
+    for values in ([-50.0, 0.0], [-50.0, -0.01, -torch.inf], [-1e-6, -104.0]):
+        decay = torch.tensor(values)[torch.randint(len(values), shape)].to(DEVICE)
+        for x, y in zip(
+            poisoned_run(shared.run, operator, tensors, decay), shared.definition(operator, tensors, decay), strict=True
+        ):
+            close(x, y)
+
+
+def test_packed_sequences_are_separate(operator):
+    bounds = [0, 1, 34, 40]
+    tensors, decay = here(shared.inputs(operator, 40, B=1)), here([shared.log_decay("token", 1, 40, 24)])[0]
+    states = torch.randn(3, shared.HV, 24, 17).to(DEVICE)
+    packed, finals = poisoned_run(
+        shared.run, operator, tensors, decay, states, cu_seqlens=torch.tensor(bounds, device=DEVICE)
+    )
+    for n in range(3):
+        own = slice(bounds[n], bounds[n + 1])
+        o, final = poisoned_run(shared.run, operator, [x[:, own] for x in tensors], decay[:, own], states[n : n + 1])
+        assert torch.equal(packed[:, own], o) and torch.equal(finals[n : n + 1], final)
+
+
+def test_a_nan_stays_in_its_row(operator):
+    tensors = here(shared.inputs(operator, 40))
+    clean = poisoned_run(shared.run, operator, tensors)
+    tensors[2][0, 30] = torch.nan
+    o, state = poisoned_run(shared.run, operator, tensors)
+    assert torch.equal(o[1], clean[0][1]) and torch.equal(state[1], clean[1][1]) and o[0, 30].isnan().all()
+
+
+def test_a_positive_decay_makes_nan(operator):
+    """On a GPU nobody looks at the values of a decay before the kernel does."""
+    for kind in ("head", "token", "component"):
+        tensors, decay = here(shared.inputs(operator, 40)), here([shared.log_decay(kind, 2, 40, 24)])[0]
+        decay[...] = 0.5
+        with patch("hasten.kernels.sequence.check_signs"):
+            o, state = poisoned_run(shared.run, operator, tensors, decay)
+        assert o.isnan().all() and state.isnan().all()
+
+
+def test_heads_too_wide(operator):
+    with pytest.raises(ValueError, match=f"K of at most {triton_recurrence.MAX_K} on a GPU, got K = 257"):
+        poisoned_run(shared.run, operator, here(shared.inputs(operator, 3, 257, 16)))
