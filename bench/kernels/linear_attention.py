@@ -23,7 +23,9 @@ STATE_BYTES = STEP_HEADS * SIZE * SIZE * 4
 def cases(device: str) -> list[Case]:
     found = [_prefill(T, "constant", torch.bfloat16, device) for T in LENGTHS[device]]
     found += [_prefill(TYPICAL[device], kind, torch.bfloat16, device) for kind in ("scalar", "vector")]
-    found += [_prefill(TYPICAL[device], "constant", dtype, device) for dtype in (torch.float32, torch.float16)]
+    found.append(
+        _prefill(TYPICAL[device], "constant", torch.float32, device)
+    )  # softmax attention in float16 takes minutes on a CPU
     return found + [_step(dtype, device) for dtype in (torch.bfloat16, torch.float32)]
 
 
