@@ -48,6 +48,21 @@ def sane(b_g):
 
 
 @triton.jit
+def rounded(b_x):
+    """To the nearest tf32, ties away from zero. NaN stays NaN, whatever its bits."""
+    b_bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
+
+
+@triton.jit
+def product(b_x, b_y, PRECISION: tl.constexpr, ROUND: tl.constexpr):
+    """x y in fp32, of operands that are rounded first or, as tensor cores do it, cut off to tf32."""
+    if ROUND:
+        b_x, b_y = rounded(b_x), rounded(b_y)
+    return tl.dot(b_x, b_y, input_precision=PRECISION)
+
+
+@triton.jit
 def chunks_kernel(
     p_o,  # [tokens, Hv, V]
     p_q,  # [tokens, H, K]
@@ -74,6 +89,8 @@ def chunks_kernel(
     USE_INITIAL: tl.constexpr,
 ):
     """o and the final states of whole sequences."""
+    # The delta rule feeds back what it read: what is always cut off adds up there, from chunk to chunk. Elsewhere it stays below 0.2 %.
+    ROUND: tl.constexpr = DELTA and PRECISION == "tf32"
     i_nh = tl.program_id(1).to(tl.int64)
     i_n, i_h = i_nh // Hv, i_nh % Hv
     i_g = i_h * H // Hv  # the head of q and k
@@ -130,9 +147,9 @@ def chunks_kernel(
             b_until = b_k * tl.exp((b_all[None, :] - b_g).to(tl.float32))
             b_kept = tl.exp(b_all.to(tl.float32))[:, None]  # [BK, 1]
         else:
-            b_P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_P = product(b_q, tl.trans(b_k), PRECISION, ROUND)
             if DELTA:
-                b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+                b_A = product(b_k, tl.trans(b_k), PRECISION, ROUND)
             b_g = tl.load(p_decay + i_t * decay_stride + i_h + o_c * decay_stride, mask=m_t, other=0.0)
             b_g = sane(b_g).to(tl.float64)
             b_all = tl.sum(b_g, axis=0)
@@ -156,13 +173,13 @@ def chunks_kernel(
                 b_row = tl.sum(tl.where(m_i, b_A, 0.0), axis=0)  # [C]
                 b_row += tl.sum(b_row[:, None] * b_A, axis=0)
                 b_A = tl.where(m_i, b_row[None, :], b_A)
-            b_u = b_beta[:, None] * (b_u - tl.dot(b_since, b_S, input_precision=PRECISION))
-            b_u += tl.dot(b_A, b_u, input_precision=PRECISION)
+            b_u = b_beta[:, None] * (b_u - product(b_since, b_S, PRECISION, ROUND))
+            b_u += product(b_A, b_u, PRECISION, ROUND)
 
-        b_o = tl.dot(b_q, b_S, input_precision=PRECISION)
-        b_o += tl.dot(b_P, b_u, input_precision=PRECISION)
+        b_o = product(b_q, b_S, PRECISION, ROUND)
+        b_o += product(b_P, b_u, PRECISION, ROUND)
         tl.store(p_o + (i_t * Hv + i_h) * V + o_vo, (scale * b_o).to(p_o.dtype.element_ty), mask=m_tv)
-        b_S = b_kept * b_S + tl.dot(tl.trans(b_until), b_u, input_precision=PRECISION)
+        b_S = b_kept * b_S + product(tl.trans(b_until), b_u, PRECISION, ROUND)
         i_t += C
     tl.store(p_final + i_nh * K * V + o_state, b_S, mask=m_kv)
 

@@ -6,6 +6,7 @@ Against the definitions in float64, outputs poisoned by NaN before the call; the
 import os
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,35 @@ def test_a_positive_decay_makes_nan(operator):
         with patch("hasten.kernels.sequence.check_signs"):
             o, state = poisoned_run(shared.run, operator, tensors, decay)
         assert o.isnan().all() and state.isnan().all()
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """The interpreter multiplies in float32; tensor cores ignore the last 13 bits of an operand in tf32."""
+    if INTERPRETED:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        exact = InterpreterBuilder.create_dot
+
+        def cut(x):
+            data = (np.ascontiguousarray(x.data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+            return TensorHandle(data, x.dtype)
+
+        def create_dot(self, x, y, acc, precision, *rest):
+            if precision.name == "TF32" and x.data.dtype == np.float32:
+                x, y = cut(x), cut(y)
+            return exact(self, x, y, acc, precision, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def test_what_tensor_cores_cut_off(operator, cut_off):
+    """Values that agree in sign, of which most is corrected: errors that agree too would add up."""
+    q, k, v, *betas = shared.inputs(operator, 256, 64, 16, torch.float16, B=1)
+    tensors = here([q, k + 1, v + 1, *(torch.full_like(beta, 1.9) for beta in betas)])
+    found = poisoned_run(shared.run, operator, tensors)
+    for x, y in zip(found, shared.definition(operator, tensors), strict=True):
+        close(x.half(), y)
 
 
 def test_heads_too_wide(operator):
