@@ -76,8 +76,8 @@ def check_signs(decay: torch.Tensor | None) -> None:
     """Raises ValueError where a decay on a CPU is positive. On a GPU looking would wait for the device: there a positive decay makes its output NaN."""
     if decay is None or not decay.is_cpu:
         return
-    largest = float(decay.detach().max())
-    if largest > 0:
+    if bool((decay > 0).any()):
+        largest = float(decay[decay > 0].max())
         raise ValueError(f"decay: expected logarithms of at most 0, got {largest:.4g}")
 
 
@@ -111,13 +111,24 @@ def boundaries(cu_seqlens: torch.Tensor, T: int) -> list[int]:
     return bounds
 
 
-def refuse_gradients(**tensors: torch.Tensor | None) -> None:
-    """Raises ValueError where autograd would want a gradient: kernels have none, the definition does."""
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                advice = 'call it under torch.no_grad(), or under hasten.kernels.backend.use("reference") for gradients'
-                raise ValueError(f"{name}: expected no gradient, got a tensor that requires grad: {advice}")
+def refuse_gradients(definition: bool = True, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError for what is no tensor, and where autograd would want a gradient: kernels have none, the definition (of all but steps) has."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            advice = "call it under torch.no_grad()"
+            if definition:
+                advice += ', or under hasten.kernels.backend.use("reference") for gradients'
+            raise ValueError(f"{name}: expected no gradient, got a tensor that requires grad: {advice}")
+
+
+def check_writable(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError where elements of a tensor that is to be updated share memory."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected memory of its own for every element, got strides {tensor.stride()}: clone it"
+        )
 
 
 def per_sequence(form, tensors, decay, initial_state, bounds) -> tuple[torch.Tensor, torch.Tensor]:

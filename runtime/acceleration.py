@@ -27,7 +27,7 @@ from hasten.tokens import Texts, split_heldout, windows
 logger = logging.getLogger("hasten")
 
 # Relative distance of a module's output by kernel from its output by definition, on the same input.
-SELF_CHECK_LIMIT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+SELF_CHECK_LIMIT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 SELF_CHECK_TOKENS = 17
 
 

@@ -47,7 +47,7 @@ def causal_conv1d(
     if backend.is_reference():
         y, state = _run(x, weight, bias, silu, initial_state, cu_seqlens)
     else:
-        sequence.refuse_gradients(x=x, weight=weight, bias=bias, initial_state=initial_state)
+        sequence.refuse_gradients(x=x, weight=weight, bias=bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
         y, state = _op(x, weight, bias, silu, initial_state, cu_seqlens)
     return (y, state) if return_state else y
 
@@ -64,7 +64,7 @@ def causal_conv1d_update(
 
     Arguments, shapes (x [B, D, T], T = 1 in decode) and errors as in `causal_conv1d`.
     """
-    sequence.refuse_gradients(x=x, state=state, weight=weight, bias=bias)
+    sequence.refuse_gradients(x=x, state=state, weight=weight, bias=bias, definition=False)
     return _update_op(x, state, weight, bias, _is_silu(activation))
 
 

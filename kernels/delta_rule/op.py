@@ -55,7 +55,9 @@ def delta_rule(
     if backend.is_reference():
         o, state = _run(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens)
     else:
-        sequence.refuse_gradients(q=q, k=k, v=v, beta=beta, decay=decay, initial_state=initial_state)
+        sequence.refuse_gradients(
+            q=q, k=k, v=v, beta=beta, decay=decay, initial_state=initial_state, cu_seqlens=cu_seqlens
+        )
         o, state = _op(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens)
     return (o, state) if return_state else o
 
@@ -75,7 +77,7 @@ def delta_rule_step(
 
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `delta_rule`.
     """
-    sequence.refuse_gradients(q=q, k=k, v=v, beta=beta, decay=decay, state=state)
+    sequence.refuse_gradients(q=q, k=k, v=v, beta=beta, decay=decay, state=state, definition=False)
     return _step_op(q, k, v, beta, state, decay, scale, l2_norm)
 
 
@@ -116,6 +118,7 @@ def _triton(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
 
 def _run_step(q, k, v, beta, state, decay, scale, l2_norm):
     _check(q, k, v, beta, decay, state, name="state")
+    sequence.check_writable("state", state)
     sequence.check_signs(decay)
     name = backend.choose(q)
     if name == "reference":

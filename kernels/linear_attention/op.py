@@ -57,7 +57,7 @@ def linear_attention(
     if backend.is_reference():
         o, state = _run(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
     else:
-        sequence.refuse_gradients(q=q, k=k, v=v, decay=decay, initial_state=initial_state)
+        sequence.refuse_gradients(q=q, k=k, v=v, decay=decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
         o, state = _op(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
     return (o, state) if return_state else o
 
@@ -76,7 +76,7 @@ def linear_attention_step(
 
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `linear_attention`.
     """
-    sequence.refuse_gradients(q=q, k=k, v=v, decay=decay, state=state)
+    sequence.refuse_gradients(q=q, k=k, v=v, decay=decay, state=state, definition=False)
     return _step_op(q, k, v, state, decay, scale, normalize)
 
 
@@ -103,7 +103,7 @@ def _run(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens):
         o, state = reference.linear_attention(q, k, v, decay, scale, initial_state, normalize, bounds)
     else:
         V = v.shape[3]
-        values = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1) if normalize else v
+        q, k, values = _with_ones(q, k, v) if normalize else (q, k, v)
         implementation = {"chunked": _chunked, "cpu": _cpu, "triton": _triton}[name]
         o, state = implementation(q, k, values, decay, 1.0 if normalize else scale, initial_state, bounds)
         if normalize:
@@ -131,11 +131,18 @@ def _triton(q, k, v, decay, scale, initial_state, bounds):
     return triton.launch(q, k, v, decay, scale, initial_state, bounds)
 
 
+def _with_ones(q, k, v):
+    """In the state's dtype, for sums over all tokens overflow float16; a column of ones in v makes the normaliser."""
+    q, k, v = (x.to(sequence.state_dtype(q)) for x in (q, k, v))
+    return q, k, torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
+
+
 def _run_step(q, k, v, state, decay, scale, normalize):
     _check(q, k, v, decay, state, normalize, name="state")
+    sequence.check_writable("state", state)
     sequence.check_signs(decay)
     V = v.shape[3]
-    values = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1) if normalize else v
+    q, k, values = _with_ones(q, k, v) if normalize else (q, k, v)
     name = backend.choose(q)
     if name == "reference":
         o, new = reference.linear_attention(q, k, v, decay, scale, state, normalize, None)

@@ -297,6 +297,31 @@ def test_bad_input(operator, case):
         run(operator, tensors, **settings)
 
 
+def test_normaliser_in_float16_does_not_overflow():
+    q, v = torch.full((1, 1024, 1, 64), 3.0).half(), torch.rand(1, 1024, 1, 8).half()
+    o, state = linear_attention(q, q, v, normalize=True, return_state=True)
+    expected = v.double().cumsum(1) / torch.arange(1, 1025)[:, None, None]
+    torch.testing.assert_close(o.double(), expected, rtol=2e-3, atol=0)
+    step = linear_attention_step(q[:, :1], q[:, :1], v[:, :1], state, normalize=True)
+    torch.testing.assert_close(step.double(), expected[:, -1:], rtol=5e-3, atol=0)
+
+
+def test_bad_state_of_a_step(operator):
+    state = torch.zeros(1, HV, 24, 17).expand(2, HV, 24, 17)
+    with pytest.raises(ValueError, match="state: expected memory of its own"):
+        step(operator, inputs(operator, 1), state)
+
+
+def test_a_nan_does_not_hide_a_positive_decay(operator):
+    with pytest.raises(ValueError, match="decay: expected logarithms of at most 0, got 1"):
+        run(operator, inputs(operator, 3), torch.tensor([torch.nan, 1.0, 0.0, 0.0]))
+
+
+def test_lists_are_no_tensors(operator):
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected a tensor, got \[0, 9\]"):
+        run(operator, inputs(operator, 9, B=1), cu_seqlens=[0, 9])
+
+
 def test_bad_beta():
     q, k, v, beta = inputs("delta_rule", 9)
     with pytest.raises(ValueError, match=r"beta: expected shape \[2, 9, 4\], got shape \[2, 9\]"):
