@@ -15,27 +15,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from hasten.kernels import backend
 from hasten.kernels.linear_attention import linear_attention, linear_attention_step
+from hasten.kernels.linear_attention.features import lightning_decay, lrpe, lrpe_theta
 
 from .cache import TransNormerCache
 from .configuration import TransNormerConfig
 
 
-def slopes(heads: int) -> list[float]:
-    """ALiBi's slopes 2^(-8(h+1)/H); for H no power of two those of the next smaller one, then every other one of twice as many heads."""
-    power = 2 ** int(math.log2(heads))
-    own = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    return own if power == heads else own + slopes(2 * power)[::2][: heads - power]
-
-
 def decays(heads: int, layers: int) -> torch.Tensor:
-    """Logarithms of the decay [layers, H], float32: -slope * (1 - l / (L - 1) + 1e-5), as the released checkpoints were trained (not the paper's eq. 10)."""
-    depth = [1 - layer / max(layers - 1, 1) + 1e-5 for layer in range(layers)]
-    return -torch.tensor(depth, dtype=torch.float64).outer(torch.tensor(slopes(heads), dtype=torch.float64)).float()
-
-
-def frequencies(heads: int, size: int) -> torch.Tensor:
-    """What theta of LRPE starts from, [H, 1, D]: 10000^(-2 j / (H D)) with j counting through all heads."""
-    return (10000 ** (-2 / (heads * size) * torch.arange(heads * size))).reshape(heads, 1, size)
+    """Logarithms of the decay [layers, H], float32, as the released checkpoints were trained."""
+    return torch.stack([lightning_decay(heads, layer, layers) for layer in range(layers)])
 
 
 class SimpleRMSNorm(nn.Module):
@@ -51,12 +39,10 @@ class Lrpe(nn.Module):
 
     def __init__(self, heads: int, size: int):
         super().__init__()
-        self.theta = nn.Parameter(frequencies(heads, size))
+        self.theta = nn.Parameter(lrpe_theta(heads, size)[:, None])
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        theta = self.theta.to(torch.promote_types(x.dtype, torch.float32)).squeeze(1)
-        angles = positions[..., None, None] * theta
-        return torch.cat([x * angles.cos(), x * angles.sin()], -1).to(x.dtype)
+        return lrpe(x, self.theta.squeeze(1), positions)
 
 
 class TokenMixer(nn.Module):
@@ -132,7 +118,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Lrpe):
             heads, _, size = module.theta.shape
-            init.copy_(module.theta, frequencies(heads, size))
+            init.copy_(module.theta, lrpe_theta(heads, size)[:, None])
 
 
 class TransNormerModel(TransNormerPreTrainedModel):
