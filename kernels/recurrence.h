@@ -54,6 +54,12 @@ inline void make_unit(float* row, int64_t width) {
     multiply(row, 1.f / __builtin_sqrtf(sum(squares) + 1e-6f), width);
 }
 
+// Prefetches `rows` rows: memory is read in pieces of one head of one token, which no hardware prefetcher foresees
+template <class T> inline void expect(const T* from, int64_t stride, int64_t rows, int64_t size) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t c = 0; c < size; c += LINE<T>) prefetch(from + i * stride + c);
+}
+
 // The work of one thread: one chunk of one head at a time, padded with zeros to 16, 32 or 64 tokens.
 template <class T, bool DELTA> struct Chunks {
     const Shape& shape;
@@ -111,12 +117,6 @@ template <class T, bool DELTA> struct Chunks {
                 pack(o + ((row * shape.T + token + i) * shape.Hv + head) * shape.V, O.row(i), in.scale, shape.V);
         }
         for (int64_t c = 0; c < shape.K; c++) pack(final + c * shape.V, S.row(c), 1.f, shape.V);
-    }
-
-    // Prefetches `rows` rows: memory is read in pieces of one head of one token, which no hardware prefetcher foresees
-    static void expect(const T* from, int64_t stride, int64_t rows, int64_t size) {
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t c = 0; c < size; c += LINE<T>) prefetch(from + i * stride + c);
     }
 
     void load_chunk(int64_t row, int64_t head, int64_t token, int64_t count, int64_t rows) {
@@ -233,12 +233,13 @@ template <class T, bool DELTA> struct Chunks {
     }
 };
 
-template <class T, bool DELTA>
+// Whole sequences by Work, which is made once per thread.
+template <class Work, class T>
 int run_chunks(T* o, const float* initial, float* final, const Shape& shape, const Inputs<T>& in, int threads) {
     int failed = 0;
     const int64_t size = shape.K * shape.V;
     parallel(shape.N * shape.Hv, 1, threads, [&](int64_t from, int64_t to) {
-        Chunks<T, DELTA> chunks(shape, in);
+        Work chunks(shape, in);
         if (!chunks.memory.memory) {
             failed = 2;
             return;

@@ -197,7 +197,7 @@ def minimax_forward(layer: nn.Module) -> Callable:
         else:
             output, state = linear_attention(q, k, v, decay=decay, initial_state=state, return_state=True)
         output = self.norm(output.reshape(B, T, self.num_attention_heads * self.head_dim))
-        output = self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * output)
+        output = self.out_proj(F.sigmoid(self.output_gate(hidden_states)).mul_(output))
         if past_key_values is not None:
             past_key_values.set_linear_cache(self.layer_idx, state)
         return output, state

@@ -191,10 +191,12 @@ def minimax_continuation() -> tuple:
     """The recurrence of CONTINUATION tokens after a cached prefix."""
     x = _hidden(6144, CONTINUATION)
     layer = without_projections(minimax(), x)
+    state = torch.randn(1, 64, 128, 128)  # neither side writes to it; transformers keeps it in the model's dtype
+    states = {DTYPE: state.to(DTYPE), torch.float32: state}
 
     def call(function, dtype):
         cache = modeling_minimax.MiniMaxCache()
-        cache.set_linear_cache(layer.layer_idx, torch.ones(1, 64, 128, 128, dtype=dtype))
+        cache.set_linear_cache(layer.layer_idx, states[dtype])
         cache.linear_cache[: layer.layer_idx] = [[]] * layer.layer_idx
         return function(x, None, None, cache)
 

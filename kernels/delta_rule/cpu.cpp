@@ -7,7 +7,7 @@ HASTEN_EXPORT(hasten_delta_rule)
     return with_dtype(dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;
         const Inputs<T> in = {(const T*)q, (const T*)k, (const T*)v, decay, beta, bounds, scale, unit != 0};
-        return run_chunks<T, true>((T*)o, initial, final, *shape, in, threads);
+        return run_chunks<Chunks<T, true>>((T*)o, initial, final, *shape, in, threads);
     });
 }
 

@@ -62,10 +62,11 @@ def double(tensors):
 def test_is_the_definition(isa, dtype, operator, T, K, V, kind, poisoned, assert_close):
     tensors, decay = inputs(operator, T, K, V, dtype), log_decay(kind, 2, T, K)
     state = torch.randn(2, HV, K, V)
-    for found, expected in zip(
-        run(operator, tensors, decay, state), definition(operator, tensors, decay, state), strict=True
-    ):
-        assert_close(found, expected)
+    o, final = run(operator, tensors, decay, state)
+    expected_o, expected_final = definition(operator, tensors, decay, state)
+    assert_close(o, expected_o)
+    bf16_products = (isa, dtype, operator) == ("avx512bf16", torch.bfloat16, "linear_attention")
+    assert_close(final, expected_final, 1e-3 if bf16_products and kind in ("head", "token") else None)
 
 
 @pytest.mark.parametrize("layout", STATES)
