@@ -4,9 +4,28 @@ Letters: B rows of a batch, T tokens, H heads of q and k, Hv heads of v (a multi
 sizes of a head, N sequences (B, or the number of packed ones).
 """
 
+import math
 from itertools import pairwise
 
 import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+OPTIONAL = ("decay", "bias", "initial_state", "cu_seqlens")
+
+
+def check_arguments(scale: float = 1.0, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError for what is no tensor, or no number."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name in OPTIONAL):
+            raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+
+
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError unless the kernels and the definition compute in the tensor's dtype."""
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected a floating dtype of at least 16 bits, got {tensor.dtype}")
 
 
 def state_dtype(q: torch.Tensor) -> torch.dtype:
@@ -18,8 +37,7 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raises ValueError unless q, k [B, T, H, K] and v [B, T, Hv, V] fit, T >= 1, in one floating dtype on one device."""
     if q.dim() != 4:
         raise ValueError(f"q: expected shape [B, T, H, K], got shape {list(q.shape)}")
-    if not q.is_floating_point():
-        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
+    check_floating("q", q)
     B, T, H, K = q.shape
     if T == 0:
         raise ValueError(f"q: expected at least one token, got T = 0 in shape {list(q.shape)}")
@@ -58,8 +76,7 @@ def check_decay(q: torch.Tensor, v: torch.Tensor, decay: torch.Tensor | None) ->
     if list(decay.shape) not in ([Hv], [B, T, Hv], [B, T, Hv, K]):
         shapes = f"[{Hv}], [{B}, {T}, {Hv}] or [{B}, {T}, {Hv}, {K}]"
         raise ValueError(f"decay: expected shape {shapes}, got shape {list(decay.shape)}")
-    if not decay.is_floating_point():
-        raise ValueError(f"decay: expected a floating dtype, got {decay.dtype}")
+    check_floating("decay", decay)
     check_device(q, "decay", decay)
 
 
@@ -67,8 +84,7 @@ def check_beta(q: torch.Tensor, v: torch.Tensor, beta: torch.Tensor) -> None:
     """Raises ValueError unless beta is [B, T, Hv], floating, on the device of q."""
     if list(beta.shape) != list(v.shape[:3]):
         raise ValueError(f"beta: expected shape {list(v.shape[:3])}, got shape {list(beta.shape)}")
-    if not beta.is_floating_point():
-        raise ValueError(f"beta: expected a floating dtype, got {beta.dtype}")
+    check_floating("beta", beta)
     check_device(q, "beta", beta)
 
 
@@ -112,10 +128,8 @@ def boundaries(cu_seqlens: torch.Tensor, T: int) -> list[int]:
 
 
 def refuse_gradients(definition: bool = True, **tensors: torch.Tensor | None) -> None:
-    """Raises ValueError for what is no tensor, and where autograd would want a gradient: kernels have none, the definition (of all but steps) has."""
+    """Raises ValueError where autograd would want a gradient: kernels have none, the definition (of all but steps) has."""
     for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             advice = "call it under torch.no_grad()"
             if definition:

@@ -14,6 +14,7 @@ from .linear_attention import (
     TYPICAL,
     captured,
     cold_states,
+    cold_tokens,
     flash_linear_attention,
     log_decay,
     operations,
@@ -28,25 +29,26 @@ def cases(device: str) -> list[Case]:
     return found + [_step(kind, torch.bfloat16, device) for kind in NAMES]
 
 
-def _inputs(T: int, heads: int, kind: str, dtype: torch.dtype, device: str):
-    q, k, v = torch.randn(3, 1, T, heads, SIZE, dtype=dtype, device=device)
-    return q, k, v, torch.rand(1, T, heads, device=device), log_decay(kind, T, heads, device)
+def _gates(T: int, heads: int, kind: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(1, T, heads, device=device), log_decay(kind, T, heads, device)
 
 
 def _prefill(kind: str, dtype: torch.dtype, device: str) -> Case:
     T, heads = TYPICAL[device], HEADS[device]
 
     def make():
-        q, k, v, beta, decay = _inputs(T, heads, kind, dtype, device)
+        inputs, (beta, decay) = cold_tokens(T, heads, dtype, device), _gates(T, heads, kind, device)
+        settings = {"decay": decay, "scale": SIZE**-0.5, "l2_norm": True}
         contenders = {
-            OURS: [partial(delta_rule, q, k, v, beta, decay=decay, scale=SIZE**-0.5, l2_norm=True)],
-            "hasten in torch": [partial(chunked.delta_rule, q, k, v, beta, decay, SIZE**-0.5, None, True)],
+            OURS: [partial(delta_rule, *qkv, beta, **settings) for qkv in inputs],
+            "hasten in torch": [
+                partial(chunked.delta_rule, *qkv, beta, decay, SIZE**-0.5, None, True) for qkv in inputs
+            ],
         }
         if fla := flash_linear_attention(device):
             peer = {"scalar": fla.chunk_gated_delta_rule, "vector": fla.chunk_kda}[kind]
-            contenders["flash-linear-attention"] = [
-                lambda: peer(q, k, v, g=decay, beta=beta.to(dtype), use_qk_l2norm_in_kernel=True)
-            ]
+            settings = {"g": decay, "beta": beta.to(dtype), "use_qk_l2norm_in_kernel": True}
+            contenders["flash-linear-attention"] = [partial(peer, *qkv, **settings) for qkv in inputs]
         return contenders
 
     moved = 4 * T * heads * SIZE * dtype.itemsize
@@ -57,7 +59,8 @@ def _prefill(kind: str, dtype: torch.dtype, device: str) -> Case:
 
 def _step(kind: str, dtype: torch.dtype, device: str) -> Case:
     def make():
-        q, k, v, beta, decay = _inputs(1, STEP_HEADS, kind, dtype, device)
+        q, k, v = torch.randn(3, 1, 1, STEP_HEADS, SIZE, dtype=dtype, device=device)
+        beta, decay = _gates(1, STEP_HEADS, kind, device)
         states = cold_states(device)
         settings = {"decay": decay, "scale": SIZE**-0.5, "l2_norm": True}
         ours = [partial(delta_rule_step, q, k, v, beta, state, **settings) for state in states]

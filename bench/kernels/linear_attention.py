@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.kernels.linear_attention import chunked, linear_attention, linear_attention_step
 
-from ..runner import COLD_BYTES, OURS, Case
+from ..runner import COLD_BYTES, OURS, Case, copies
 
 LENGTHS = {"cpu": [1024, 4096, 16384, 65536], "cuda": [2048, 8192, 32768, 131072]}
 LONGEST_SOFTMAX = {"cpu": 16384, "cuda": 131072}  # beyond it softmax attention takes minutes
@@ -59,28 +59,33 @@ def cold_states(device: str) -> list[torch.Tensor]:
     return [torch.zeros(1, STEP_HEADS, SIZE, SIZE, device=device) for _ in range(1 + COLD_BYTES[device] // STATE_BYTES)]
 
 
+def cold_tokens(T: int, heads: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """q, k and v in one tensor [3, 1, T, heads, SIZE], as often as makes them cold."""
+    return copies(torch.randn(3, 1, T, heads, SIZE, dtype=dtype, device=device))
+
+
 def _prefill(T: int, kind: str, dtype: torch.dtype, device: str) -> Case:
     heads = HEADS[device]
 
     def make():
-        q, k, v = torch.randn(3, 1, T, heads, SIZE, dtype=dtype, device=device)
+        inputs = cold_tokens(T, heads, dtype, device)
         decay = log_decay(kind, T, heads, device)
         contenders = {
-            OURS: [partial(linear_attention, q, k, v, decay=decay)],
-            "hasten in torch": [partial(chunked.linear_attention, q, k, v, decay, 1.0, None)],
+            OURS: [partial(linear_attention, *qkv, decay=decay) for qkv in inputs],
+            "hasten in torch": [partial(chunked.linear_attention, *qkv, decay, 1.0, None) for qkv in inputs],
         }
         if kind == "constant" and LONGEST_SOFTMAX[device] >= T:
-            heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
             contenders["scaled_dot_product_attention"] = [
-                partial(scaled_dot_product_attention, *heads_first, is_causal=True)
+                partial(scaled_dot_product_attention, *qkv.transpose(2, 3).contiguous(), is_causal=True)
+                for qkv in inputs
             ]
         if fla := flash_linear_attention(device):
-            peer = {
-                "constant": lambda: fla.chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0),
-                "scalar": lambda: fla.chunk_simple_gla(q, k, v, g=decay, scale=1.0),
-                "vector": lambda: fla.chunk_gla(q, k, v, g=decay, scale=1.0),
-            }
-            contenders["flash-linear-attention"] = [peer[kind]]
+            peer, decays = {
+                "constant": (fla.chunk_simple_gla, {"g_gamma": decay}),
+                "scalar": (fla.chunk_simple_gla, {"g": decay}),
+                "vector": (fla.chunk_gla, {"g": decay}),
+            }[kind]
+            contenders["flash-linear-attention"] = [partial(peer, *qkv, **decays, scale=1.0) for qkv in inputs]
         return contenders
 
     moved = 4 * T * heads * SIZE * dtype.itemsize

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -204,6 +205,18 @@ def minimax_continuation() -> tuple:
     return lambda: call(layer, DTYPE), lambda: call(mine, torch.float32)
 
 
+def minimax_step(position: int) -> tuple:
+    """The recurrence of one token after `position` others, whose state the side's own prefill left in the cache."""
+    x = _hidden(6144, 1)
+    layer = without_projections(minimax(), _hidden(6144, position))
+    sides = []
+    for function in (layer, fast(layer)):
+        cache = modeling_minimax.MiniMaxCache()
+        function(_hidden(6144, position), None, None, cache)
+        sides.append(partial(function, x, None, None, cache))
+    return tuple(sides)
+
+
 COMPARISONS = [
     Comparison("recurrence: gated delta rule, prefill 4096", lambda: delta_prefill("scalar")),
     Comparison("layer: Qwen3-Next, prefill 4096", lambda: layer_prefill(qwen3_next)),
@@ -216,6 +229,8 @@ COMPARISONS = [
     Comparison("recurrence: MiniMax, prefill 4096", lambda: minimax_prefill(bare=True)),
     Comparison("layer: MiniMax, prefill 4096", lambda: minimax_prefill(bare=False), 3),
     Comparison("recurrence: MiniMax, continuation 2048", minimax_continuation, 3),
+    Comparison("recurrence: MiniMax, decode step after 64", lambda: minimax_step(64), 200),
+    Comparison("recurrence: MiniMax, decode step after 16384", lambda: minimax_step(16384), 200),
 ]
 
 

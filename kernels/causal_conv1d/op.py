@@ -44,10 +44,12 @@ def causal_conv1d(
             `hasten.kernels.linear_attention.linear_attention`).
     """
     silu = _is_silu(activation)
+    tensors = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    sequence.check_arguments(**tensors)
     if backend.is_reference():
         y, state = _run(x, weight, bias, silu, initial_state, cu_seqlens)
     else:
-        sequence.refuse_gradients(x=x, weight=weight, bias=bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        sequence.refuse_gradients(**tensors)
         y, state = _op(x, weight, bias, silu, initial_state, cu_seqlens)
     return (y, state) if return_state else y
 
@@ -64,7 +66,9 @@ def causal_conv1d_update(
 
     Arguments, shapes (x [B, D, T], T = 1 in decode) and errors as in `causal_conv1d`.
     """
-    sequence.refuse_gradients(x=x, state=state, weight=weight, bias=bias, definition=False)
+    tensors = {"x": x, "state": state, "weight": weight, "bias": bias}
+    sequence.check_arguments(**tensors)
+    sequence.refuse_gradients(**tensors, definition=False)
     return _update_op(x, state, weight, bias, _is_silu(activation))
 
 
@@ -77,8 +81,7 @@ def _is_silu(activation) -> bool:
 def _check(x, weight, bias):
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x: expected shape [B, D, T], each of at least 1, got shape {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+    sequence.check_floating("x", x)
     if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not 1 <= weight.shape[1] <= MAX_WIDTH:
         expected = f"[{x.shape[1]}, W] with W from 1 to {MAX_WIDTH}"
         raise ValueError(f"weight: expected shape {expected}, got shape {list(weight.shape)}")
@@ -86,8 +89,7 @@ def _check(x, weight, bias):
         raise ValueError(f"bias: expected shape [{x.shape[1]}], got shape {list(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+            sequence.check_floating(name, tensor)
             sequence.check_device(x, name, tensor, "x")
 
 

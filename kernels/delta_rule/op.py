@@ -52,12 +52,13 @@ def delta_rule(
     Raises:
         ValueError: as `hasten.kernels.linear_attention.linear_attention`.
     """
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "initial_state": initial_state}
+    tensors["cu_seqlens"] = cu_seqlens
+    sequence.check_arguments(scale, **tensors)
     if backend.is_reference():
         o, state = _run(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens)
     else:
-        sequence.refuse_gradients(
-            q=q, k=k, v=v, beta=beta, decay=decay, initial_state=initial_state, cu_seqlens=cu_seqlens
-        )
+        sequence.refuse_gradients(**tensors)
         o, state = _op(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens)
     return (o, state) if return_state else o
 
@@ -77,7 +78,9 @@ def delta_rule_step(
 
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `delta_rule`.
     """
-    sequence.refuse_gradients(q=q, k=k, v=v, beta=beta, decay=decay, state=state, definition=False)
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "state": state}
+    sequence.check_arguments(scale, **tensors)
+    sequence.refuse_gradients(**tensors, definition=False)
     return _step_op(q, k, v, beta, state, decay, scale, l2_norm)
 
 

@@ -38,6 +38,8 @@ def linear_attention(
     """q, k [B, T, H, K], v [B, T, Hv, V] -> o [B, T, Hv, V], and the final state if `return_state`.
 
     S_t = Diag(exp(decay_t)) S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, with the state S [K, V] in float32 whatever the inputs are.
+    Products of bfloat16 inputs are multiplied in bfloat16 where the hardware can, and summed in float32: weights, decayed keys and the state
+    that a chunk reads are rounded once; what is carried from chunk to chunk is not.
 
     Args:
         q, k, v: float32, float16 or bfloat16 (float64 runs in plain torch). Hv is a multiple of H; head h of v reads head h * H // Hv of q and k.
@@ -51,13 +53,15 @@ def linear_attention(
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, T = 0, a positive decay (on a CPU; on a GPU such a sequence becomes NaN), or an input
+        ValueError: shapes, dtypes or devices that do not fit, a scale that is not finite, T = 0, a positive decay (on a CPU; on a GPU such a sequence becomes NaN), or an input
             that requires grad: the kernels have no gradients, `hasten.kernels.backend.use("reference")` has.
     """
+    tensors = {"q": q, "k": k, "v": v, "decay": decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    sequence.check_arguments(scale, **tensors)
     if backend.is_reference():
         o, state = _run(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
     else:
-        sequence.refuse_gradients(q=q, k=k, v=v, decay=decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        sequence.refuse_gradients(**tensors)
         o, state = _op(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
     return (o, state) if return_state else o
 
@@ -76,7 +80,9 @@ def linear_attention_step(
 
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `linear_attention`.
     """
-    sequence.refuse_gradients(q=q, k=k, v=v, decay=decay, state=state, definition=False)
+    tensors = {"q": q, "k": k, "v": v, "decay": decay, "state": state}
+    sequence.check_arguments(scale, **tensors)
+    sequence.refuse_gradients(**tensors, definition=False)
     return _step_op(q, k, v, state, decay, scale, normalize)
 
 

@@ -318,9 +318,21 @@ def test_a_nan_does_not_hide_a_positive_decay(operator):
         run(operator, inputs(operator, 3), torch.tensor([torch.nan, 1.0, 0.0, 0.0]))
 
 
-def test_lists_are_no_tensors(operator):
-    with pytest.raises(ValueError, match=r"cu_seqlens: expected a tensor, got \[0, 9\]"):
-        run(operator, inputs(operator, 9, B=1), cu_seqlens=[0, 9])
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_arguments_of_a_wrong_kind(operator, choice):
+    q, k, v, *beta = inputs(operator, 9, B=1)
+    function = {"linear_attention": linear_attention, "delta_rule": delta_rule}[operator]
+    with backend.use(choice):
+        for arguments, settings, expected in (
+            ((q, k, v), {"cu_seqlens": [0, 9]}, r"cu_seqlens: expected a tensor, got \[0, 9\]"),
+            ((q, k, v), {"decay": -0.5}, "decay: expected a tensor, got -0.5"),
+            ((None, k, v), {}, "q: expected a tensor, got None"),
+            ((q, k, v), {"scale": "1"}, "scale: expected a finite number, got '1'"),
+            ((q, k, v), {"scale": float("nan")}, "scale: expected a finite number, got nan"),
+            ([x.to(torch.float8_e4m3fn) for x in (q, k, v)], {}, "q: expected a floating dtype of at least 16 bits"),
+        ):
+            with pytest.raises(ValueError, match=expected):
+                function(*arguments, *beta, **settings)
 
 
 def test_bad_beta():
