@@ -24,7 +24,8 @@ class AdaptiveGuidance(Guide):
     evaluations, and is classifier-free guidance bit for bit up to there.
 
     Per step it records, beside "scale" (1 once all rows have stopped), what it measured: "cosine", "update_norm" (of conditional - unconditional) and
-    "conditional_norm", each [B] and NaN in the rows that have stopped. memory["adaptive_guidance"] holds "space", "lag", "guided" (how many steps were) and "stopped" [B] bool.
+    "conditional_norm", each [B] and NaN in the rows that have stopped. memory["adaptive_guidance"] holds "space", "lag", "guided" (how many steps have
+    been) and "stopped" [B] bool.
 
     Args:
         scale: of classifier-free guidance, off at 1.
@@ -93,7 +94,13 @@ class AdaptiveGuidance(Guide):
             lag = default_lag(device) if self.lag is None else self.lag
             stopped = torch.zeros(len(step.sample), dtype=torch.bool, device=device)
             answers = Lagged(lag)
-            step.memory[_MEMORY] = {"space": self.space, "lag": lag, "guided": 0, "stopped": stopped, "answers": answers}
+            step.memory[_MEMORY] = {
+                "space": self.space,
+                "lag": lag,
+                "guided": 0,
+                "stopped": stopped,
+                "answers": answers,
+            }
         return step.memory[_MEMORY]
 
     def _measure(self, state, conditional, unconditional):

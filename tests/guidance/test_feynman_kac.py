@@ -27,7 +27,9 @@ GROUPS, PARTICLES, SIGMA_MAX = 24, 4000, 3.0
 
 def tilted(case, alpha, sigma):
     """Mean, variance and log normaliser of prod_i N(alpha mean_i, alpha^2 variance_i + sigma^2)^exponent_i."""
-    terms = [(b, alpha * mean, alpha**2 * variance + sigma**2) for (mean, variance), b in zip(*CASES[case], strict=True)]
+    terms = [
+        (b, alpha * mean, alpha**2 * variance + sigma**2) for (mean, variance), b in zip(*CASES[case], strict=True)
+    ]
     precision = sum(b / v for b, _, v in terms)
     mean = sum(b * m / v for b, m, v in terms) / precision
     log_z = sum(-0.5 * b * (math.log(2 * math.pi * v) + m * m / v) for b, m, v in terms)
@@ -132,7 +134,7 @@ def test_the_mean_increment_is_the_change_of_the_normaliser_with_a_drift_too(cas
     """Variance preserving, dx = -x / 2 dt + dW with alpha = e^(-t / 2): d log Z / d tau is the increment's mean over the tilted density, by quadrature."""
     level = lambda t: (math.exp(-t / 2), math.sqrt(1 - math.exp(-t)))  # noqa: E731
     t, h = 0.8, 1e-4
-    mean, variance, log_z = tilted(case, *level(t))
+    mean, variance, _ = tilted(case, *level(t))
     x = torch.linspace(mean - 12 * math.sqrt(variance), mean + 12 * math.sqrt(variance), 4001, dtype=torch.float64)
     density = torch.exp(-((x - mean) ** 2) / (2 * variance))
     alpha, sigma = level(t)
