@@ -36,7 +36,9 @@ class Loop:
     def install(self) -> None:
         """Wraps whatever is not wrapped yet: offloading puts a new forward on a denoiser after each call of the pipeline."""
         for names, wrapper in ((self.family.denoisers, self._denoise), (self.family.beside, self._beside)):
-            for module in filter(None, (getattr(self.pipe, name, None) for name in names)):
+            for module in (getattr(self.pipe, name, None) for name in names):
+                if module is None:
+                    continue
                 # A module compiled in place runs this instead of its forward.
                 compiled = getattr(module, "_compiled_call_impl", None) is not None
                 self._patch(module, "_compiled_call_impl" if compiled else "forward", wrapper)

@@ -85,7 +85,7 @@ def vae() -> diffusers.AutoencoderKL:
 
 def stable_diffusion(kind: str = "StableDiffusionPipeline", scheduler: Any = None, **parts) -> Any:
     """A pipeline of the Stable Diffusion family. scheduler: an instance, or DDIM."""
-    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
+    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
     return getattr(diffusers, kind)(
         vae=vae(),
         text_encoder=None,
@@ -113,7 +113,7 @@ def sdxl() -> Any:
         tokenizer=None,
         tokenizer_2=None,
         unet=denoiser,
-        scheduler=diffusers.EulerDiscreteScheduler(),
+        scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1),
         add_watermarker=False,
     )
 
