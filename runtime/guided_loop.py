@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from hasten import schedulers
 from hasten.batches import fill, fill_all, split, take
 from hasten.denoisers import Family
 from hasten.errors import StateError
-from hasten.guidance.guide import Guide, Pass, State, Step
+from hasten.guidance.guide import Guide, Pass, Step
+from hasten.guidance.lag import FiniteCheck
+from hasten.guides import asked_passes, guided_prediction
 from hasten.run import PipelineCall, Run
 
 
@@ -28,7 +29,6 @@ class Loop:
     def __init__(self, pipe: Any, family: Family, guide: Guide, run: Run, rescale: bool):
         self.pipe, self.family, self.guide, self.run, self.rescale = pipe, family, guide, run, rescale
         self.scheduler = pipe.scheduler
-        self.finite = Finite()
         self.patches: list[tuple[Any, str, Any, Callable]] = []
         self.call: PipelineCall | None = None
         self.step: Step | None = None
@@ -71,11 +71,10 @@ class Loop:
     def _start(self, set_timesteps: Callable, *args, **kwargs) -> None:
         """Every call of a pipeline sets its timesteps once, before its loop."""
         set_timesteps(*args, **kwargs)
-        self.finite.settle()
         self.install()
         self.call, self.step = None, None
 
-    def _begin(self) -> None:
+    def _begin(self, hidden: Any) -> None:
         """The first evaluation of a call of the pipeline: where in the scheduler's timesteps it begins, and a new memory."""
         if self.pipe.scheduler is not self.scheduler:
             raise StateError("the pipeline's scheduler was replaced inside hasten.guided; set it before")
@@ -84,6 +83,7 @@ class Loop:
         begin = getattr(self.scheduler, "begin_index", None)
         self.begin = len(self.schedule.timesteps) - self.count if begin is None else begin
         self.index, self.batch, self.memory = 0, None, {}
+        self.finite = FiniteCheck(self.count, hidden[0].device)
         self.call = PipelineCall(type(self.scheduler).__name__)
         self.run.pipeline_calls.append(self.call)
         self.started = time.perf_counter()
@@ -91,28 +91,22 @@ class Loop:
     def _open(self, hidden: Any) -> None:
         """Begins a step at its first call of the denoiser, which got x_t as `hidden`: asks the guide which passes it needs."""
         if self.call is None:
-            self._begin()
+            self._begin(hidden)
         if self.index >= self.count or self.begin + self.index + 1 >= len(self.schedule.levels):
             raise StateError(
                 f"the pipeline makes more than its {self.count} steps; the scheduler's timesteps were changed on the way"
             )
         ways = len(self.family.order) if self.family.layout == "batched" else 1
         rows = len(hidden)
-        self.guided = ways == 1 or rows == ways * self.batch if self.batch else self._pipeline_guides()
+        self.guided = (ways == 1 or rows == ways * self.batch) if self.batch else self._pipeline_guides()
         batch = rows // ways if self.guided else rows
         sample = torch.stack(hidden[:batch]).squeeze(2) if self.family.lists else hidden[:batch]
         if self.family.more_channels:
             sample = sample[:, : self.pipe.unet.config.out_channels]
         self.step = self._step(sample * self._level().to_sample)
-        self.passes = self.guide.passes(self.step)
+        self.passes = asked_passes(self.guide, self.step, self.family.order, self.run.pipeline)
         self.outputs: dict[Pass, Any] = {}
         self.rows = self.calls = 0
-        unknown = set(self.passes) - set(self.family.order)
-        if "conditional" not in self.passes or unknown:
-            raise ValueError(
-                f"the guide {self.guide} asks for {self.passes} at step {self.index}; {self.run.pipeline} makes {self.family.order}, and the "
-                "conditional pass is always among them"
-            )
         if not self.guided and len(self.passes) > 1:
             self._refuse_unguided()
 
@@ -131,12 +125,9 @@ class Loop:
 
     def _step(self, sample: torch.Tensor) -> Step:
         level, after = self.schedule.levels[self.begin + self.index : self.begin + self.index + 2]
-        return Step(
-            sample=sample * level.to_guide if level.to_guide != 1 else sample,
-            alpha=level.alpha,
-            sigma=level.sigma,
-            next_alpha=after.alpha,
-            next_sigma=after.sigma,
+        return level.step(
+            after,
+            sample,
             index=self.index,
             count=self.count,
             parameterization=self.schedule.parameterization,
@@ -215,20 +206,16 @@ class Loop:
                        for name, output in self.outputs.items() if name in self.passes}  # fmt: skip
         if len(predictions) < len(self.passes):
             self._refuse_unguided()
-        exact = self._step(sample)
-        state = State(**{item.name: getattr(exact, item.name) for item in fields(Step)}, **predictions)
-        prediction = self.guide(state)
-        if not isinstance(prediction, torch.Tensor) or prediction.shape != sample.shape:
-            found = tuple(prediction.shape) if isinstance(prediction, torch.Tensor) else prediction
-            raise ValueError(
-                f"step {self.index}: the guide {self.guide} returned {found}, expected a tensor {tuple(sample.shape)}"
-            )
+        prediction = guided_prediction(self.guide, self._step(sample).with_predictions(**predictions))
         if self.rescale and len(predictions) > 1:
             prediction = self.family.rescale(self.pipe, prediction, predictions["conditional"])
         prediction = prediction.to(model_output.dtype)
-        self.finite.check(prediction, self.index, last=self.index + 1 == self.count)
+        self.finite(self.index, *predictions.values(), prediction)
+        if self.index + 1 == self.count:
+            self.finite.finish()
         result = step(prediction, timestep, sample, *args, **kwargs)
-        self._record()
+        self.call.add(self.step, self.rows, self.calls, full=len(sample) * len(self.family.order))
+        self.call.seconds = time.perf_counter() - self.started
         self.step, self.index, self.batch = None, self.index + 1, len(sample)
         return result
 
@@ -246,46 +233,6 @@ class Loop:
             raise ValueError(
                 f"the loop's batch holds {len(sample)} samples, its denoiser got {len(self.step.sample)}: {self.family.off}?"
             )
-
-    def _record(self) -> None:
-        recorded = self.memory.get("trace", {}).get(self.index, {})
-        step = {"step": self.index, "sigma": self.step.sigma, "rows": self.rows, "calls": self.calls}
-        self.call.steps.append({**recorded, **step})
-        self.call.full += len(self.step.sample) * len(self.family.order)
-        self.call.seconds = time.perf_counter() - self.started
-
-
-class Finite:
-    """Stops a run whose prediction is not finite. On a CUDA device the answer is read one step late, so that no step waits for it."""
-
-    def __init__(self):
-        self.pending: tuple[torch.Tensor, torch.cuda.Event, int] | None = None
-
-    def check(self, prediction: torch.Tensor, index: int, last: bool) -> None:
-        """Raises:
-        ValueError: this prediction, or the one before, holds NaN or infinity; the message names the step.
-        """
-        self.settle()
-        finite = torch.isfinite(prediction).all()
-        if not finite.is_cuda or last:
-            self._require(bool(finite), index)
-            return
-        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-        answer.copy_(finite, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(finite.device))
-        self.pending = answer, arrived, index
-
-    def settle(self) -> None:
-        if self.pending is not None:
-            (answer, arrived, index), self.pending = self.pending, None
-            arrived.synchronize()
-            self._require(bool(answer), index)
-
-    @staticmethod
-    def _require(finite: bool, index: int) -> None:
-        if not finite:
-            raise ValueError(f"step {index}: the prediction holds NaN or infinity; stopped before it becomes a picture")
 
 
 _ABSENT = object()

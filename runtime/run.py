@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError
+from hasten.guidance.guide import TRACE, Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +40,12 @@ class PipelineCall:
     steps: list[dict[str, Any]] = field(default_factory=list)
     full: int = 0
     seconds: float = 0.0
+
+    def add(self, step: Step, rows: int, calls: int, full: int) -> None:
+        """A step that is over, with what the guides recorded. full: the rows of all of the pipeline's passes."""
+        recorded = step.memory.get(TRACE, {}).get(step.index, {})
+        self.steps.append({**recorded, "step": step.index, "sigma": step.sigma, "rows": rows, "calls": calls})
+        self.full += full
 
 
 @dataclass

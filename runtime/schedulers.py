@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from hasten.errors import UnsupportedModelError
-from hasten.guidance.guide import Parameterization
+from hasten.guidance.guide import Parameterization, Step
 
 PREDICTIONS: dict[str, Parameterization] = {
     "epsilon": "epsilon",
@@ -32,6 +32,29 @@ class Level:
     sigma: float
     to_guide: float = 1.0
     to_sample: float = 1.0
+
+    def step(
+        self,
+        after: Level,
+        sample: torch.Tensor,
+        *,
+        index: int,
+        count: int,
+        parameterization: Parameterization,
+        memory: dict,
+    ) -> Step:
+        """The guide's step at this level, with `after` the next one and the scheduler's `sample`."""
+        return Step(
+            sample=sample * self.to_guide if self.to_guide != 1 else sample,
+            alpha=self.alpha,
+            sigma=self.sigma,
+            next_alpha=after.alpha,
+            next_sigma=after.sigma,
+            index=index,
+            count=count,
+            parameterization=parameterization,
+            memory=memory,
+        )
 
 
 @dataclass(frozen=True)

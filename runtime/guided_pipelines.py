@@ -1,4 +1,6 @@
-"""`with hasten.guided(pipe, guide) as run`: a guide decides what a diffusers pipeline samples with, and which passes are computed at all."""
+"""A guide decides what a diffusers pipeline samples with, and which passes are computed at all: `with hasten.guided(pipe, guide) as run` for the
+pipelines that combine predictions themselves, `hasten.guider(guide, scheduler)` for those that ask a guider component.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,7 @@ def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
         StateError: the pipeline is guided already.
         ValueError: in the block: the guide needs a pass that this call of the pipeline does not make, or predictions that are not finite.
     """
-    if not isinstance(guide, Guide):
-        raise TypeError(f"guide must be a hasten.guidance.guide.Guide, got {guide!r}")
+    _check_guide(guide)
     check_diffusers()
     family = family_of(pipe)
     schedulers.check(pipe.scheduler)
@@ -55,7 +56,36 @@ def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
         undo.callback(loop.uninstall)
         loop.install()
         yield run
-        loop.finite.settle()
+
+
+def guider(guide: Guide, scheduler: Any) -> Any:
+    """The guide as a guider component: `pipe.update_components(guider=hasten.guider(guide, pipe.scheduler))`.
+
+    For modular pipelines of SDXL, SD3, Wan, Qwen-Image and Z-Image. A pipeline with a second guider (Wan 2.2's `guider_2`) takes the same object twice:
+    then what the guide remembers survives the change of denoisers. Qwen-Image's loop gives the guide's prediction the norms of the conditional one.
+
+    Args:
+        guide: see `hasten.guidance.guide`.
+        scheduler: of the pipeline that will ask the guider.
+
+    Returns:
+        A guider with the record of its runs as `run`, as `hasten.guided` yields it.
+
+    Raises:
+        TypeError: guide is no Guide.
+        UnsupportedModelError: the scheduler is not known; while the pipeline runs: its denoiser is not.
+    """
+    _check_guide(guide)
+    check_diffusers()
+    schedulers.check(scheduler)
+    from hasten.guiders import Guider  # the first import of diffusers, which may be missing
+
+    return Guider(guide, scheduler)
+
+
+def _check_guide(guide: Any) -> None:
+    if not isinstance(guide, Guide):
+        raise TypeError(f"guide must be a hasten.guidance.guide.Guide, got {guide!r}")
 
 
 def check_diffusers() -> None:
