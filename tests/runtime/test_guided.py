@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import types
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
+from guide_doubles import Aim, Asking, Failing, Plain, Remembering, Samples
 from tiny_pipelines import (
     CASES,
     FLUX,
@@ -36,98 +37,6 @@ from hasten.guided_pipelines import guided
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-BOTH = ("conditional", "unconditional")
-
-
-@dataclass(frozen=True)
-class Plain(Guide):
-    """Classifier-free guidance in the first `stop` steps; it records its scale and a norm for each row."""
-
-    scale: float = SCALE
-    stop: int = STEPS
-
-    def passes(self, step):
-        return BOTH if step.index < self.stop else ("conditional",)
-
-    def __call__(self, state):
-        if state.unconditional is None:
-            return state.conditional
-        difference = state.conditional - state.unconditional
-        norms = torch.linalg.vector_norm(difference.flatten(1), dim=1)
-        state.memory.setdefault("trace", {})[state.index] = {"scale": self.scale, "norms": norms}
-        return state.unconditional + self.scale * difference
-
-
-@dataclass(frozen=True)
-class Aim(Guide):
-    """Whatever the denoiser says: the prediction that means x0 = target, from the step's own alpha and sigma."""
-
-    target: torch.Tensor
-
-    def passes(self, step):
-        return ("conditional",)
-
-    def __call__(self, state):
-        noise = (state.sample - state.alpha * self.target) / state.sigma
-        return {
-            "epsilon": noise,
-            "sample": self.target,
-            "v": state.alpha * noise - state.sigma * self.target,
-            "flow": noise - self.target,
-        }[state.parameterization]
-
-
-@dataclass(frozen=True)
-class Remembering(Guide):
-    """Guidance with the running sum of all differences so far: every step depends on the memory."""
-
-    def __call__(self, state):
-        momentum = state.memory.get("momentum", 0) + state.conditional - state.unconditional
-        state.memory["momentum"] = momentum
-        return state.conditional + 0.3 * momentum
-
-
-@dataclass(frozen=True)
-class Failing(Guide):
-    """At one step an exception, or a prediction of the given value."""
-
-    at: int
-    value: float | None = None
-
-    def __call__(self, state):
-        if state.index < self.at:
-            return state.conditional
-        if self.value is None:
-            raise KeyError("lost")
-        return torch.full_like(state.conditional, self.value)
-
-
-@dataclass(frozen=True)
-class Asking(Guide):
-    """Guidance with whatever passes it is given."""
-
-    wanted: tuple[str, ...]
-
-    def passes(self, step):
-        return self.wanted
-
-    def __call__(self, state):
-        return state.conditional
-
-
-class Samples(Guide):
-    """Keeps x_t as `passes` sees it and as the call does."""
-
-    def __init__(self):
-        self.before, self.exact = [], []
-
-    def passes(self, step):
-        self.before.append(step.sample)
-        return ("conditional",)
-
-    def __call__(self, state):
-        self.exact.append(state.sample)
-        return state.conditional
 
 
 def untouched(pipe, case) -> bool:
@@ -192,9 +101,11 @@ def test_the_prediction_is_exact_in_every_parameterization(case):
         target = torch.ones_like(call(pipe, case))
     if pipe.__class__.__name__ in ("FluxPipeline", "QwenImagePipeline", "WanPipeline", "HunyuanVideoPipeline"):
         target = torch.linspace(-1, 1, target.numel()).reshape(target.shape)
-    with guided(pipe, Aim(target)):
+    aim = Aim(target)
+    with guided(pipe, aim):
         found = call(pipe, case)
     torch.testing.assert_close(found, target, rtol=0, atol=1e-4)
+    aim.check_noise()
 
 
 @EVERY

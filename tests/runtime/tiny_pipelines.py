@@ -357,3 +357,26 @@ CASES = {
     "hunyuan": HUNYUAN,
     "z-image": Z_IMAGE,
 }
+
+
+def modular(blocks: type, case: Case) -> Any:
+    """The modular pipeline of the case's denoising blocks alone, with the parts of its classic one."""
+    classic, pipe = case.build(), blocks().init_pipeline()
+    parts = {
+        name: getattr(classic, name) for name in ("scheduler", "vae", *case.denoisers) if name in pipe._component_specs
+    }
+    if "boundary_ratio" in pipe._config_specs:
+        parts["boundary_ratio"] = classic.config.boundary_ratio
+    pipe.update_components(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_modular(pipe, case: Case, guider, batch: int = 1, steps: int = STEPS, **changes) -> torch.Tensor:
+    """The latents of one call of a modular pipeline, where `guider` decides."""
+    pipe.update_components(**{name: guider for name in ("guider", "guider_2") if name in pipe._component_specs})
+    arguments = {name: value for name, value in case.arguments(batch).items() if "scale" not in name}
+    generator = torch.Generator().manual_seed(0)
+    return pipe(
+        **{**arguments, **changes}, num_inference_steps=steps, generator=generator, output="latents"
+    )  # fmt: skip
