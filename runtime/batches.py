@@ -17,7 +17,7 @@ def split(output: Any, passes: Sequence[Pass]) -> dict[Pass, Any]:
 
 
 def take(inputs: Any, rows: int, order: Sequence[Pass], kept: Sequence[Pass], lists: bool) -> Any:
-    """The inputs of a denoiser call, where everything that holds `rows` rows is left with those of the kept passes.
+    """The inputs of a denoiser call, where everything that holds `rows` rows, or a multiple, is left with those of the kept passes.
 
     Args:
         inputs: tensors in nested tuples, lists and dicts. Rows lie along the first dimension of tensors, or with `lists` along lists too.
@@ -27,7 +27,7 @@ def take(inputs: Any, rows: int, order: Sequence[Pass], kept: Sequence[Pass], li
         return inputs
 
     def chosen(value: Any) -> Any:
-        if len(value) != rows:
+        if len(value) % rows:
             return value
         parts = split(value, order)
         return _join([parts[name] for name in kept])

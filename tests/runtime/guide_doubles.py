@@ -35,6 +35,7 @@ class Aim(Guide):
 
     target: torch.Tensor
     noises: list[torch.Tensor] = field(default_factory=list)
+    ends: list[torch.Tensor] = field(default_factory=list)
 
     def passes(self, step):
         return CONDITIONAL
@@ -42,6 +43,7 @@ class Aim(Guide):
     def __call__(self, state):
         noise = (state.sample - state.alpha * self.target) / state.sigma
         self.noises.append(noise)
+        self.ends.append(state.next_alpha * self.target + state.next_sigma * noise)
         return {
             "epsilon": noise,
             "sample": self.target,
