@@ -41,13 +41,18 @@ def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
     Raises:
         TypeError: guide is no Guide.
         UnsupportedModelError: the pipeline's loop or its scheduler is not known, or it has no unconditional pass at all.
-        StateError: the pipeline is guided already.
+        StateError: the pipeline is guided already, or its denoiser has a cache of diffusers enabled.
         ValueError: in the block: the guide needs a pass that this call of the pipeline does not make, or predictions that are not finite.
     """
     _check_guide(guide)
     check_diffusers()
     family = family_of(pipe)
     schedulers.check(pipe.scheduler)
+    for name in family.denoisers:
+        if getattr(getattr(pipe, name, None), "is_cache_enabled", False):
+            raise StateError(
+                f"{name} keeps what one step computes for the next (enable_cache); a pass that is skipped leaves that stale: call {name}.disable_cache()"
+            )
     if hasattr(pipe.scheduler.step, "hasten_loop"):
         raise StateError(f"{type(pipe).__name__} is guided already; leave the other `with hasten.guided(...)` first")
     run = Run(str(guide), type(pipe).__name__)

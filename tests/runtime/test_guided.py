@@ -225,6 +225,18 @@ def test_image_to_image_begins_in_the_middle():
     torch.testing.assert_close(found, torch.ones_like(expected), rtol=0, atol=1e-4)
 
 
+def test_a_base_model_stops_before_the_end_and_its_refiner_goes_on():
+    pipe = SDXL.build()
+    expected = call(pipe, SDXL, denoising_end=0.5)
+    with guided(pipe, Plain()) as run:
+        assert torch.equal(call(pipe, SDXL, denoising_end=0.5), expected)
+    assert len(run.trace) == STEPS // 2
+    seen = Samples()
+    with guided(pipe, seen):
+        call(pipe, SDXL, denoising_end=0.5)
+    assert len(seen.exact) == STEPS // 2
+
+
 @pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "module.compile"])
 @pytest.mark.parametrize("case", [SD3, FLUX], ids=["batched", "sequential"])
 def test_compiled_denoisers_work(case, in_place):
@@ -337,6 +349,16 @@ def test_a_pipeline_is_guided_once():
             pass
         assert torch.isfinite(call(pipe, SD)).all()
     assert untouched(pipe, SD)
+
+
+def test_a_cache_across_steps_is_refused():
+    pipe = FLUX.build()
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(StateError, match=r"transformer\.disable_cache"), guided(pipe, Plain()):
+        pass
+    pipe.transformer.disable_cache()
+    with guided(pipe, Plain()):
+        assert torch.isfinite(call(pipe, FLUX)).all()
 
 
 def test_what_the_loop_would_do_otherwise_is_refused():

@@ -86,7 +86,7 @@ def test_each_step_leads_where_the_next_one_begins(kind):
         call(pipe, SD)
     for now, after in zip(seen.levels[:-1], seen.levels[1:], strict=True):
         assert now[2:] == after[:2]
-    assert seen.levels[-1][3] == (seen.levels[-1][1] if kind == "DEISMultistepScheduler" else 0)
+    assert (seen.levels[-1][3] == 0) == (kind != "DEISMultistepScheduler")
     for before, exact in zip(seen.before, seen.exact, strict=True):
         torch.testing.assert_close(before, exact, rtol=1e-5, atol=1e-5)
 
