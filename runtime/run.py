@@ -76,7 +76,10 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the denoising loops, from their first denoiser call to their last scheduler step, without text encoders and decoder."""
+        """Wall time of the denoising loops, from their first denoiser call to their last scheduler step, without text encoders and decoder.
+
+        The last step waits for the device before it ends.
+        """
         return sum(call.seconds for call in self.pipeline_calls)
 
     def __str__(self) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import types
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import diffusers
 import pytest
 import torch
+from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 from guide_doubles import Aim, Asking, Failing, Plain, Remembering, Samples
 from tiny_pipelines import (
     CASES,
@@ -19,17 +21,21 @@ from tiny_pipelines import (
     SD3,
     SDXL,
     STEPS,
+    WAN,
     Z_IMAGE,
     call,
     counted,
     flux,
+    modular,
     prompts,
     randn,
     stable_diffusion,
     unet,
 )
 
-from hasten.errors import StateError, UnsupportedModelError
+from hasten import guided_pipelines
+from hasten.denoisers import DIFFUSERS
+from hasten.errors import HastenError, StateError, UnsupportedModelError
 from hasten.guidance.guide import Guide
 from hasten.guided_pipelines import guided
 
@@ -118,6 +124,20 @@ def test_passes_see_the_sample_that_the_scheduler_has(case):
         torch.testing.assert_close(before, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", [SD, SD3, FLUX, WAN], ids=["sd", "sd3", "flux", "wan"])
+def test_half_precision_is_kept(case):
+    pipe = case.build().to(torch.bfloat16)
+    half = {name: value.bfloat16() for name, value in case.arguments(1).items() if torch.is_tensor(value)}
+    expected = call(pipe, case, **half)
+    seen = Samples()
+    with guided(pipe, Plain()):
+        assert torch.equal(call(pipe, case, **half), expected)
+    with guided(pipe, seen):
+        assert call(pipe, case, **half).dtype == expected.dtype
+    for before, exact in zip(seen.before, seen.exact, strict=True):
+        torch.testing.assert_close(before.float(), exact.float(), rtol=0.02, atol=0.02)
+
+
 @EVERY
 def test_the_pipeline_is_afterwards_what_it_was(case):
     pipe = case.build()
@@ -149,19 +169,30 @@ def test_calls_in_one_block_are_independent(case):
     assert [step["call"] for step in run.trace] == [0] * STEPS + [1] * STEPS
 
 
-def test_a_call_after_one_that_failed_starts_anew():
+@pytest.mark.parametrize("where", ["between steps", "in a step"])
+def test_a_call_after_one_that_failed_starts_anew(where):
     pipe = SD.build()
     expected = call(pipe, SD)
     with guided(pipe, Plain()) as run:
-        with pytest.raises(RuntimeError, match="stop here"):
-            call(pipe, SD, callback_on_step_end=_fail_at_2)
+        if where == "in a step":
+            hook = pipe.unet.conv_out.register_forward_hook(_fail)
+            with pytest.raises(RuntimeError, match="stop here"):
+                call(pipe, SD)
+            hook.remove()
+        else:
+            with pytest.raises(RuntimeError, match="stop here"):
+                call(pipe, SD, callback_on_step_end=_fail_at_2)
         assert torch.equal(call(pipe, SD), expected)
-    assert [len(record.steps) for record in run.pipeline_calls] == [3, STEPS]
+    assert [len(record.steps) for record in run.pipeline_calls] == [0 if where == "in a step" else 3, STEPS]
+
+
+def _fail(*_):
+    raise RuntimeError("stop here")
 
 
 def _fail_at_2(pipe, index, timestep, tensors):
     if index == 2:
-        raise RuntimeError("stop here")
+        _fail()
     return tensors
 
 
@@ -174,7 +205,7 @@ def test_a_forward_that_is_put_on_between_calls_is_wrapped_again_and_stays():
         pipe.unet.forward = theirs
         assert torch.equal(call(pipe, SD), first)
     assert run.evaluations.rows == 2 * (2 + STEPS - 1)
-    assert pipe.unet.forward == theirs
+    assert vars(pipe.unet)["forward"] is theirs
 
 
 @pytest.mark.parametrize("case", [SD, FLUX], ids=["batched", "sequential"])
@@ -199,6 +230,9 @@ def test_guidance_rescale_is_the_pipelines(case):
     with guided(pipe, Plain(), rescale=False):
         assert torch.equal(call(pipe, case, 2, guidance_rescale=0.7), plain)
     assert not torch.equal(expected, plain)
+    alone = call(pipe, case, 2, guidance_scale=1.0, guidance_rescale=0.7)
+    with guided(pipe, Plain(stop=0)):
+        assert torch.equal(call(pipe, case, 2, guidance_rescale=0.7), alone)
 
 
 def test_norms_of_qwen_image_and_z_image_are_the_pipelines():
@@ -237,8 +271,9 @@ def test_a_base_model_stops_before_the_end_and_its_refiner_goes_on():
     assert len(seen.exact) == STEPS // 2
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "module.compile"])
-@pytest.mark.parametrize("case", [SD3, FLUX], ids=["batched", "sequential"])
+@pytest.mark.parametrize(
+    ("case", "in_place"), [(SD3, False), (FLUX, True)], ids=["batched, torch.compile", "sequential, module.compile"]
+)
 def test_compiled_denoisers_work(case, in_place):
     pipe = case.build()
     name = case.denoisers[0]
@@ -308,6 +343,26 @@ def test_pipelines_that_are_not_known_say_which_hook_is_missing():
     with pytest.raises(UnsupportedModelError, match="hook on its denoiser is missing"), guided(other, Plain()):
         pass
     with pytest.raises(UnsupportedModelError, match="neither unet nor transformer"), guided(object(), Plain()):
+        pass
+
+
+def test_a_pipeline_that_asks_a_guider_is_told_to_take_one():
+    asking = modular(WanCoreDenoiseStep, WAN)
+    with pytest.raises(UnsupportedModelError, match=r"hasten\.guider"), guided(asking, Plain()):
+        pass
+
+
+def test_other_versions_of_diffusers_are_warned_of_and_its_absence_is_an_error(monkeypatch):
+    pipe = SD.build()
+    monkeypatch.setattr(guided_pipelines, "version", lambda name: DIFFUSERS[1])
+    with pytest.warns(UserWarning, match=f"installed is {DIFFUSERS[1]}"), guided(pipe, Plain()):
+        pass
+
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(guided_pipelines, "version", absent)
+    with pytest.raises(HastenError, match=r"hasten\[diffusers\]"), guided(pipe, Plain()):
         pass
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-from guide_doubles import Plain
+from guide_doubles import Plain, Samples
 from tiny_pipelines import SCALE, SD, STEPS, call, counted, prompts, randn, stable_diffusion, unet
 
 from hasten.guidance.classifier_free import TwoScaleGuidance
@@ -120,3 +120,11 @@ def test_two_scales_compute_what_does_not_cancel(image_scale, passes):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert rows == [passes] * STEPS
     assert run.evaluations.full == 3 * STEPS
+
+
+def test_passes_see_the_sample_without_the_image():
+    (pipe, case), seen = with_image(), Samples()
+    with guided(pipe, seen):
+        call(pipe, case)
+    for before, exact in zip(seen.before, seen.exact, strict=True):
+        torch.testing.assert_close(before, exact)
