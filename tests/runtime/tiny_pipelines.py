@@ -54,6 +54,12 @@ def counted(pipe, case: Case):
             hook.remove()
 
 
+def untouched(pipe, case: Case) -> bool:
+    """No wrapper is left on a denoiser or on the scheduler."""
+    owners = [getattr(pipe, name) for name in case.denoisers] + [pipe.scheduler]
+    return not any({"forward", "step", "set_timesteps"} & set(vars(owner)) for owner in owners)
+
+
 def unet(**changes) -> diffusers.UNet2DConditionModel:
     torch.manual_seed(0)
     settings = {
