@@ -1,0 +1,111 @@
+"""A guide decides what a diffusers pipeline samples with, and which passes are computed at all: `with hasten.guided(pipe, guide) as run` for the
+pipelines that combine predictions themselves, `hasten.guider(guide, scheduler)` for those that ask a guider component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from warnings import warn
+
+from packaging.version import Version
+
+from hasten import schedulers
+from hasten.denoisers import DIFFUSERS, family_of
+from hasten.errors import HastenError, StateError
+from hasten.guidance.guide import Guide
+from hasten.guided_loop import Loop
+from hasten.run import Run
+
+
+@contextmanager
+def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
+    """Runs every call of `pipe` in the block under `guide`; afterwards, also after an exception, the pipeline is what it was.
+
+    At each step the guide says which predictions it needs; the others are not computed (nor their share of a ControlNet). What it makes of them takes
+    the place of what the pipeline itself combined, exactly, on its way into the scheduler's step. So the pipeline's own guidance scale no longer
+    matters, but it must be such that the pipeline makes an unconditional pass: `guidance_scale` above 1 (Z-Image: above 0), for Flux, Qwen-Image and
+    HunyuanVideo `true_cfg_scale` above 1 and a negative prompt. Every call of the pipeline starts with an empty memory.
+
+    Args:
+        pipe: a diffusers pipeline, one of `hasten.denoisers.FAMILIES`.
+        guide: see `hasten.guidance.guide`.
+        rescale: do to the guide's prediction what the pipeline itself does to a guided one: `guidance_rescale`, Z-Image's `cfg_normalization`,
+            Qwen-Image's norm for each token, which it has no argument to turn off. False: the guide's prediction is final.
+
+    Yields:
+        The run's record, filled while the pipeline runs.
+
+    Raises:
+        TypeError: guide is no Guide.
+        UnsupportedModelError: the pipeline's loop or its scheduler is not known, or it has no unconditional pass at all.
+        StateError: the pipeline is guided already, or its denoiser has a cache of diffusers enabled.
+        ValueError: in the block: the guide needs a pass that this call of the pipeline does not make, or predictions that are not finite.
+    """
+    _check_guide(guide)
+    check_diffusers()
+    family = family_of(pipe)
+    schedulers.check(pipe.scheduler)
+    for name in family.denoisers:
+        if getattr(getattr(pipe, name, None), "is_cache_enabled", False):
+            raise StateError(
+                f"{name} keeps what one step computes for the next (enable_cache); a pass that is skipped leaves that stale: call {name}.disable_cache()"
+            )
+    if hasattr(pipe.scheduler.step, "hasten_loop"):
+        raise StateError(f"{type(pipe).__name__} is guided already; leave the other `with hasten.guided(...)` first")
+    run = Run(str(guide), type(pipe).__name__)
+    with ExitStack() as undo:
+        loop = Loop(pipe, family, guide, run, rescale)
+        undo.callback(loop.uninstall)
+        loop.install()
+        yield run
+
+
+def guider(guide: Guide, scheduler: Any) -> Any:
+    """The guide as a guider component: `pipe.update_components(guider=hasten.guider(guide, pipe.scheduler))`.
+
+    For modular pipelines of SDXL, SD3, Wan, Qwen-Image and Z-Image. A pipeline with a second guider (Wan 2.2's `guider_2`) takes the same object twice:
+    then what the guide remembers survives the change of denoisers. Qwen-Image's loop gives the guide's prediction the norms of the conditional one.
+
+    Args:
+        guide: see `hasten.guidance.guide`.
+        scheduler: of the pipeline that will ask the guider.
+
+    Returns:
+        A guider with the record of its runs as `run`, as `hasten.guided` yields it.
+
+    Raises:
+        TypeError: guide is no Guide.
+        UnsupportedModelError: the scheduler is not known; while the pipeline runs: its denoiser is not.
+    """
+    _check_guide(guide)
+    check_diffusers()
+    schedulers.check(scheduler)
+    from hasten.guiders import Guider  # the first import of diffusers, which may be missing
+
+    return Guider(guide, scheduler)
+
+
+def _check_guide(guide: Any) -> None:
+    if not isinstance(guide, Guide):
+        raise TypeError(f"guide must be a hasten.guidance.guide.Guide, got {guide!r}")
+
+
+def check_diffusers() -> None:
+    """Warns where the installed diffusers is none that the loops were read and tested in.
+
+    Raises:
+        HastenError: diffusers, the extra `[diffusers]`, is not installed.
+    """
+    try:
+        installed = Version(version("diffusers"))
+    except PackageNotFoundError:
+        raise HastenError("diffusers is not installed; pip install 'hasten[diffusers]'") from None
+    first, last = DIFFUSERS
+    if not Version(first) <= installed < Version(last):
+        warn(
+            f"guidance is tested with diffusers >={first},<{last}, installed is {installed}: its loops may differ",
+            stacklevel=3,
+        )

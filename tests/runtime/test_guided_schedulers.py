@@ -1,0 +1,147 @@
+"""The schedulers of diffusers: a guide's sample, alpha and sigma are the scheduler's at every step, and what is not known is refused."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from guide_doubles import Aim, Samples
+from tiny_pipelines import SCALE, SD, SD3, STEPS, call, stable_diffusion
+
+from hasten.errors import UnsupportedModelError
+from hasten.guidance.cfg_plus_plus import CFGPlusPlus
+from hasten.guidance.classifier_free import ClassifierFreeGuidance
+from hasten.guided_pipelines import guided
+from hasten.schedulers import LEVELS, check
+
+# Of numpy, about how some of the schedulers convert a tensor.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context"),
+]
+
+# Those for Stable Diffusion, under which x0 comes out at the end; the flow is tested with the pipelines that have one.
+SETTINGS = {
+    "DDIMScheduler": {"clip_sample": False},
+    "DDPMScheduler": {"clip_sample": False},
+    "LCMScheduler": {},
+    "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": True},
+    "DEISMultistepScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "LMSDiscreteScheduler": {},
+}
+STOCHASTIC = {"DDPMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler"}
+# Not offered by these schedulers, or averaged over steps in a way that is not exact for a constant x0.
+WITHOUT = {
+    ("PNDMScheduler", "sample"),
+    ("PNDMScheduler", "v_prediction"),
+    ("EulerAncestralDiscreteScheduler", "sample"),
+}
+EVERY = pytest.mark.parametrize("kind", SETTINGS)
+
+
+def build(kind: str, **settings):
+    """Stable Diffusion with this scheduler."""
+    return stable_diffusion(scheduler=getattr(diffusers, kind)(steps_offset=1, **SETTINGS[kind], **settings))
+
+
+def test_every_known_scheduler_is_tested():
+    assert set(LEVELS) == {*SETTINGS, "FlowMatchEulerDiscreteScheduler"}
+    assert isinstance(SD3.build().scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@EVERY
+def test_sample_alpha_and_sigma_are_the_schedulers(kind, prediction):
+    """With one x0 predicted throughout, a sampler ends there, and its noise stays as it is, or standard normal if the sampler draws it anew."""
+    if (kind, prediction) in WITHOUT:
+        return
+    pipe, aim = build(kind, prediction_type=prediction), Aim(torch.full((1, 4, 8, 8), 0.5))
+    with guided(pipe, aim):
+        found = call(pipe, SD)
+    torch.testing.assert_close(found, aim.ends[-1], rtol=0, atol=1e-4)
+    if kind != "DEISMultistepScheduler":  # which stops at its lowest sigma
+        torch.testing.assert_close(found, aim.target, rtol=0, atol=1e-4)
+    if kind in STOCHASTIC:
+        for noise in aim.noises:
+            assert abs(noise.std() - 1) < 0.2 and abs(noise.mean()) < 0.25  # 4 standard errors of 256 values
+    else:
+        aim.check_noise()
+
+
+@EVERY
+def test_each_step_leads_where_the_next_one_begins(kind):
+    class Steps(Samples):
+        levels = ()
+
+        def __call__(self, state):
+            self.levels += ((state.alpha, state.sigma, state.next_alpha, state.next_sigma),)
+            return super().__call__(state)
+
+    pipe, seen = build(kind), Steps()
+    with guided(pipe, seen):
+        call(pipe, SD)
+    for now, after in zip(seen.levels[:-1], seen.levels[1:], strict=True):
+        assert now[2:] == after[:2]
+    assert (seen.levels[-1][3] == 0) == (kind != "DEISMultistepScheduler")
+    for before, exact in zip(seen.before, seen.exact, strict=True):
+        torch.testing.assert_close(before, exact, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_plain_guidance_equals_the_unmodified_pipeline(kind):
+    pipe = build(kind)
+    expected = call(pipe, SD, 2)
+    with guided(pipe, ClassifierFreeGuidance(SCALE)):
+        assert torch.equal(call(pipe, SD, 2), expected)
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_cfg_plus_plus_runs_inside_unmodified_schedulers(kind):
+    """Every step guides x0 and puts the unconditional noise back (arXiv 2406.08070, algorithm 2)."""
+    expected, found = [], []
+
+    class Watched(CFGPlusPlus):
+        def __call__(self, state):
+            noise = state.unconditional + self.strength * (state.conditional - state.unconditional)
+            x0 = (state.sample - state.sigma * noise) / state.alpha
+            expected.append(state.next_alpha * x0 + state.next_sigma * state.unconditional)
+            return super().__call__(state)
+
+    def keep(pipe, index, timestep, tensors):
+        found.append(tensors["latents"])
+        return tensors
+
+    pipe = build(kind)
+    with guided(pipe, Watched(0.6)):
+        call(pipe, SD, callback_on_step_end=keep)
+    assert len(found) == STEPS
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+class Unknown(diffusers.DDIMScheduler):
+    """A scheduler of one's own."""
+
+
+SEVERAL = "evaluates the denoiser several times in one step"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        (diffusers.VQDiffusionScheduler, {"num_vec_classes": 4}, "neither sigmas nor alphas_cumprod"),
+        (diffusers.HeunDiscreteScheduler, {}, SEVERAL),
+        (diffusers.KDPM2DiscreteScheduler, {}, SEVERAL),
+        (diffusers.PNDMScheduler, {"skip_prk_steps": False}, SEVERAL),
+        (Unknown, {}, "not known whether its samples are variance preserving"),
+        (diffusers.DDIMScheduler, {"prediction_type": "noise"}, "prediction_type='noise' is not known"),
+    ],
+    ids=["no sigmas", "heun", "kdpm2", "runge-kutta", "unknown", "prediction"],
+)
+def test_schedulers_that_are_not_known_are_refused_by_name(kind, settings, reason):
+    with pytest.raises(UnsupportedModelError, match=rf"scheduler \({kind.__name__}\): .*{reason}"):
+        check(kind(**settings))
