@@ -2,6 +2,7 @@
 
 from .base import BoundConstraint, Conjunction, Constraint, UnsatisfiableError
 from .grammar import Grammar, Regex
+from .json_schema import JsonSchema
 from .predicate import InconsistentPredicateError, Predicate, PredicateError
 from .strings import Choice, OneOf, Place, Substring
 
@@ -12,6 +13,7 @@ __all__ = [
     "Constraint",
     "Grammar",
     "InconsistentPredicateError",
+    "JsonSchema",
     "OneOf",
     "Place",
     "Predicate",

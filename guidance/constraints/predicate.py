@@ -123,7 +123,8 @@ class _BoundPredicate(BoundConstraint):
 
     def _refuse_inconsistent(self, text: str, known: int) -> None:
         for end in range(known, len(text)):
-            if self._answers.get(text[:end]) is False:
+            asked = self._on == "prefix" or (end and not text[end - 1].isspace() and text[end].isspace())
+            if asked and self._answers.get(text[:end]) is False:
                 raise InconsistentPredicateError(
                     f"predicate {self._name} refuses {text[:end]!r} and accepts {text!r}: with on={self._on!r} what it refuses it must refuse "
                     "with every continuation (on='complete' is asked at the end alone)"
