@@ -231,8 +231,8 @@ def _value(schema, draw, depth):
     return {"null": None, "boolean": draw.random() < 0.5}[kind]
 
 
-def orders(value, limit: int = 120) -> list:
-    """The value with the properties of its objects in every order (the first `limit`); a grammar fixes one of them."""
+def orders(value, limit: int = 4000) -> list:
+    """The value with the properties of its objects in every order (`limit` of them at most); a grammar fixes one of them."""
     return list(itertools.islice(_orders(value), limit))
 
 
@@ -240,8 +240,8 @@ def _orders(value):
     if isinstance(value, list):
         yield from (list(items) for items in itertools.product(*map(orders, value)))
     elif isinstance(value, dict):
-        for names in itertools.permutations(value):
-            for parts in itertools.product(*(orders(value[name]) for name in names)):
-                yield dict(zip(names, parts, strict=True))
+        for parts in itertools.product(*map(orders, value.values())):
+            inner = dict(zip(value, parts, strict=True))
+            yield from ({name: inner[name] for name in names} for names in itertools.permutations(value))
     else:
         yield value
