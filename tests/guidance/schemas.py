@@ -116,7 +116,6 @@ UNSATISFIABLE = [
     {"allOf": [STRING, INTEGER]},
     {"type": "object", "properties": {"a": False}, "required": ["a"]},
     {"type": "object", "required": ["a"], "additionalProperties": False},
-    {"$ref": "#/$defs/x", "$defs": {"x": {"type": "array", "items": {"$ref": "#/$defs/x"}, "minItems": 1}}},
 ]
 
 STRINGS = ("", "a", "b", "ab", "aab", "é")
@@ -216,6 +215,8 @@ def _value(schema, draw, depth):
     kind = kinds if isinstance(kinds, str) else draw.choice(kinds)
     if kind == "array":
         first, rest = schema.get("prefixItems", []), schema.get("items", schema.get("contains", True))
+        if isinstance(rest, list):
+            first, rest = rest, schema.get("additionalItems", True)
         length = draw.randrange(4)
         items = [_value(first[i] if i < len(first) else rest, draw, depth - 1) for i in range(length)]
         return [*items, items[0]] if items and draw.random() < 0.2 else items
