@@ -59,8 +59,10 @@ class Regex(Constraint):
             compiled = re.compile(self.pattern)
         except (re.error, TypeError) as error:
             raise ValueError(f"regex {self.pattern!r}: {error}") from error
-        lark = re.sub(r"\\Z", r"\\z", regex_to_lark(self.pattern, use_ascii=""))
-        return _BoundRegex(f"{NO_FORCING}start: /{lark}/", vocabulary, compiled)
+        lark = regex_to_lark(self.pattern, use_ascii="")
+        lark = re.sub(r"\\(.)", lambda escape: r"\z" if escape[1] == "Z" else escape[0], lark)
+        grammar = BoundGrammar(f"{NO_FORCING}start: /{lark}/", vocabulary, f"regex {self.pattern!r}")
+        return _BoundRegex(grammar, compiled)
 
 
 class BoundGrammar(BoundConstraint):
@@ -111,27 +113,30 @@ class BoundGrammar(BoundConstraint):
             raise RuntimeError(f"{self._what}: {state.get_error()}")
 
 
-class _BoundRegex(BoundGrammar):
+class _BoundRegex(BoundConstraint):
     """The state is the matcher and the bytes so far: `re` has the last word when the text ends."""
 
-    def __init__(self, lark: str, vocabulary: Vocabulary, compiled: re.Pattern):
-        self._compiled = compiled
-        super().__init__(lark, vocabulary, f"regex {compiled.pattern!r}")
+    can_fill_mask = True
+
+    def __init__(self, grammar: BoundGrammar, compiled: re.Pattern):
+        super().__init__(grammar.vocabulary)
+        self._grammar, self._compiled = grammar, compiled
+        self._refuse_if_unsatisfiable(f"regex {compiled.pattern!r}")
 
     def start(self):
-        return super().start(), b""
+        return self._grammar.start(), b""
 
     def fork(self, state):
-        return super().fork(state[0]), state[1]
+        return self._grammar.fork(state[0]), state[1]
 
     def complete(self, state):
-        return super().complete(state[0]) and self._compiled.fullmatch(state[1].decode()) is not None
+        return self._grammar.complete(state[0]) and self._compiled.fullmatch(state[1].decode()) is not None
 
     def _accepts(self, state, token, text):
-        return super()._accepts(state[0], token, text)
+        return self._grammar._accepts(state[0], token, text)
 
     def _advance(self, state, token, text):
-        return super()._advance(state[0], token, text), state[1] + text
+        return self._grammar._advance(state[0], token, text), state[1] + text
 
     def _allow(self, state, mask):
-        super()._allow(state[0], mask)
+        self._grammar._allow(state[0], mask)

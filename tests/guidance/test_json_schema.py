@@ -247,7 +247,7 @@ def test_pydantic_models():
     class Person(pydantic.BaseModel):
         name: str = pydantic.Field(min_length=1, max_length=3)
         age: int | None = None
-        tags: set[str] = set()
+        tags: set[str] | None = None
 
     bound = bind(Person)
     assert accepts(bound, {"name": "é", "age": None, "tags": ["a", "b"]})
