@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 
 from llguidance import LLMatcher, regex_to_lark
@@ -12,7 +13,8 @@ from hasten.guidance.constraints.base import BoundConstraint, Constraint, Unsati
 from hasten.guidance.vocabulary import Vocabulary
 
 # Without it the mask at a forced position holds the canonical token alone, while single checks accept every spelling.
-NO_FORCING = '%llguidance {"no_forcing": true}\n'
+# It stands behind the rules, so that line numbers in messages are those of the rules as they were written.
+NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Grammar(Constraint):
         header, _, rules = lark.partition("\n") if lark.startswith("%llguidance") else ("", "", lark)
         if header not in ("", "%llguidance {}"):
             raise ValueError(f"grammar: hasten sets the options of llguidance itself, remove the line {header!r}")
-        return BoundGrammar(NO_FORCING + rules, vocabulary, "grammar")
+        return BoundGrammar(rules + NO_FORCING, vocabulary, "grammar")
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Regex(Constraint):
 
     def bind(self, vocabulary: Vocabulary) -> BoundConstraint:
         try:
-            compiled = re.compile(self.pattern)
-        except (re.error, TypeError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # "[a&&b]" and the like, which Rust reads otherwise
+                compiled = re.compile(self.pattern)
+        except (re.error, TypeError, FutureWarning) as error:
             raise ValueError(f"regex {self.pattern!r}: {error}") from error
         lark = regex_to_lark(self.pattern, use_ascii="")
         lark = re.sub(r"\\(.)", lambda escape: r"\z" if escape[1] == "Z" else escape[0], lark)
-        grammar = BoundGrammar(f"{NO_FORCING}start: /{lark}/", vocabulary, f"regex {self.pattern!r}")
+        grammar = BoundGrammar(f"start: /{lark}/{NO_FORCING}", vocabulary, f"regex {self.pattern!r}")
         return _BoundRegex(grammar, compiled)
 
 
@@ -104,8 +108,12 @@ class BoundGrammar(BoundConstraint):
         return state
 
     def _allow(self, state, mask):
-        state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        self._raise_errors(state)
+        matcher = state.deep_copy()  # where no token is valid, the matcher that is asked stops for good
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if "NoExtensionBias" in matcher.get_error():
+            mask[:] = 0
+        else:
+            self._raise_errors(matcher)
 
     def _raise_errors(self, state) -> None:
         """A matcher that met a limit stays broken, and may accept anything afterwards."""

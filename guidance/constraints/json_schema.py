@@ -99,7 +99,7 @@ class JsonSchema(Constraint):
     def _lark(self, schema: Schema) -> str:
         options = {"whitespace_pattern": self.whitespace, "json_allowed_escapes": ESCAPES}
         schema = {"x-guidance": options} | (schema if isinstance(schema, dict) else {} if schema else {"enum": []})
-        return f"{NO_FORCING}start: %json {json.dumps(schema)}"
+        return f"start: %json {json.dumps(schema)}{NO_FORCING}"
 
 
 class _BoundJsonSchema(BoundConstraint):
