@@ -171,7 +171,7 @@ def test_strings_of_one_string():
 
 
 def test_strings_that_the_vocabulary_cannot_spell():
-    with pytest.raises(UnsatisfiableError, match="OneOf.*no token of the vocabulary may come first"):
+    with pytest.raises(UnsatisfiableError, match=r"OneOf.*no token of the vocabulary may come first"):
         OneOf(["b", "c"]).bind(Vocabulary([b"a", b"</s>"], eos=[1]))
 
 
