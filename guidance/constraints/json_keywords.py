@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -162,6 +163,12 @@ def _check_keyword(root: Schema, keyword: str, value: Any, where: str) -> None:
         )
     if expected:
         raise ValueError(f"JSON schema: for keyword {keyword!r} at {where} expected {expected}, got {value!r:.60}")
+    if keyword in ("enum", "const", "required", "properties") and not _is_spelled(
+        list(value) if keyword == "properties" else value
+    ):
+        raise ValueError(
+            f"JSON schema: keyword {keyword!r} at {where} is not supported with control characters other than \\b \\f \\n \\r \\t, got {value!r:.60}"
+        )
 
 
 def _check_pattern(pattern: Any, keyword: str, where: str) -> None:
@@ -192,6 +199,12 @@ def _refuse_endless(root: Schema) -> None:
 
     for _, schema in walk(root):
         visit(schema, frozenset())
+
+
+def _is_spelled(value: Any) -> bool:
+    r"""Whether the strings in a value can be written without `\u`."""
+    text = json.dumps(value, ensure_ascii=False).replace(r"\\", "")
+    return r"\u" not in text and "\x7f" not in text
 
 
 def _is_integer(value: Any) -> bool:

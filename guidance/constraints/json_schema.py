@@ -49,8 +49,8 @@ class JsonSchema(Constraint):
     `exclusiveMinimum`) or refused by name: `unevaluatedItems`, `unevaluatedProperties`, `$dynamicRef`, references out of the schema, unknown
     keywords, unknown formats. `format` is enforced. What llguidance's grammars do not express is checked on each value as soon as it ends.
 
-    Of the spellings of a value one is generated: properties in the schema's order and then others, no `\u` escapes, integers without a
-    point, no exponents where a number has bounds, at most `whitespace` between two tokens. Classes in patterns (`\w`, `\d`) mean ASCII, as in
+    Of the spellings of a value one is generated: properties in the schema's order and then others, no `\u` escapes (and so no control
+    characters but `\b \f \n \r \t`), integers without a point, no exponents where a number has bounds, at most `whitespace` between two tokens. Classes in patterns (`\w`, `\d`) mean ASCII, as in
     ECMAScript.
 
     Args:

@@ -107,6 +107,8 @@ def test_unsatisfiable_schemas_are_refused_when_bound(schema):
         ({"if": 3}, "'if'", "#"),
         ({"x-guidance": {"whitespace_flexible": True}}, "'x-guidance'", "#"),
         ({"allOf": [{"$ref": "#"}]}, "'$ref'", "without end"),
+        ({"anyOf": [{"enum": [["a\x01"]]}]}, "'enum'", "control characters"),
+        ({"properties": {"\x7f": {}}}, "'properties'", "control characters"),
     ],
     ids=str,
 )
@@ -189,6 +191,7 @@ def test_escapes_are_followed():
     assert walks.accepts(bound, f"[{','.join(texts)}]")
     for text in texts:
         assert not walks.accepts(bound, f"[{text},{text}]"), text
+    assert walks.accepts(bind({"enum": ["a\n\t\\u0001"]}), r'"a\n\t\\u0001"')
 
 
 def test_numbers_that_python_cannot_hold_are_refused():
