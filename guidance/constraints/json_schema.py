@@ -94,7 +94,10 @@ class JsonSchema(Constraint):
             raise ValueError(
                 f"JSON schema: expected a dict, a boolean, JSON text, a pydantic model or a dataclass, got {schema!r:.60}"
             )
-        return schema
+        try:
+            return json.loads(json.dumps(schema, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"JSON schema: {schema!r:.60} cannot be written as JSON: {error}") from error
 
     def _lark(self, schema: Schema) -> str:
         options = {"whitespace_pattern": self.whitespace, "json_allowed_escapes": ESCAPES}

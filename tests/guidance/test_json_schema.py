@@ -118,7 +118,7 @@ def test_what_cannot_be_enforced_is_refused_by_name(schema, keyword, where):
     assert keyword in str(refused.value) and where in str(refused.value)
 
 
-@pytest.mark.parametrize("schema", ["{", "3", 3, None, int])
+@pytest.mark.parametrize("schema", ["{", "3", 3, None, int, {"enum": [1j]}, {"const": float("nan")}], ids=str)
 def test_no_schema(schema):
     with pytest.raises(ValueError, match="JSON"):
         bind(schema)
@@ -266,6 +266,10 @@ def test_pydantic_models():
     assert accepts(bound, {"name": "é", "age": None, "tags": ["a", "b"]})
     for wrong in ({}, {"name": ""}, {"name": "aaaa"}, {"name": "a", "age": 0.5}, {"name": "a", "tags": ["a", "a"]}):
         assert not accepts(bound, wrong)
+
+
+def test_a_schema_with_tuples():
+    assert accepts(bind({"type": "object", "properties": {"a": {"enum": (1, 2)}}, "required": ("a",)}), {"a": 2})
 
 
 def test_a_schema_as_json_text():
