@@ -34,6 +34,8 @@ _ARGUMENTS = {
     "delta_rule": (_INT, *[_POINTER] * 10, _FLOAT, _INT, _INT),
     # dtype, o, q, k, v, beta, decay, state, shape, scale, l2_norm, threads
     "delta_rule_step": (_INT, *[_POINTER] * 8, _FLOAT, _INT, _INT),
+    # order, text, N
+    "suffix_array": (_POINTER, _POINTER, _SIZE),
 }
 
 

@@ -1,0 +1,5 @@
+"""The suffixes of a text in order."""
+
+from .op import suffix_array
+
+__all__ = ["suffix_array"]
