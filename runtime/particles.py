@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +17,13 @@ from hasten.guidance.rejection import MASK_AFTER, Draw, draw
 from hasten.guidance.smc import Population, Scheme
 from hasten.guidance.vocabulary import Vocabulary
 from hasten.guidance.warp import warp
-from hasten.text import Stops, Waiting, holds
+from hasten.text import BYTES, Stops, Waiting, holds
 
 Method = Literal["awrs", "mask", "reject"]
 Status = Literal["complete", "stopped", "length", "incomplete", "dead"]
 
 METHODS = ("awrs", "mask", "reject")
+SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +93,12 @@ class Run:
         ]
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._decoder, self._vocabulary, self._prompts = decoder, vocabulary, prompts
-        self._constraint, self._bound, self._stops, self._sampling = constraint, bound, stops, sampling
+        self._constraint, self._bound, self._stops, self.sampling = constraint, bound, stops, sampling
         self._rows = [particle.prompt for particle in self.particles]
 
     def __iter__(self) -> Iterator[None]:
         """Draws one token for every particle that still grows, again and again; all have a status at the end."""
-        sampling = self._sampling
+        sampling = self.sampling
         logits = self._decoder.prefill(self._prompts)
         for position in range(sampling.max_new_tokens):
             growing = [i for i, particle in enumerate(self.particles) if particle.status is None]
@@ -129,16 +131,16 @@ class Run:
             particle = self.particles[i]
             particle.checks += checked
             if status == "accepted":
-                increments[i] = 0.0 if self._sampling.greedy else weight
+                increments[i] = 0.0 if self.sampling.greedy else weight
                 self._append(particle, token)
             else:
-                self._kill(particle, self._why(particle, status))
+                _kill(particle, self._why(particle, status))
             if particle.status == "dead":
                 increments[i] = -math.inf
         self.population.reweight(increments.view_as(self.population.log_weights))
 
     def _law(self, growing: list[int], logits: torch.Tensor) -> torch.Tensor:
-        sampling = self._sampling
+        sampling = self.sampling
         logits = logits[:, : len(self._vocabulary)]
         seen = None
         if sampling.repetition_penalty != 1:
@@ -158,7 +160,7 @@ class Run:
         )
 
     def _draw(self, growing: list[int], law: torch.Tensor) -> Draw:
-        sampling, bound = self._sampling, self._bound
+        sampling, bound = self.sampling, self._bound
         states = [self.particles[i].state for i in growing]
         generators = [self.generators[self.particles[i].prompt] for i in growing]
         if bound is None or sampling.method == "reject":
@@ -178,32 +180,38 @@ class Run:
         )
 
     def _append(self, particle: Particle, token: int) -> None:
-        particle.tokens.append(token)
-        bound, ends = self._bound, token in self._vocabulary.eos
-        if bound and self._sampling.method == "reject":
+        bound, text = self._bound, self._vocabulary.tokens[token]
+        if bound and self.sampling.method == "reject":
             particle.checks += 1
             if not bound.check(particle.state, token):
-                return self._kill(particle, self._why(particle, "refused"))
-        if ends:
+                went_on = f"the model went on with {text.decode('utf-8', 'replace')!r}, which the constraint refuses"
+                return _kill(particle, f"{_where(particle)}: {went_on}")
+        particle.tokens.append(token)
+        if token in self._vocabulary.eos:
             particle.status = "complete"
             return
         waiting = isinstance(particle.state, Waiting)
         if bound:
             particle.state = bound.advance(particle.state, token)
         if waiting:
-            particle.preamble += self._vocabulary.tokens[token]
+            particle.preamble += text
         elif token not in self._vocabulary.special:
             known = len(particle.text)
-            particle.text += self._vocabulary.tokens[token]
+            particle.text += text
             place = self._stops.find(particle.text, known)
             if place is not None:
                 self._stop(particle, place)
 
     def _stop(self, particle: Particle, place: int) -> None:
+        """Ends a text before a stop string. What the constraint says of the text without it is asked anew: tokens may reach across the border."""
         particle.text = particle.text[:place]
-        if self._constraint is not None and not holds(self._constraint, particle.text):
-            return self._kill(particle, f"the text before the stop string, {shown(particle)}, does not satisfy the constraint")
+        if self._constraint is not None and not holds(self._constraint_on_bytes, particle.text):
+            return _kill(particle, f"{_where(particle)}: a stop string, but the text does not satisfy the constraint")
         particle.status = "stopped"
+
+    @cached_property
+    def _constraint_on_bytes(self) -> BoundConstraint:
+        return self._constraint.bind(BYTES)
 
     def _end_all(self) -> None:
         """At the limit of tokens, a text that does not satisfy the constraint counts for nothing."""
@@ -216,16 +224,19 @@ class Run:
             if bound and not bound.complete(particle.state):
                 particle.status, increments[i] = "incomplete", -math.inf
                 particle.reason = (
-                    f"the text is not complete after max_new_tokens={self._sampling.max_new_tokens} tokens: after "
-                    f"{shown(particle)} the constraint allows {bound.allowed_text(particle.state)}"
+                    f"{_where(particle)}: max_new_tokens={self.sampling.max_new_tokens} is reached and the text is not complete, the constraint "
+                    f"allows {bound.allowed_text(particle.state)}"
                 )
         self.population.reweight(increments.view_as(self.population.log_weights))
 
     def _resample(self, last: bool) -> None:
-        sampling, population = self._sampling, self.population
+        sampling, population = self.sampling, self.population
         if sampling.critic is not None:
             scores = [self._score(particle) for particle in self.particles]
             population.twist(torch.tensor(scores, dtype=torch.float64).view_as(population.log_weights))
+            for particle, score in zip(self.particles, scores, strict=True):
+                if score == -math.inf:
+                    _kill(particle, f"{_where(particle)}: the critic gives the text no weight")
         count = sampling.particles
         if count == 1 or last or sampling.method == "reject":
             return
@@ -250,26 +261,21 @@ class Run:
             return 0.0
         if particle.score is None or particle.score[0] != particle.text:
             text = particle.text.decode("utf-8", "replace")
-            score = float(self._sampling.critic(text))
+            score = float(self.sampling.critic(text))
             if math.isnan(score) or score == math.inf:
                 raise ValueError(f"critic must return a log score below infinity, got {score} for the text {text!r}")
             particle.score = particle.text, score
         return particle.score[1]
 
-    def _kill(self, particle: Particle, reason: str) -> None:
-        particle.status, particle.reason = "dead", reason
-
-    def _why(self, particle: Particle, kind: str) -> str:
-        place = f"at token {len(particle.tokens) - (kind == 'refused')}, after {shown(particle)}"
+    def _why(self, particle: Particle, status: str) -> str:
+        """What a draw without a token means."""
         if self._bound is None:
-            return f"{place}: the model gives no token any probability"
-        if kind == "budget_spent":
-            return f"{place}: none of max_checks={self._sampling.max_checks} drawn tokens satisfies the constraint"
-        if kind == "refused":
-            token = self._vocabulary.tokens[particle.tokens[-1]].decode("utf-8", "replace")
-            return f"{place}: the model went on with {token!r}, which the constraint refuses"
+            return f"{_where(particle)}: the model gives no token any probability"
+        if status == "budget_spent":
+            checks = self.sampling.max_checks
+            return f"{_where(particle)}: none of max_checks={checks} drawn tokens satisfies the constraint"
         allowed = self._bound.allowed_text(particle.state)
-        return f"{place}: the model gives no probability to what the constraint allows ({allowed})"
+        return f"{_where(particle)}: the model gives no probability to what the constraint allows ({allowed})"
 
 
 def fill_mask(bound: BoundConstraint, state: Any, mask: np.ndarray) -> None:
@@ -283,6 +289,10 @@ def fill_mask(bound: BoundConstraint, state: Any, mask: np.ndarray) -> None:
             bits[token >> 5] |= np.uint32(1 << (token & 31))
 
 
-def shown(particle: Particle, most: int = 80) -> str:
+def _kill(particle: Particle, reason: str) -> None:
+    particle.status, particle.reason = "dead", reason
+
+
+def _where(particle: Particle) -> str:
     text = (particle.preamble + particle.text).decode("utf-8", "replace")
-    return repr(text if len(text) <= most else "…" + text[-most:])
+    return f"at token {len(particle.tokens)}, after {text if len(text) <= SHOWN else '…' + text[-SHOWN:]!r}"

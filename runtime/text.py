@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from hasten.guidance.constraints import BoundConstraint, Constraint
+from hasten.guidance.constraints import BoundConstraint
 from hasten.guidance.vocabulary import Vocabulary
 
+# A constraint over it can be asked about any text, however tokens would cut it.
 BYTES = Vocabulary([*(bytes([byte]) for byte in range(256)), b""], eos=(256,))
 
 
@@ -47,9 +48,8 @@ class Printer:
         return piece
 
 
-def holds(constraint: Constraint, text: bytes) -> bool:
-    """Whether a complete text satisfies a constraint, whatever its tokens."""
-    bound = constraint.bind(BYTES)
+def holds(bound: BoundConstraint, text: bytes) -> bool:
+    """Whether a complete text satisfies a constraint that is bound to BYTES."""
     state = bound.start()
     for byte in text:
         if not bound.check(state, byte):
@@ -88,7 +88,11 @@ class After(BoundConstraint):
         if not isinstance(state, Waiting):
             return self._constraint.advance(state, token)
         seen = state.tail + self.vocabulary.tokens[token]
-        return self._constraint.start() if self._marker in seen else Waiting(seen[max(0, len(seen) - len(self._marker) + 1) :])
+        return (
+            self._constraint.start()
+            if self._marker in seen
+            else Waiting(seen[max(0, len(seen) - len(self._marker) + 1) :])
+        )
 
     def fork(self, state: Any) -> Any:
         return state if isinstance(state, Waiting) else self._constraint.fork(state)
