@@ -34,12 +34,10 @@ class Decoder:
         """Logits [P, V] that follow P prompts, which begin the cache.
 
         Raises:
-            ValueError: an empty prompt, or one with ids that the model does not embed.
+            ValueError: a prompt with ids that the model does not embed.
         """
         embedded = self._model.get_input_embeddings().num_embeddings
         for prompt in prompts:
-            if not prompt:
-                raise ValueError("the prompt is empty: it has no tokens")
             if max(prompt) >= embedded:
                 raise ValueError(
                     f"the tokenizer does not belong to the model: the prompt holds id {max(prompt)}, the model embeds 0..{embedded - 1}"
@@ -88,14 +86,16 @@ class Decoder:
         return output.logits[:, -1]
 
 
-def refuse_too_long(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses prompts that leave no room for the continuation.
+def check_lengths(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Refuses prompts that cannot be continued.
 
     Raises:
-        ValueError: prompt and continuation are longer than the model's context.
+        ValueError: a prompt without tokens; prompt and continuation are longer than the model's context.
     """
     longest = longest_input(model)
     for place, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {place} is empty: it has no tokens")
         if len(prompt) + max_new_tokens > longest:
             raise ValueError(
                 f"prompt {place} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is more than the model's context of {longest}: "

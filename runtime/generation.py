@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hasten.decoder import Decoder, refuse_too_long
+from hasten.decoder import Decoder, check_lengths
 from hasten.errors import HastenError
 from hasten.guidance.categorical import sample, uniforms
 from hasten.guidance.constraints import Conjunction, Constraint, JsonSchema, Substring
@@ -173,7 +173,7 @@ def generate(
     if stream and not (single and particles == 1):
         raise ValueError(f"stream needs one prompt and one particle, got {len(prompts)} and {particles}")
     vocabulary = vocabulary_of(tokenizer, model)
-    refuse_too_long(model, prompts, max_new_tokens)
+    check_lengths(model, prompts, max_new_tokens)
     bound = constraint.bind(vocabulary) if constraint is not None else None
     if start_after is not None:
         bound = After(bound, start_after)

@@ -204,5 +204,5 @@ def test_populations_with_their_own_generators_do_not_depend_on_each_other():
 
 
 def test_an_unknown_scheme():
-    with pytest.raises(ValueError, match="resampling must be one of systematic, .*, got 'best'"):
+    with pytest.raises(ValueError, match=r"resampling must be one of systematic, .*, got 'best'"):
         ancestors(torch.zeros(1, 2, dtype=torch.float64), "best", torch.Generator())
