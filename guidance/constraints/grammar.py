@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 
 from llguidance import LLMatcher, regex_to_lark
@@ -12,7 +13,8 @@ from hasten.guidance.constraints.base import BoundConstraint, Constraint, Unsati
 from hasten.guidance.vocabulary import Vocabulary
 
 # Without it the mask at a forced position holds the canonical token alone, while single checks accept every spelling.
-NO_FORCING = '%llguidance {"no_forcing": true}\n'
+# It stands behind the rules, so that line numbers in messages are those of the rules as they were written.
+NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Grammar(Constraint):
         header, _, rules = lark.partition("\n") if lark.startswith("%llguidance") else ("", "", lark)
         if header not in ("", "%llguidance {}"):
             raise ValueError(f"grammar: hasten sets the options of llguidance itself, remove the line {header!r}")
-        return BoundGrammar(NO_FORCING + rules, vocabulary, "grammar")
+        return BoundGrammar(rules + NO_FORCING, vocabulary, "grammar")
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,15 @@ class Regex(Constraint):
 
     def bind(self, vocabulary: Vocabulary) -> BoundConstraint:
         try:
-            compiled = re.compile(self.pattern)
-        except (re.error, TypeError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # "[a&&b]" and the like, which Rust reads otherwise
+                compiled = re.compile(self.pattern)
+        except (re.error, TypeError, FutureWarning) as error:
             raise ValueError(f"regex {self.pattern!r}: {error}") from error
-        lark = re.sub(r"\\Z", r"\\z", regex_to_lark(self.pattern, use_ascii=""))
-        return _BoundRegex(f"{NO_FORCING}start: /{lark}/", vocabulary, compiled)
+        lark = regex_to_lark(self.pattern, use_ascii="")
+        lark = re.sub(r"\\(.)", lambda escape: r"\z" if escape[1] == "Z" else escape[0], lark)
+        grammar = BoundGrammar(f"start: /{lark}/{NO_FORCING}", vocabulary, f"regex {self.pattern!r}")
+        return _BoundRegex(grammar, compiled)
 
 
 class BoundGrammar(BoundConstraint):
@@ -102,8 +108,12 @@ class BoundGrammar(BoundConstraint):
         return state
 
     def _allow(self, state, mask):
-        state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        self._raise_errors(state)
+        matcher = state.deep_copy()  # where no token is valid, the matcher that is asked stops for good
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if "NoExtensionBias" in matcher.get_error():
+            mask[:] = 0
+        else:
+            self._raise_errors(matcher)
 
     def _raise_errors(self, state) -> None:
         """A matcher that met a limit stays broken, and may accept anything afterwards."""
@@ -111,27 +121,30 @@ class BoundGrammar(BoundConstraint):
             raise RuntimeError(f"{self._what}: {state.get_error()}")
 
 
-class _BoundRegex(BoundGrammar):
+class _BoundRegex(BoundConstraint):
     """The state is the matcher and the bytes so far: `re` has the last word when the text ends."""
 
-    def __init__(self, lark: str, vocabulary: Vocabulary, compiled: re.Pattern):
-        self._compiled = compiled
-        super().__init__(lark, vocabulary, f"regex {compiled.pattern!r}")
+    can_fill_mask = True
+
+    def __init__(self, grammar: BoundGrammar, compiled: re.Pattern):
+        super().__init__(grammar.vocabulary)
+        self._grammar, self._compiled = grammar, compiled
+        self._refuse_if_unsatisfiable(f"regex {compiled.pattern!r}")
 
     def start(self):
-        return super().start(), b""
+        return self._grammar.start(), b""
 
     def fork(self, state):
-        return super().fork(state[0]), state[1]
+        return self._grammar.fork(state[0]), state[1]
 
     def complete(self, state):
-        return super().complete(state[0]) and self._compiled.fullmatch(state[1].decode()) is not None
+        return self._grammar.complete(state[0]) and self._compiled.fullmatch(state[1].decode()) is not None
 
     def _accepts(self, state, token, text):
-        return super()._accepts(state[0], token, text)
+        return self._grammar._accepts(state[0], token, text)
 
     def _advance(self, state, token, text):
-        return super()._advance(state[0], token, text), state[1] + text
+        return self._grammar._advance(state[0], token, text), state[1] + text
 
     def _allow(self, state, mask):
-        super()._allow(state[0], mask)
+        self._grammar._allow(state[0], mask)

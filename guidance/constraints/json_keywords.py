@@ -29,6 +29,7 @@ ANNOTATIONS = frozenset(
         "discriminator",
     ]
 )  # they assert nothing
+FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 COUNTS = frozenset(
     ["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains"]
 )
@@ -151,7 +152,7 @@ def _check_keyword(root: Schema, keyword: str, value: Any, where: str) -> None:
     elif keyword == "pattern":
         _check_pattern(value, keyword, where)
     elif keyword == "format":
-        expected = None if isinstance(value, str) else "a string"
+        expected = None if value in FORMATS else f"one of the supported formats {', '.join(FORMATS)}"
     elif keyword == "$ref":
         target = resolve(root, value)
         expected = None if _is_schema(target) else f"a reference to a schema, not to {target!r:.40},"
@@ -160,7 +161,7 @@ def _check_keyword(root: Schema, keyword: str, value: Any, where: str) -> None:
             f"JSON schema: keyword {keyword!r} at {where} is not supported, remove it or enforce it with a Predicate"
         )
     if expected:
-        raise ValueError(f"JSON schema: expected {expected} for {keyword!r} at {where}, got {value!r:.60}")
+        raise ValueError(f"JSON schema: for keyword {keyword!r} at {where} expected {expected}, got {value!r:.60}")
 
 
 def _check_pattern(pattern: Any, keyword: str, where: str) -> None:

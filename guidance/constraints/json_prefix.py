@@ -8,6 +8,7 @@ alternatives of `anyOf` are judged with the value that they belong to.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,17 +79,30 @@ def feed(validator: Validator, prefix: Prefix, more: bytes) -> Prefix | None:
     return Prefix(text, open_, scalar, in_string, escaped)
 
 
-def parse(text: bytes) -> Any:
-    """The value of a JSON text; one that Python cannot hold (an integer of thousands of digits) is nothing that a schema accepts."""
+def accepts(validator: Validator, text: bytes) -> bool:
+    """Whether a whole JSON text satisfies the schema."""
+    value = _parse(text)
+    return value is not _NEVER and validator.valid(value, validator.root)
+
+
+def _parse(text: bytes) -> Any:
+    """The value of a JSON text; one that Python cannot hold (1e999, an integer of thousands of digits) is nothing that a schema accepts."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_finite)
     except (ValueError, RecursionError):
         return _NEVER
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large for a float")
+    return value
+
+
 def _end(validator: Validator, open_: tuple[_Container, ...], text: bytes) -> tuple[_Container, ...] | None:
     """What is open after a value, or a property's name, that has just ended; None if it breaks a schema."""
-    value = parse(text)
+    value = _parse(text)
     if value is _NEVER:
         return None
     inner = open_[-1] if open_ else None

@@ -16,8 +16,8 @@ from hasten.guidance.constraints.base import BoundConstraint, Constraint, Unsati
 from hasten.guidance.constraints.dataclass_schema import schema_of_dataclass
 from hasten.guidance.constraints.grammar import NO_FORCING, BoundGrammar
 from hasten.guidance.constraints.json_keywords import Schema
-from hasten.guidance.constraints.json_prefix import ENDING, Prefix, feed, parse
-from hasten.guidance.constraints.json_validation import Validator, format_matcher
+from hasten.guidance.constraints.json_prefix import ENDING, Prefix, accepts, feed
+from hasten.guidance.constraints.json_validation import Validator
 from hasten.guidance.vocabulary import Vocabulary
 
 # Keywords that llguidance 1.9 refuses; they are checked on values.
@@ -68,9 +68,6 @@ class JsonSchema(Constraint):
     def bind(self, vocabulary: Vocabulary) -> BoundConstraint:
         schema = self.to_dict()
         json_keywords.check(schema)
-        for where, part in json_keywords.walk(schema):
-            if isinstance(part, dict) and "format" in part and format_matcher(part["format"]) is None:
-                raise ValueError(f"JSON schema: keyword 'format' at {where} is not supported with {part['format']!r}")
         relaxed = _relax(schema, coerce=False)
         try:
             grammar = BoundGrammar(self._lark(relaxed), vocabulary, "JSON schema")
@@ -102,7 +99,7 @@ class JsonSchema(Constraint):
     def _lark(self, schema: Schema) -> str:
         options = {"whitespace_pattern": self.whitespace, "json_allowed_escapes": ESCAPES}
         schema = {"x-guidance": options} | (schema if isinstance(schema, dict) else {} if schema else {"enum": []})
-        return f"{NO_FORCING}start: %json {json.dumps(schema)}"
+        return f"start: %json {json.dumps(schema)}{NO_FORCING}"
 
 
 class _BoundJsonSchema(BoundConstraint):
@@ -126,7 +123,7 @@ class _BoundJsonSchema(BoundConstraint):
 
     def complete(self, state):
         matcher, prefix = state
-        return self._grammar.complete(matcher) and self._validator.valid(parse(prefix.text), self._validator.root)
+        return self._grammar.complete(matcher) and accepts(self._validator, prefix.text)
 
     def _accepts(self, state, token, text):
         matcher, prefix = state

@@ -110,18 +110,17 @@ def frozen(value: Any) -> Any:
 
 
 @cache
-def format_matcher(name: str) -> LLMatcher | None:
-    """A matcher of one format of strings over single bytes; None for a format that llguidance does not know."""
+def _format_matcher(name: str) -> LLMatcher:
+    """A matcher of JSON strings of a format, over single bytes."""
     bytes_ = Vocabulary([bytes([i]) for i in range(256)] + [b""], eos=[256])
     grammar = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "format": name}))
-    matcher = LLMatcher(bytes_.llguidance, grammar, log_level=0)
-    return None if matcher.is_error() else matcher
+    return LLMatcher(bytes_.llguidance, grammar)
 
 
 def _format(validator, value, argument, schema):
     if not isinstance(value, str):
         return True
-    matcher = format_matcher(argument).deep_copy()
+    matcher = _format_matcher(argument).deep_copy()
     text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
     return matcher.try_consume_tokens(list(text)) == len(text) and matcher.is_accepting()
 

@@ -34,7 +34,7 @@ class Predicate(Constraint):
         on: "prefix": asked for the text after every token. It must be monotone: what it refuses, it refuses with every continuation, because a
             refused text is never continued; where an answer is seen to break this, InconsistentPredicateError says with which texts.
             "boundary": asked wherever whitespace follows a word, for the text up to and without that whitespace, and for the whole text at its end;
-            monotone in the same sense. "complete": asked for the whole text at its end alone.
+            monotone in the same sense, which cannot be seen to break. "complete": asked for the whole text at its end alone.
 
     A character whose bytes are not all there yet is not part of the text that the function sees; bytes that no continuation makes UTF-8 are refused.
 
@@ -69,14 +69,14 @@ class _BoundPredicate(BoundConstraint):
         super().__init__(vocabulary)
         self._function, self._on = predicate.function, predicate.on
         self._answers: OrderedDict[str, bool] = OrderedDict()
-        if self._on == "prefix" and not self._holds("", 0):
+        if self._on == "prefix" and not self._holds(""):
             raise UnsatisfiableError(f"predicate {self._name} refuses the empty text, and so every text")
 
     def start(self):
         return _State()
 
     def complete(self, state):
-        return not state.rest and self._holds(state.text, len(state.text))
+        return not state.rest and self._holds(state.text)
 
     def _accepts(self, state, token, text):
         after = _decode(state, text)
@@ -84,12 +84,11 @@ class _BoundPredicate(BoundConstraint):
             return False
         if self._on == "complete" or after.text == state.text:
             return True
-        known = len(state.text)
         if self._on == "prefix":
-            return self._holds(after.text, known)
-        ends = re.finditer(r"(?<=\S)(?=\s)", after.text[known - 1 :] if known else after.text)
-        shift = known - 1 if known else 0
-        return all(self._holds(after.text[: shift + end.start()], known) for end in ends)
+            return self._holds(after.text) and self._is_consistent(state.text, after.text)
+        known = max(len(state.text) - 1, 0)
+        ends = re.finditer(r"(?<=\S)(?=\s)", after.text[known:])
+        return all(self._holds(after.text[: known + end.start()]) for end in ends)
 
     def _advance(self, state, token, text):
         after = _decode(state, text)
@@ -101,8 +100,8 @@ class _BoundPredicate(BoundConstraint):
     def _name(self) -> str:
         return getattr(self._function, "__qualname__", repr(self._function))
 
-    def _holds(self, text: str, known: int) -> bool:
-        """The function's answer. `known`: the length of the prefix that is generated already."""
+    def _holds(self, text: str) -> bool:
+        """The function's answer."""
         if text in self._answers:
             self._answers.move_to_end(text)
             return self._answers[text]
@@ -114,21 +113,20 @@ class _BoundPredicate(BoundConstraint):
             ) from error
         if not isinstance(answer, (bool, np.bool_)):
             raise TypeError(f"predicate {self._name} must return a bool, got {answer!r} for the text {text!r}")
-        if answer and self._on != "complete":
-            self._refuse_inconsistent(text, known)
         self._answers[text] = bool(answer)
         if len(self._answers) > CACHED:
             self._answers.popitem(last=False)
         return bool(answer)
 
-    def _refuse_inconsistent(self, text: str, known: int) -> None:
-        for end in range(known, len(text)):
-            asked = self._on == "prefix" or (end and not text[end - 1].isspace() and text[end].isspace())
-            if asked and self._answers.get(text[:end]) is False:
+    def _is_consistent(self, text: str, longer: str) -> bool:
+        """True; raises where a text between the two, which the function accepts, is known to be refused."""
+        for end in range(len(text) + 1, len(longer)):
+            if self._answers.get(longer[:end]) is False:
                 raise InconsistentPredicateError(
-                    f"predicate {self._name} refuses {text[:end]!r} and accepts {text!r}: with on={self._on!r} what it refuses it must refuse "
-                    "with every continuation (on='complete' is asked at the end alone)"
+                    f"predicate {self._name} refuses {longer[:end]!r} and accepts {longer!r}: what it refuses it must refuse with every "
+                    "continuation, or be asked at the end alone (on='complete')"
                 )
+        return True
 
 
 def _decode(state: _State, text: bytes) -> _State | None:

@@ -116,7 +116,6 @@ UNSATISFIABLE = [
     {"allOf": [STRING, INTEGER]},
     {"type": "object", "properties": {"a": False}, "required": ["a"]},
     {"type": "object", "required": ["a"], "additionalProperties": False},
-    {"$ref": "#/$defs/x", "$defs": {"x": {"type": "array", "items": {"$ref": "#/$defs/x"}, "minItems": 1}}},
 ]
 
 STRINGS = ("", "a", "b", "ab", "aab", "é")
@@ -216,6 +215,8 @@ def _value(schema, draw, depth):
     kind = kinds if isinstance(kinds, str) else draw.choice(kinds)
     if kind == "array":
         first, rest = schema.get("prefixItems", []), schema.get("items", schema.get("contains", True))
+        if isinstance(rest, list):
+            first, rest = rest, schema.get("additionalItems", True)
         length = draw.randrange(4)
         items = [_value(first[i] if i < len(first) else rest, draw, depth - 1) for i in range(length)]
         return [*items, items[0]] if items and draw.random() < 0.2 else items
@@ -231,8 +232,8 @@ def _value(schema, draw, depth):
     return {"null": None, "boolean": draw.random() < 0.5}[kind]
 
 
-def orders(value, limit: int = 120) -> list:
-    """The value with the properties of its objects in every order (the first `limit`); a grammar fixes one of them."""
+def orders(value, limit: int = 4000) -> list:
+    """The value with the properties of its objects in every order (`limit` of them at most); a grammar fixes one of them."""
     return list(itertools.islice(_orders(value), limit))
 
 
@@ -240,8 +241,8 @@ def _orders(value):
     if isinstance(value, list):
         yield from (list(items) for items in itertools.product(*map(orders, value)))
     elif isinstance(value, dict):
-        for names in itertools.permutations(value):
-            for parts in itertools.product(*(orders(value[name]) for name in names)):
-                yield dict(zip(names, parts, strict=True))
+        for parts in itertools.product(*map(orders, value.values())):
+            inner = dict(zip(value, parts, strict=True))
+            yield from ({name: inner[name] for name in names} for names in itertools.permutations(value))
     else:
         yield value
