@@ -68,5 +68,5 @@ def test_two_prompts_with_the_same_suffix_differ():
 
 def test_encoder_decoders_are_refused():
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
-    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration.*use a causal LM"):
+    with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration.*use a causal LM"):
         Decoder(transformers.T5ForConditionalGeneration(config))

@@ -210,7 +210,10 @@ def test_json_is_valid_and_parsed(embedded):
     model, tokenizer = embedded
     schema = {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"type": "integer", "minimum": 3, "maximum": 9}},
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "size": {"type": "integer", "minimum": 3, "maximum": 9},
+        },
         "required": ["name", "size"],
         "additionalProperties": False,
     }
@@ -266,12 +269,17 @@ def test_the_constraint_begins_after_the_marker(method):
         if result.ok:
             assert result.text in ("bc", "bd") and result.preamble.find("ac") == len(result.preamble) - 2
         else:
-            assert result.status == "incomplete" and "anything up to 'ac'" in result.reason
+            waited = result.preamble.find("ac") < 0
+            assert result.status == "incomplete" and ("anything up to 'ac'" in result.reason) == waited
 
 
 def test_a_stream_gives_the_text_in_pieces_that_nothing_takes_back(embedded):
     model, tokenizer = embedded
-    for settings in ({"stop": "("}, {"constraint": Predicate(lambda text: "e" not in text)}, {"stop": ["\n    if", ":"]}):
+    for settings in (
+        {"stop": "("},
+        {"constraint": Predicate(lambda text: "e" not in text)},
+        {"stop": ["\n    if", ":"]},
+    ):
         stream = generate(model, tokenizer, "def read(self):\n    ", seed=4, max_new_tokens=40, stream=True, **settings)
         pieces = list(stream)
         whole = generate(model, tokenizer, "def read(self):\n    ", seed=4, max_new_tokens=40, **settings)
@@ -281,7 +289,9 @@ def test_a_stream_gives_the_text_in_pieces_that_nothing_takes_back(embedded):
 def test_a_dead_end_says_where_and_what_was_allowed():
     model, tokenizer = toy()
     constraint = Regex("a{30}")
-    with pytest.raises(DeadEndError, match=r"at token 4, after 'aaaa': max_new_tokens=4 is reached .* allows 'a'") as error:
+    with pytest.raises(
+        DeadEndError, match=r"at token 4, after 'aaaa': max_new_tokens=4 is reached .* allows 'a'"
+    ) as error:
         generate(model, tokenizer, "abc", constraint=constraint, max_new_tokens=4)
     (result,) = error.value.results
     assert not result.ok and result.status == "incomplete" and result.log_z == -math.inf and result.mass_kept == 0
@@ -315,7 +325,9 @@ def test_chat_messages():
     with pytest.raises(ValueError, match="chat_template"):
         generate(model, tokenizer, [{"role": "user", "content": "abc"}])
     tokenizer = toy.__wrapped__()[1]
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
+    )
     chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
     alone, (first, second) = (
         generate(model, tokenizer, prompt, seed=0, max_new_tokens=6) for prompt in (chat, [chat, chat[:1]])
@@ -362,7 +374,10 @@ def test_an_unsatisfiable_constraint_is_found_before_the_first_forward():
         ({"prompt": ["a", ""]}, "prompt 1 is empty: it has no tokens"),
         ({"prompt": 5}, "prompt must be a text, chat messages or a list of these, got int"),
         ({"prompt": [5]}, "prompt must be a text or a list of chat messages, got 5"),
-        ({"max_new_tokens": 254}, "3 tokens; with max_new_tokens=254 .* context of 256: max_new_tokens can be 253 at most"),
+        (
+            {"max_new_tokens": 254},
+            "3 tokens; with max_new_tokens=254 .* context of 256: max_new_tokens can be 253 at most",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -373,7 +388,7 @@ def test_bad_input(change, message):
 
 
 def test_a_tokenizer_of_another_model(embedded):
-    with pytest.raises(ValueError, match="the tokenizer does not belong to the model: it has ids 0..4095"):
+    with pytest.raises(ValueError, match=r"the tokenizer does not belong to the model: it has ids 0..4095"):
         generate(toy()[0], embedded[1], "abc")
     with pytest.raises(ValueError, match=r"does not belong to the model: it has ids 0..6, the model predicts 0..4095"):
         generate(embedded[0], toy()[1], "abc")

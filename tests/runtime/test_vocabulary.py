@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 import transformers
 from tiny_models import build
-from toy_language import toy, tokenizer
+from toy_language import tokenizer, toy
 
 import hasten
 from hasten.vocabulary import vocabulary_of
@@ -92,7 +92,9 @@ def test_tokenizers_that_cannot_be_used():
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     backend.decoder = tokenizers.decoders.WordPiece()
     pieces = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[UNK]")
-    with pytest.raises(ValueError, match="decoder: WordPiece.* is neither a byte-level BPE nor of SentencePiece's kind"):
+    with pytest.raises(
+        ValueError, match=r"decoder: WordPiece.* is neither a byte-level BPE nor of SentencePiece's kind"
+    ):
         vocabulary_of(pieces, model_with(3))
     endless = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
     with pytest.raises(ValueError, match="eos is empty"):

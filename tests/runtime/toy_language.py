@@ -41,7 +41,7 @@ def law_of_texts(model, prompt, longest, temperature=1.0):
     """Probability of every text of at most `longest` letters, from the model's own forwards; the padding is left out."""
     law, ids = {}, [LETTERS.index(letter) for letter in prompt]
     front = {"": 1.0}
-    for length in range(longest):
+    for _ in range(longest):
         texts = list(front)
         batch = torch.tensor([ids + [LETTERS.index(letter) for letter in text] for text in texts])
         with torch.no_grad():
