@@ -257,7 +257,7 @@ def _refuse_dead(results: list[Generated], on_dead: str) -> None:
     if dead and on_dead == "error":
         where = f"prompt {dead[0]}: " if len(results) > 1 else ""
         count = len(results[dead[0]].particles)
-        others = f" (so or likewise all {count} particles)" if count > 1 else ""
+        others = f"; nor did the other {count - 1} particles reach an end" if count > 1 else ""
         raise DeadEndError(f"dead end {where}{results[dead[0]].reason}{others}", results)
 
 

@@ -114,10 +114,9 @@ class Run:
             else:
                 rows = [self._rows[i] for i in growing]
             self._grow(growing, logits if len(rows) == len(logits) else logits[rows])
-            last = position == sampling.max_new_tokens - 1
-            if last:
+            if position == sampling.max_new_tokens - 1:
                 self._end_all()
-            self._resample(last)
+            self._resample()
             yield
 
     def _grow(self, growing: list[int], logits: torch.Tensor) -> None:
@@ -229,7 +228,7 @@ class Run:
                 )
         self.population.reweight(increments.view_as(self.population.log_weights))
 
-    def _resample(self, last: bool) -> None:
+    def _resample(self) -> None:
         sampling, population = self.sampling, self.population
         if sampling.critic is not None:
             scores = [self._score(particle) for particle in self.particles]
@@ -238,7 +237,7 @@ class Run:
                 if score == -math.inf:
                     _kill(particle, f"{_where(particle)}: the critic gives the text no weight")
         count = sampling.particles
-        if count == 1 or last or sampling.method == "reject":
+        if count == 1 or sampling.method == "reject":
             return
         growing = torch.tensor([particle.status is None for particle in self.particles]).view(-1, count).any(-1)
         parents = population.resample(sampling.ess_threshold, sampling.resampling, self.generators, growing)

@@ -48,14 +48,22 @@ def root(
 
 @app.command()
 def demo(
+    topic: Annotated[
+        Literal["sparsity", "constrained"], typer.Argument(help="constrained: text under a schema and a predicate.")
+    ] = "sparsity",
     plot: Annotated[str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png.")] = "auto",
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
     quick: Annotated[bool, typer.Option(help="A rough try-out, without the large model.")] = False,
 ) -> None:
-    """Shows drift on the embedded model, decode speed of a 1.1 B model, and a sample, in under two minutes."""
-    from hasten.cli import demo
+    """Shows drift on the embedded model, decode speed of a 1.1 B model, and a sample, in under two minutes; or constraints at work."""
+    from hasten.cli import demo, demo_constrained
 
-    demo.run(plot, json, quick)
+    if topic == "constrained":
+        if plot != "auto" or quick:
+            raise ValueError("--plot and --quick are for the demo of sparsity")
+        demo_constrained.run(json)
+    else:
+        demo.run(plot, json, quick)
 
 
 @app.command()

@@ -3,14 +3,17 @@
 import json
 import re
 
+import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from hasten.cli import app
+from hasten.cli import app, demo_constrained
+
+GENERATE = ("generate", "stdlib-llama", "x = ")
 
 
-def run(*arguments, status=0):
-    result = CliRunner().invoke(app, ["generate", "stdlib-llama", "x = ", *map(str, arguments)])
+def run(*arguments, status=0, command=GENERATE):
+    result = CliRunner().invoke(app, [*command, *map(str, arguments)])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == status, result.output
@@ -54,3 +57,15 @@ def test_a_schema_and_a_grammar_from_files(tmp_path):
 def test_what_cannot_be_done_is_one_line_and_status_1(arguments, message):
     (line,) = run(*arguments, status=1).stderr.splitlines()
     assert line.startswith("hasten: ") and re.search(message, line)
+
+
+def test_the_demo_shows_weights_and_what_it_shows_is_true(tmp_path):
+    file = tmp_path / "demo.json"
+    shown = run("--json", file, command=("demo", "constrained")).stdout
+    extracted, watched = json.loads(file.read_text())["examples"]
+    assert demo_constrained.balanced(watched["text"]) and demo_constrained.balanced(watched["masked"])
+    jsonschema.validate(json.loads(extracted["text"]), demo_constrained.SCHEMA)
+    assert all(0 < each["mass_kept"] <= 1.5 and len(each["log_weights"]) == 8 for each in (extracted, watched))
+    assert "mass kept" in shown and "checks per token" in shown and "log weights" in shown
+    (line,) = run("--quick", command=("demo", "constrained"), status=1).stderr.splitlines()
+    assert line == "hasten: --plot and --quick are for the demo of sparsity"

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jsonschema
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ from toy_language import EOS, LETTERS, law_of_texts, toy
 import hasten
 from hasten.generation import DeadEndError, generate
 from hasten.guidance.constraints import JsonSchema, Predicate, PredicateError, Regex, Substring, UnsatisfiableError
+from hasten.particles import Run
 
 LONGEST = 3
 
@@ -186,6 +188,27 @@ def test_resampling_reads_nothing_again():
     assert result.resamplings and counter.rows[0] == (1, 3) and all(shape[1] == 1 for shape in counter.rows[1:])
 
 
+def test_every_law_is_that_of_the_particles_own_text(monkeypatch):
+    """What is drawn from is what a fresh prefill of prompt and text gives, after forks and with particles that have ended."""
+    model, tokenizer = toy()
+    grow, compared = Run._grow, []
+
+    def compare(run, growing, logits):
+        for row, i in enumerate(growing):
+            particle = run.particles[i]
+            ids = tokenizer(["abcde", "ba"][particle.prompt])["input_ids"] + particle.tokens
+            expected = model(torch.tensor([ids])).logits[0, -1]
+            torch.testing.assert_close(logits[row], expected, atol=1e-9, rtol=0)
+            compared.append(len(particle.tokens))
+        grow(run, growing, logits)
+
+    monkeypatch.setattr(Run, "_grow", compare)
+    constraint = Regex("[a-e]b?[cd][a-e]*d[abe]{1,4}")
+    settings = {"constraint": constraint, "particles": 6, "ess_threshold": 1, "max_new_tokens": 12, "seed": 0}
+    results = generate(model, tokenizer, ["abcde", "ba"], **settings)
+    assert all(result.resamplings > 2 for result in results) and max(compared) > 5
+
+
 def test_checks_are_counted():
     model, tokenizer = toy()
     calls = []
@@ -206,7 +229,6 @@ def test_several_eos_ids_end_a_text_and_padding_is_never_drawn():
 
 
 def test_json_is_valid_and_parsed(embedded):
-    jsonschema = pytest.importorskip("jsonschema")
     model, tokenizer = embedded
     schema = {
         "type": "object",
