@@ -160,20 +160,15 @@ def _relax(schema: Schema, coerce: bool) -> Schema:
         return schema
     relaxed: dict[str, Any] = {}
     alternatives = []
-    optional = set(schema.get("properties", ())) - set(schema.get("required", ()))
-    open_names = any(not _compiles("pattern", pattern) for pattern in schema.get("patternProperties", ()))
+    open_names = ("patternProperties", "additionalProperties") if "patternProperties" in schema else ()
     for keyword, value in schema.items():
         if keyword in CHECKED:
             continue
-        if keyword in ("minProperties", "maxProperties") and (optional or coerce):
-            continue
-        if keyword in ("patternProperties", "additionalProperties") and (
-            open_names or (coerce and "patternProperties" in schema)
-        ):
+        if coerce and (keyword in ("minProperties", "maxProperties") or keyword in open_names):
             continue
         if keyword == "multipleOf" and not (isinstance(value, int) or value.is_integer()):
             continue  # llguidance knows 1.25 as a multiple of 0.25, and not 1.5
-        if keyword == "pattern" and not _compiles("pattern", value):
+        if keyword == "pattern" and not _compiles(value):
             continue
         if keyword == "oneOf" and coerce:
             alternatives.append({"anyOf": _each(value, lambda part: _relax(part, coerce))})
@@ -198,7 +193,7 @@ def _each(schemas: list[Schema], change: Callable[[Schema], Schema]) -> list[Sch
 
 
 @cache
-def _compiles(keyword: str, value: str) -> bool:
-    """Whether llguidance takes a string keyword with this value (no look-around in a pattern)."""
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", keyword: value}))
+def _compiles(pattern: str) -> bool:
+    """Whether llguidance takes a pattern (it takes no look-around)."""
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "pattern": pattern}))
     return not LLMatcher.validate_grammar(grammar)

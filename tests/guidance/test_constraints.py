@@ -28,6 +28,7 @@ SCHEMA = {
 FILLING = {
     "schema": JsonSchema(SCHEMA),
     "schema of a grammar": JsonSchema({"type": "object", "properties": {"ab": {"type": "string"}}}),
+    "schema of odd integers": JsonSchema({"type": "integer", "not": {"multipleOf": 2}}),
     "regex": Regex(r"(a+b|é+\d{1,3}|null)"),
     "lark": Grammar('start: "(" start ")" | /[a-c]+/ | "é"'),
     "ebnf": Grammar('root ::= "(" root ")" | [a-c]+'),
@@ -46,6 +47,7 @@ EVERY = FILLING | ASKING
 COMPLETE = {
     "schema": '{"a": [1, 12], "é": null}',
     "schema of a grammar": '{"ab":"é"}',
+    "schema of odd integers": "121",
     "regex": "aab",
     "lark": "((é))",
     "ebnf": "(ab)",
@@ -212,6 +214,14 @@ def test_characters_in_pieces_and_tokens_of_the_same_bytes(name):
     state = bound.advance(bound.advance(bound.start(), quote), first)
     assert not bound.complete(state)
     assert [t for t in range(259) if bound.check(state, t)] == [second]
+
+
+def test_a_text_that_the_vocabulary_cannot_end():
+    bound = Regex("ab").bind(Vocabulary([b"a", b"</s>"], eos=[1]))
+    state = bound.advance(bound.start(), 0)
+    for _ in range(2):
+        assert bound.allowed(state).tolist() == [] and bound.allowed_text(state) == "nothing"
+        assert not bound.check(state, 0) and not bound.check(state, 1)
 
 
 def test_unbound_constraints_have_no_language_of_their_own():

@@ -38,6 +38,11 @@ def test_every_generated_text_matches(pattern):
         assert text is None or re.fullmatch(pattern, text.decode()), text
 
 
+def test_where_rust_accepts_more_than_re_the_text_cannot_end():
+    for pattern, text in ((r"\w", "\u24d0"), (r"[^\s]", "\x1c")):
+        assert re.fullmatch(pattern, text) is None and not walks.accepts(Regex(pattern).bind(VOCABULARY), text)
+
+
 @pytest.mark.parametrize(
     ("pattern", "why"),
     [

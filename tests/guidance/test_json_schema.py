@@ -141,6 +141,7 @@ def test_a_keyword_is_checked_as_soon_as_its_value_ends(schema, prefix, refused,
         state = bound.advance(state, byte)
     assert not bound.check(state, refused[0])
     assert taken is None or bound.check(state, taken[0])
+    assert walks.mask_of(bound, state) == walks.allowed(bound, state)
     with pytest.raises(ValueError, match="JSON schema"):
         bound.advance(state, refused[0])
 
@@ -179,6 +180,15 @@ def test_a_property_given_twice_cannot_pass_its_schema():
     assert walks.accepts(bound, '{"a":1,"b":"x"}')
     for name in ('"a"', r'"\u0061"'):
         assert not walks.accepts(bound, f'{{"a":1,{name}:"x"}}')
+    assert not walks.accepts(bind({"type": "string"}), r'"\u0061"')  # one string, one spelling
+
+
+def test_escapes_are_followed():
+    bound = bind({"type": "array", "uniqueItems": True})
+    texts = ['"\\""', r'"\\"', r'"\\\""', r'"\n"', '"n"', '"]"', '",["']
+    assert walks.accepts(bound, f"[{','.join(texts)}]")
+    for text in texts:
+        assert not walks.accepts(bound, f"[{text},{text}]"), text
 
 
 def test_numbers_that_python_cannot_hold_are_refused():

@@ -1,4 +1,4 @@
-"""Walks of a constraint over a small vocabulary: every byte, some longer tokens that cross borders, two EOS ids, a special one and padding."""
+"""Walks of a constraint over a small vocabulary: every byte, some longer tokens that cross borders (one twice), two EOS ids, a special one and padding."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from hasten.guidance.vocabulary import Vocabulary
 
-LONGER = ['"a', '":', '": ', '", "', '"}', '"]', '}, {', "],", "12", "0.", "true", "null", "é", "é".encode()[1:] + b"a", "ab", "a" * 9, ", "]  # fmt: skip
+LONGER = ['"a', '":', '": ', '", "', '"}', '"]', '}, {', "],", "12", "0.", "true", "null", "é", "é".encode()[1:] + b"a", "ab", "ab", "a" * 9, ", "]  # fmt: skip
 EOS, SECOND_EOS, SPECIAL = 256, 257, 258
 LENGTH = 259 + len(LONGER) + 1  # the last id is padding
 
