@@ -81,7 +81,7 @@ class Generated:
     @property
     def mass_kept(self) -> float:
         """exp(log_z): 1 where the model would have satisfied the constraint by itself, small where the constraint fights it."""
-        return math.exp(self.log_z)
+        return float(torch.tensor(self.log_z, dtype=torch.float64).exp())
 
 
 class DeadEndError(HastenError):

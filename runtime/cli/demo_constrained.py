@@ -1,5 +1,6 @@
 """`hasten demo constrained`: a record extracted as JSON, and a text that a Python function watches over."""
 
+import itertools
 import json
 import math
 import time
@@ -28,11 +29,10 @@ SCHEMA = {
     "required": ["function", "arguments", "lines"],
     "additionalProperties": False,
 }
-EXTRACT = """def write(self, data, size):
-    self.file.write(data[:size])
-
-# The function above as JSON:
-"""
+EXTRACT = '''functions = [
+    {"function": "read", "arguments": ["self", "size"], "lines": 4},
+    {"function": "close", "arguments": ["self"], "lines": 2},
+    '''
 WATCHED = '''class Reader:
     """Read lines from a file.
 
@@ -58,8 +58,9 @@ class Example:
 
 
 def balanced(text: str) -> bool:
-    """No letter q, no line above 60 characters, and never more closing than opening brackets."""
-    return "q" not in text and max(map(len, text.split("\n"))) <= 60 and text.count(")") <= text.count("(")
+    """No letter q, no line above 60 characters, and nowhere more closing than opening brackets."""
+    depths = itertools.accumulate((character == "(") - (character == ")") for character in text)
+    return "q" not in text and max(map(len, text.split("\n"))) <= 60 and min(depths, default=0) >= 0
 
 
 def run(json_file: Path | None) -> None:
