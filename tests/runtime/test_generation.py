@@ -119,6 +119,19 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone(constraint):
     assert len({result.text for result in together}) > 1
 
 
+def test_top_k_and_top_p_cut_what_can_be_drawn():
+    model, tokenizer = toy()
+    settings = {"particles": 200, "max_new_tokens": 1, "seed": 0}
+    constraint = Regex("[a-e]")
+    for cut in ({"top_k": 6}, {"top_p": 0.999999}, {}):
+        result = generate(model, tokenizer, "abc", constraint=constraint, **cut, **settings)
+        assert {each.text for each in result.particles} == set(LETTERS)
+    p = model(torch.tensor([[0, 1, 2]])).logits[0, -1, : EOS + 2].softmax(-1).sort(descending=True)
+    for cut in ({"top_k": 2}, {"top_p": float(p.values[0]) + 1e-6}):
+        result = generate(model, tokenizer, "abc", **cut, **settings)
+        assert {each.tokens[0] for each in result.particles} == set(p.indices[:2].tolist())
+
+
 def test_the_seed_decides():
     model, tokenizer = toy()
 
@@ -131,14 +144,14 @@ def test_the_seed_decides():
     assert texts(5) == texts(5) != texts(6) and texts(None) == drawn
 
 
-def test_greedy_is_that_of_transformers(embedded):
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_is_that_of_transformers(embedded, penalty):
     model, tokenizer = embedded
     prompts = ["def read(self):\n    ", "import os\n"]
-    for prompt, result in zip(
-        prompts, generate(model, tokenizer, prompts, temperature=0, max_new_tokens=24), strict=True
-    ):
+    settings = {"max_new_tokens": 24, "repetition_penalty": penalty}
+    for prompt, result in zip(prompts, generate(model, tokenizer, prompts, temperature=0, **settings), strict=True):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        expected = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        expected = model.generate(**inputs, do_sample=False, **settings)[0, inputs["input_ids"].shape[1] :]
         assert list(result.tokens) == expected.tolist()
         assert result.text == tokenizer.decode(expected, skip_special_tokens=True)
         assert result.log_z == 0
