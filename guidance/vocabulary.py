@@ -54,6 +54,11 @@ class Vocabulary:
         return texts, [ids[text] for text in texts]
 
     @cached_property
+    def longest(self) -> int:
+        """The number of bytes of the longest token that can be part of a text."""
+        return max((len(text) for text in self.texts if text), default=0)
+
+    @cached_property
     def llguidance(self) -> LLTokenizer:
         """The tokenizer object of llguidance. Ids that are never text have no bytes there, and it takes none of them."""
         return LLTokenizer(TokenizerWrapper(_Tokens(self)), n_vocab=len(self), eos_token=[self.eos[0]])

@@ -95,10 +95,9 @@ class BoundGrammar(BoundConstraint):
         return state.is_accepting()
 
     def _accepts(self, state, token, text):
-        if state.validate_tokens([token]) == 1:
-            return True
+        valid = state.validate_tokens([token]) == 1
         self._raise_errors(state)
-        return False
+        return valid
 
     def _advance(self, state, token, text):
         if state.try_consume_tokens([token]) != 1:

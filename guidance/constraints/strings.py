@@ -155,7 +155,7 @@ class Substring(_SortedTexts):
     """The text occurs verbatim in a corpus: quotations, evidence, code that exists.
 
     Args:
-        corpus: a text, or documents, whose borders no text crosses. Less than 2 GiB of UTF-8. Building the index takes 5.2 bytes of memory for every
+        corpus: a text, or documents, whose borders no text crosses. Less than 2 GiB of UTF-8. Building the index takes 12 bytes of memory for every
             byte of text; `save` writes it to a folder, `Substring.load` maps it from there.
 
     Raises:
@@ -244,11 +244,10 @@ class _BoundTexts(BoundConstraint):
         """Walks the sorted tokens and the sorted texts side by side; each skips what the other does not have."""
         low, high, depth = state
         tokens, ids = self.vocabulary.by_text
-        longest = max(map(len, tokens), default=0)
         bits = mask.view(np.uint32)
         i = 0
         while i < len(tokens) and (low := self._index._first(tokens[i], low, high, depth)) < high:
-            ahead = self._index._at(low, depth, longest)
+            ahead = self._index._at(low, depth, self.vocabulary.longest)
             if ahead.startswith(tokens[i]):
                 for token in ids[i]:
                     bits[token >> 5] |= np.uint32(1 << (token & 31))

@@ -120,3 +120,14 @@ def test_a_wrong_grammar_says_where_and_why(grammar, why):
     with pytest.raises(ValueError, match="grammar") as refused:
         Grammar(grammar).bind(VOCABULARY)
     assert why in str(refused.value)
+
+
+def test_a_matcher_that_broke_is_not_believed():
+    bound = Grammar('start: "ab"').bind(VOCABULARY)
+    state = bound.start()
+    state.consume_token(ord("x"))  # what a limit of llguidance does in the middle of a text
+    for ask in (bound.check, bound.advance):
+        with pytest.raises(RuntimeError, match="grammar: "):
+            ask(state, ord("a"))
+    with pytest.raises(RuntimeError, match="grammar: "):
+        bound.allowed(state)
