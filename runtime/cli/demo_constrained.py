@@ -29,10 +29,10 @@ SCHEMA = {
     "required": ["function", "arguments", "lines"],
     "additionalProperties": False,
 }
-EXTRACT = '''functions = [
+EXTRACT = """functions = [
     {"function": "read", "arguments": ["self", "size"], "lines": 4},
     {"function": "close", "arguments": ["self"], "lines": 2},
-    '''
+    """
 WATCHED = '''class Reader:
     """Read lines from a file.
 
