@@ -48,14 +48,22 @@ def root(
 
 @app.command()
 def demo(
+    topic: Annotated[
+        Literal["sparsity", "constrained"], typer.Argument(help="constrained: text under a schema and a predicate.")
+    ] = "sparsity",
     plot: Annotated[str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png.")] = "auto",
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
     quick: Annotated[bool, typer.Option(help="A rough try-out, without the large model.")] = False,
 ) -> None:
-    """Shows drift on the embedded model, decode speed of a 1.1 B model, and a sample, in under two minutes."""
-    from hasten.cli import demo
+    """Shows drift on the embedded model, decode speed of a 1.1 B model, and a sample, in under two minutes; or constraints at work."""
+    from hasten.cli import demo, demo_constrained
 
-    demo.run(plot, json, quick)
+    if topic == "constrained":
+        if plot != "auto" or quick:
+            raise ValueError("--plot and --quick are for the demo of sparsity")
+        demo_constrained.run(json)
+    else:
+        demo.run(plot, json, quick)
 
 
 @app.command()
@@ -75,17 +83,37 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="Text to calibrate on, a few thousand tokens.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0 picks the likeliest token, more samples.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 picks the likeliest token, more samples.  [default: 0; 1 with --particles]")
+    ] = None,
+    json_schema: Annotated[Path | None, typer.Option(metavar="FILE", help="The text is JSON of this schema.")] = None,
+    regex: Annotated[str | None, typer.Option(metavar="PATTERN", help="The text matches this pattern.")] = None,
+    choice: Annotated[str | None, typer.Option(metavar="A,B,...", help="The text is one of these.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text is of this Lark or EBNF grammar.")
+    ] = None,
+    particles: Annotated[int, typer.Option(min=1, help="So many texts compete, and one is drawn by weight.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of a constrained or weighted text.")] = None,
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="auto: as it was saved.")
     ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
-    """Continues PROMPT on stdout, with the speed on stderr. Without a technique the model runs as it is."""
-    from hasten.cli import generate
+    """Continues PROMPT on stdout, with the speed on stderr. Without a technique the model runs as it is.
+
+    With a constraint the text satisfies it, or the exit status is 1.
+    """
+    from hasten.cli import constrained, generate
 
     techniques = generate.techniques(wina, teal, cats, dense, greedy_allocation)
-    generate.run(model, prompt, techniques, calibration, max_new_tokens, temperature, dtype, json)
+    constraint = constrained.constraint_of(json_schema, regex, choice, grammar)
+    if temperature is None:
+        temperature = 1.0 if particles > 1 else 0.0
+    if constraint is None and particles == 1:
+        generate.run(model, prompt, techniques, calibration, max_new_tokens, temperature, dtype, json)
+    else:
+        loaded = generate.prepare(model, techniques, calibration, dtype)
+        constrained.run(*loaded, model, prompt, constraint, particles, seed, max_new_tokens, temperature, json)
 
 
 @app.command()

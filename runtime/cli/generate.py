@@ -85,16 +85,7 @@ def run(
     """
     if math.isnan(temperature) or temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    text = _calibration_text(plan, calibration)
-    model, tokenizer = load(name, plan, dtype)
-    if plan:
-        sparse = [technique for technique in plan if not isinstance(technique, DenseDecode)]
-        statistics = hasten.calibrate(model, sparse, text, tokenizer) if sparse else None
-        report = hasten.accelerate(model, plan, calibration=statistics, measure_speed=False)
-        edited, left = sum(len(entry.edited) for entry in report.techniques), len(report.skipped)
-        _say(
-            f"changed {edited} modules, left {left} as they were; hasten.accelerate in Python measures speed and drift"
-        )
+    model, tokenizer = prepare(name, plan, calibration, dtype)
     generation = continue_prompt(model, tokenizer, prompt, max_new_tokens, temperature, shown=not as_json)
     speed = generation.tokens_per_second
     if as_json:
@@ -107,6 +98,23 @@ def run(
         typer.echo(json.dumps(record | asdict(generation) | {"tokens_per_second": speed}, indent=2))
     decode = f"{speed:.1f} tokens/s in decode" if speed else "one token"
     _say(f"{generation.tokens} tokens, {decode}, first token after {generation.prefill_seconds:.2f} s")
+
+
+def prepare(
+    name: str, plan: list[Technique], calibration: Path | None, dtype: str
+) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """`load`, and accelerated by `plan`."""
+    text = _calibration_text(plan, calibration)
+    model, tokenizer = load(name, plan, dtype)
+    if plan:
+        sparse = [technique for technique in plan if not isinstance(technique, DenseDecode)]
+        statistics = hasten.calibrate(model, sparse, text, tokenizer) if sparse else None
+        report = hasten.accelerate(model, plan, calibration=statistics, measure_speed=False)
+        edited, left = sum(len(entry.edited) for entry in report.techniques), len(report.skipped)
+        _say(
+            f"changed {edited} modules, left {left} as they were; hasten.accelerate in Python measures speed and drift"
+        )
+    return model, tokenizer
 
 
 def load(name: str, plan: list[Technique], dtype: str) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
