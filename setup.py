@@ -20,6 +20,8 @@ ROOTS = {
     "hasten.bench": "bench",
 }
 
+DIFFUSERS = "diffusers>=0.42,<0.43"  # the versions in runtime/denoisers.py
+
 # Instruction sets, best first; kernels/cpu.py picks one at run time. Every set contains the one after it.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -143,11 +145,15 @@ setup(
         "tqdm",
         "typer>=0.19",
         "rich",
+        "llguidance>=1.9,<2",
     ],
     extras_require={
-        "diffusers": ["diffusers"],
+        "diffusers": [DIFFUSERS],
         "plot": ["matplotlib"],
-        "test": ["pytest", "pytest-benchmark", "ruff", "accelerate", "matplotlib", "setuptools>=77"],
+        "test": [
+            *("pytest", "pytest-benchmark", "ruff", "accelerate", "matplotlib", "setuptools>=77"),
+            *(DIFFUSERS, "jsonschema", "pydantic", "scikit-learn"),
+        ],
     },
     entry_points={"console_scripts": ["hasten = hasten.cli:main"]},
     packages=packages(),

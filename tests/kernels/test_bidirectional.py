@@ -142,7 +142,10 @@ def test_gradients(form):
         ({"decay": torch.zeros(3)}, r"decay: expected shape \[2\] or \[1, 8, 2\], got shape \[3\]"),
         ({"decay": torch.zeros(1, 8, 2, 4)}, r"decay: expected shape \[2\] or .* got shape \[1, 8, 2, 4\]"),
         ({"decay": torch.tensor([0.5, 0.0])}, "decay: expected logarithms of at most 0, got 0.5"),
-        ({"decay": torch.zeros(2, dtype=torch.int64)}, "decay: expected a floating dtype of at least 16 bits, got torch.int64"),
+        (
+            {"decay": torch.zeros(2, dtype=torch.int64)},
+            "decay: expected a floating dtype of at least 16 bits, got torch.int64",
+        ),
         ({"v": torch.randn(1, 8, 3, 4)}, "v: expected a multiple of the 2 heads of q and k, got 3 heads"),
         ({"k": torch.randn(1, 8, 2, 5)}, r"k: expected \[1, 8, 2, 4\], the shape of q, got shape \[1, 8, 2, 5\]"),
         ({"q": torch.randn(8, 2, 4)}, r"q: expected shape \[B, T, H, K\], got shape \[8, 2, 4\]"),
