@@ -13,6 +13,7 @@ _WHERE = {
     "embedded": ("embedded_model",),
     "errors": ("HastenError", "SavedPlanError", "StateError", "UnsupportedModelError"),
     "measure": ("Drift", "Speed"),
+    "models.digit_diffusion": ("DigitClassifier", "DigitDiffusion"),
     "models.transnormer": ("TransNormer", "TransNormerConfig"),
     "plan": ("Plan",),
     "report": ("Report",),
