@@ -34,7 +34,7 @@ from tqdm import tqdm
 from hasten.guidance.classifier_free import ClassifierFreeGuidance
 from hasten.models.digit_diffusion import DigitClassifier, DigitDiffusion
 from hasten.models.digit_diffusion.classifier import contrast, saturation
-from hasten.models.digit_diffusion.sampling import draw
+from hasten.models.digit_diffusion.drawing import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT_SHARE = 0.2

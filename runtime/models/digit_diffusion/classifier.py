@@ -36,6 +36,10 @@ class DigitClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last layer sees of digits [B, 1, 8, 8], clamped to [-1, 1] as a picture is: [B, 64]."""
+        return self.layers[:-1](x.clamp(-1, 1))
+
     def save(self, folder: Path) -> None:
         """Writes classifier.safetensors."""
         save_file(self.state_dict(), folder / FILE)
