@@ -1,1 +1,1 @@
-"""What is emitted: guidance, constraints and rejection. Knows predictions, not models; nothing is here yet."""
+"""What is emitted: guidance, constraints and rejection. Knows predictions, not models."""

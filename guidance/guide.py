@@ -9,13 +9,18 @@ Guidance scales count as in Imagen and diffusers: `unconditional + scale * (cond
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 import torch
 
 Parameterization = Literal["epsilon", "sample", "v", "flow"]
 Pass = Literal["conditional", "unconditional", "image"]
+CONDITIONAL: tuple[Pass, ...] = ("conditional",)
+BOTH: tuple[Pass, ...] = ("conditional", "unconditional")
+TRACE = "trace"  # memory[TRACE][index]: what the guides recorded at step `index`, by name
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Step:
     sample: x_t = alpha * x0 + sigma * noise, [B, ...]; alpha and sigma are those of this step, next_alpha and next_sigma of the one that follows
     (next_sigma is 0 where this step is the last). index counts the run's steps from 0 and count is how many there are. parameterization says what the
     denoiser predicts: the noise ("epsilon"), x0 ("sample"), alpha * noise - sigma * x0 ("v"), or noise - x0 ("flow", where alpha = 1 - sigma).
-    memory is the run's: guides keep there what they carry from step to step.
+    memory is the run's: guides keep there what they carry from step to step, and under TRACE what they record for the reader.
     """
 
     sample: torch.Tensor
@@ -37,6 +42,26 @@ class Step:
     count: int
     parameterization: Parameterization
     memory: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.parameterization not in get_args(Parameterization):
+            raise ValueError(
+                f"unknown prediction type {self.parameterization!r}: expected one of {', '.join(get_args(Parameterization))}"
+            )
+
+    def with_predictions(
+        self,
+        conditional: torch.Tensor,
+        unconditional: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+    ) -> State:
+        """The state that a guide combines: this step, its memory and its predictions."""
+        step = {item.name: getattr(self, item.name) for item in fields(Step)}
+        return State(**step, conditional=conditional, unconditional=unconditional, image=image)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Adds to what the run's trace holds for this step: floats, or tensors that stay on their device (no copy, no wait)."""
+        self.memory.setdefault(TRACE, {}).setdefault(self.index, {}).update(values)
 
 
 @dataclass(frozen=True)
@@ -50,14 +75,63 @@ class State(Step):
     unconditional: torch.Tensor | None = None
     image: torch.Tensor | None = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in get_args(Pass):
+            prediction = getattr(self, name)
+            if prediction is not None and prediction.shape != self.sample.shape:
+                raise ValueError(
+                    f"step {self.index}: the {name} prediction has shape {tuple(prediction.shape)}, the sample {tuple(self.sample.shape)}"
+                )
+
+    def require(self, *names: Pass) -> tuple[torch.Tensor, ...]:
+        """The named predictions; a ValueError names one that was not computed."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"step {self.index}: the {name} prediction is missing; compute what guide.passes(step) asks for"
+                )
+        return tuple(getattr(self, name) for name in names)
+
 
 class Guide:
-    """What all guides share: by default both passes at every step."""
+    """What all guides share: by default both passes at every step, for all rows."""
 
     def passes(self, step: Step) -> tuple[Pass, ...]:
         """Which predictions `__call__` needs at this step, "conditional" always among them."""
-        return ("conditional", "unconditional")
+        return BOTH
+
+    def rows(self, step: Step) -> tuple[bool, ...] | None:
+        """For which rows of the batch the passes beside the conditional one are needed; None: for all.
+
+        It is free to whoever runs the guide to compute them for all rows nevertheless: the guide reads what it asked for and no more, so in a row
+        that it did not ask for a prediction may hold anything finite.
+        """
+        return None
 
     def __call__(self, state: State) -> torch.Tensor:
         """One prediction [B, ...], in state.parameterization."""
         raise NotImplementedError
+
+
+def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
+    """A ValueError unless value is a finite number in [low, high]."""
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
+        bounds = "" if low == -math.inf and high == math.inf else f" in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}")
+
+
+def check_count(name: str, value: int, low: int) -> None:
+    """A ValueError unless value is an integer of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] as [B, 1, ...], to be combined with `like` [B, ...]."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
