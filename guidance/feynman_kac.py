@@ -7,6 +7,7 @@ the cost by their number, and in high dimensions weights degenerate quickly.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def sample_exploding(
         x: [G * P, ...], the G prompts one after the other, a sample at sigmas[0].
     """
     log_weights = torch.zeros(groups, len(x) // groups, dtype=torch.float64, device=x.device)
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in itertools.pairwise(sigmas):
         variance = sigma**2 - following**2
         at = [score(x, sigma) for score in scores]
         mixed = sum(exponent * score for exponent, score in zip(exponents, at, strict=True))
