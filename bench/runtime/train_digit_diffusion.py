@@ -224,7 +224,7 @@ training digit. Held-out digits have saturation {measured["heldout_saturation"]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--classifier-steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=ROOT / "runtime" / "models" / "digit-diffusion")
     parser.add_argument("--measure-only", action="store_true")

@@ -48,14 +48,23 @@ def root(
 
 @app.command()
 def demo(
-    plot: Annotated[str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png.")] = "auto",
+    topic: Annotated[
+        Literal["sparsity", "guidance"],
+        typer.Argument(help="sparsity of language models, or guidance of diffusion models."),
+    ] = "sparsity",
+    plot: Annotated[
+        str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png, or hasten_guidance.png.")
+    ] = "auto",
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
     quick: Annotated[bool, typer.Option(help="A rough try-out, without the large model.")] = False,
 ) -> None:
-    """Shows drift on the embedded model, decode speed of a 1.1 B model, and a sample, in under two minutes."""
-    from hasten.cli import demo
+    """Shows what hasten does on embedded models, in under two minutes.
 
-    demo.run(plot, json, quick)
+    sparsity: drift on the embedded model, decode speed of a 1.1 B model, and a sample. guidance: digits drawn by every guide, with what they cost.
+    """
+    from hasten.cli import demo, demo_guidance
+
+    {"sparsity": demo, "guidance": demo_guidance}[topic].run(plot, json, quick)
 
 
 @app.command()
