@@ -30,6 +30,6 @@ def draw(path: Path, results: Sequence["Result"]) -> None:
         )
         row[0].set_title(caption, fontsize=8, loc="left", pad=3)
         for axes, sample in zip(row, result.samples, strict=False):
-            axes.imshow(sample[0].clamp(-1, 1), cmap="gray_r", vmin=-1, vmax=1)
+            axes.imshow(sample[0].clamp(-1, 1).numpy(), cmap="gray_r", vmin=-1, vmax=1)
             axes.set_axis_off()
     figure.savefig(path, dpi=150)
