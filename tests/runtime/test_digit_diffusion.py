@@ -57,12 +57,18 @@ def test_samples_are_the_digits_that_were_asked_for(model, classifier, scale, bo
     assert classifier.correct(samples, LABELS.roll(1)).float().mean() <= 1 - bound
 
 
+def test_the_scale_pulls_away_from_the_unconditional_class(model):
+    weak, strong = (draw(model, LABELS[:20], ClassifierFreeGuidance(w), range(20), 10).samples for w in (1.0, 10.0))
+    assert saturation(strong).mean() > 0.05 > saturation(weak).mean()
+    assert contrast(strong).mean() > contrast(weak).mean()
+
+
 def test_a_seed_gives_the_same_digit_again_whatever_is_drawn_beside_it(model):
     drawn = draw(model, LABELS[:12], CFG, range(12), 10).samples
     assert torch.equal(drawn, draw(model, LABELS[:12], CFG, range(12), 10).samples)
-    alone = draw(model, LABELS[5:6], CFG, [5], 10).samples
-    torch.testing.assert_close(alone, drawn[5:6], rtol=0, atol=1e-4)
-    assert not torch.allclose(draw(model, LABELS[5:6], CFG, [6], 10).samples, alone, atol=0.1)
+    two = draw(model, LABELS[[7, 2]], CFG, [7, 2], 10).samples
+    torch.testing.assert_close(two, drawn[[7, 2]], rtol=0, atol=1e-4)
+    assert not torch.allclose(draw(model, LABELS[[7]], CFG, [6], 10).samples, two[:1], atol=0.1)
 
 
 def test_the_unconditional_class_averages_over_digits(model):
