@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from mixture import KINDS, SCHEDULES, Counting, mixture, start
+from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 
 from hasten.guidance.adaptive import AdaptiveGuidance
 from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
@@ -140,17 +140,17 @@ def test_the_first_unguided_step_is_off_by_the_update_it_leaves_out():
 
 
 def test_the_criterion_with_the_scale_accounts_for_it():
-    def guided_steps(scale, tolerance=0.5):
-        return run(AdaptiveGuidance(scale, space="x0", min_guided_steps=2, tolerance=tolerance)).calls.count(2)
-
-    assert 2 < guided_steps(2.0) < guided_steps(8.0) < N
-    trace = run(AdaptiveGuidance(3.0, space="x0", min_guided_steps=2, tolerance=0.5))
-    first = trace.calls.count(2) - 1
-    below = torch.stack(
-        [2.0 * trace.trace[i]["update_norm"] < 0.5 * trace.trace[i]["conditional_norm"] for i in range(1, first + 1)]
-    )
-    assert below.any(dim=0).all() and not below[:-1].any(dim=0).all()
-    assert guided_steps(3.0, tolerance=0.0) == N
+    agreed = []
+    for scale in (1.5, 2.0, 8.0):
+        state = state_at(SCHEDULES["vp"](N), 9, "epsilon", batch=64)
+        AdaptiveGuidance(scale, threshold=-1.0, space="x0", min_guided_steps=1, tolerance=0.5)(state)
+        c, u = state_at(SCHEDULES["vp"](N), 9, "sample", batch=64).require("conditional", "unconditional")
+        stopped = state.memory["adaptive_guidance"]["stopped"]
+        assert torch.equal(stopped, (scale - 1) * (c - u).norm(dim=1) < 0.5 * c.norm(dim=1))
+        agreed.append(int(stopped.sum()))
+    assert 64 > agreed[0] > agreed[1] > agreed[2] > 0
+    assert run(AdaptiveGuidance(3.0, min_guided_steps=1, tolerance=0.0)).calls == (2,) * N
+    assert run(AdaptiveGuidance(3.0, min_guided_steps=3, tolerance=1e9)).calls == (2,) * 3 + (1,) * (N - 3)
 
 
 def test_runs_do_not_remember_each_other():
