@@ -24,7 +24,8 @@ class AdaptiveGuidance(Guide):
     evaluations, and is classifier-free guidance bit for bit up to there.
 
     Per step it records, beside "scale" (1 once all rows have stopped), what it measured: "cosine", "update_norm" (of conditional - unconditional) and
-    "conditional_norm", each [B] and NaN in the rows that have stopped. memory["adaptive_guidance"] holds "space", "lag" and "stopped" [B] bool.
+    "conditional_norm", each [B] and NaN in the rows that have stopped. memory["adaptive_guidance"] holds "space", "lag", "guided" (how many steps have
+    been) and "stopped" [B] bool.
 
     Args:
         scale: of classifier-free guidance, off at 1.
@@ -92,7 +93,14 @@ class AdaptiveGuidance(Guide):
         if _MEMORY not in step.memory:
             lag = default_lag(device) if self.lag is None else self.lag
             stopped = torch.zeros(len(step.sample), dtype=torch.bool, device=device)
-            step.memory[_MEMORY] = {"space": self.space, "lag": lag, "stopped": stopped, "answers": Lagged(lag)}
+            answers = Lagged(lag)
+            step.memory[_MEMORY] = {
+                "space": self.space,
+                "lag": lag,
+                "guided": 0,
+                "stopped": stopped,
+                "answers": answers,
+            }
         return step.memory[_MEMORY]
 
     def _measure(self, state, conditional, unconditional):
@@ -101,13 +109,14 @@ class AdaptiveGuidance(Guide):
         norm, update_norm = c.norm(dim=1), (c - u).norm(dim=1)
         cosine = torch.cosine_similarity(c, u, dim=1)
         state.record({"scale": self.scale, "cosine": cosine, "update_norm": update_norm, "conditional_norm": norm})
-        if state.index + 1 < self.min_guided_steps:
+        memory = self._memory(state)
+        memory["guided"] += 1
+        if memory["guided"] < self.min_guided_steps:
             return
         if self.tolerance is None:
             agreed = cosine >= self.threshold
         else:
             agreed = abs(self.scale - 1) * update_norm < self.tolerance * norm
-        memory = self._memory(state)
         memory["stopped"] = memory["stopped"] | agreed
         memory["answers"].put(
             state.index, memory["stopped"] if self.batch == "rows" else memory["stopped"].all().expand(len(c))

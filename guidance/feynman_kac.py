@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from hasten.guidance.guide import check_number
+from hasten.guidance.lag import FiniteCheck
 
 
 def log_weight_increment(
@@ -153,16 +154,26 @@ def sample_exploding(
         scores: s_i(x, sigma), each [G * P, ...].
         sigmas: falling, N + 1 for N steps.
         x: [G * P, ...], the G prompts one after the other, a sample at sigmas[0].
+
+    Raises:
+        ValueError: NaN or infinite scores, with the step's number.
     """
+    if len(x) % groups:
+        raise ValueError(f"{len(x)} particles do not divide into {groups} groups")
+    if any(not sigma > following >= 0 for sigma, following in itertools.pairwise(sigmas)):
+        raise ValueError(f"sigmas must fall and not below 0, got {list(sigmas)}")
     log_weights = torch.zeros(groups, len(x) // groups, dtype=torch.float64, device=x.device)
-    for sigma, following in itertools.pairwise(sigmas):
+    check = FiniteCheck(len(sigmas) - 1, x.device)
+    for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
         variance = sigma**2 - following**2
         at = [score(x, sigma) for score in scores]
+        check(index, *at)
         mixed = sum(exponent * score for exponent, score in zip(exponents, at, strict=True))
         fresh = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         x = x + variance * mixed + math.sqrt(variance) * fresh
         result = corrector.update(log_weights, log_weight_increment(at, exponents, variance), sigma, generator)
         log_weights, x = result.log_weights, x[result.indices]
+    check.finish()
     return x, log_weights
 
 

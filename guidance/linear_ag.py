@@ -14,7 +14,17 @@ from pathlib import Path
 import torch
 
 from hasten.guidance.classifier_free import combine
-from hasten.guidance.guide import BOTH, CONDITIONAL, Guide, Parameterization, Pass, State, Step, check_number
+from hasten.guidance.guide import (
+    BOTH,
+    CONDITIONAL,
+    Guide,
+    Parameterization,
+    Pass,
+    State,
+    Step,
+    check_count,
+    check_number,
+)
 
 _MEMORY = "linear_ag"
 _VERSION = 1
@@ -161,6 +171,8 @@ class LinearAG(Guide):
 
     def __post_init__(self):
         self.coefficients.key.check(self.key)
+        if self.stop is not None:
+            check_count("stop", self.stop, 0)
 
     def passes(self, step: Step) -> tuple[Pass, ...]:
         self.key.check_step(step)

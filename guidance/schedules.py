@@ -38,15 +38,16 @@ class Schedule:
 
 
 def variance_preserving(alphas_cumprod: torch.Tensor, count: int) -> Schedule:
-    """DDPM's schedule (Ho et al. 2020, arXiv 2006.11239): `count` of the T levels of alphas_cumprod [T], evenly from the noisiest to the first, then
-    the clean sample. alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod).
+    """DDPM's schedule (Ho et al. 2020, arXiv 2006.11239): `count` of the T levels of alphas_cumprod [T], from the noisiest on in even
+    steps of T / count, then the clean sample. alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod).
     """
     check_count("count", count, 1)
     if alphas_cumprod.ndim != 1 or len(alphas_cumprod) < count:
         raise ValueError(
             f"alphas_cumprod must be [T] with T of at least {count} steps, got shape {tuple(alphas_cumprod.shape)}"
         )
-    indices = torch.linspace(len(alphas_cumprod) - 1, 0, count + 1, dtype=torch.float64).round().long()[:count]
+    spacing = len(alphas_cumprod) / count
+    indices = [round(len(alphas_cumprod) - i * spacing) - 1 for i in range(count)]
     squared = torch.cat([alphas_cumprod.double().cpu()[indices], torch.ones(1, dtype=torch.float64)])
     return Schedule(squared.sqrt().tolist(), (1 - squared).sqrt().tolist())
 

@@ -8,6 +8,7 @@ from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 
 from hasten.guidance.adaptive import AdaptiveGuidance
 from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
+from hasten.guidance.intervals import StepSet, Within
 from hasten.guidance.sampling import sample
 
 N, B = 16, 5
@@ -157,6 +158,13 @@ def test_runs_do_not_remember_each_other():
     guide = AdaptiveGuidance(batch="all", **GUIDE)
     first, second = run(guide), run(guide)
     assert first.calls == second.calls and torch.equal(first.sample, second.sample)
+
+
+def test_the_guard_counts_guided_steps_wherever_they_begin():
+    late = Within(AdaptiveGuidance(5.0, threshold=-1.0, min_guided_steps=3), StepSet(range(6, N)))
+    result = run(late)
+    assert result.calls == (1,) * 6 + (2,) * 3 + (1,) * (N - 9)
+    assert result.memory["adaptive_guidance"]["guided"] == 3
 
 
 def test_scale_one_asks_for_nothing_more():

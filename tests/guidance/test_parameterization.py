@@ -91,7 +91,9 @@ def test_schedules_are_what_they_say():
     )
     assert len(vp) == len(ve) == len(rectified) == 10
     assert all(abs(a * a + s * s - 1) < 1e-15 for a, s in zip(vp.alphas, vp.sigmas, strict=True))
-    assert vp.alphas[0] ** 2 == pytest.approx(float(ALPHAS_CUMPROD[-1]), rel=1e-14)
+    assert [alpha**2 for alpha in vp.alphas] == pytest.approx([*ALPHAS_CUMPROD.tolist()[999::-100], 1.0], rel=1e-14)
+    every = variance_preserving(ALPHAS_CUMPROD[:7], 7)
+    assert [alpha**2 for alpha in every.alphas] == pytest.approx([*ALPHAS_CUMPROD.tolist()[6::-1], 1.0], rel=1e-14)
     assert set(ve.alphas) == {1.0}
     assert ve.sigmas[0] == pytest.approx(80) and ve.sigmas[9] == pytest.approx(0.002) and ve.sigmas[10] == 0
     assert ve.sigmas[1] == pytest.approx((80 ** (1 / 7) * 8 / 9 + 0.002 ** (1 / 7) / 9) ** 7)
