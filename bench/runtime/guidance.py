@@ -37,10 +37,9 @@ GUIDED_STEPS = 23.5  # on average, of STEPS: 26.5 % fewer evaluations than full 
 MIN_GUIDED_STEPS = 5
 ADAPTIVE_SCALES = (3.0, 5.0)
 CUTOFFS = (24, 25)
-# Published bounds on the norm of APG's update (SDXL 15 on 4 x 128 x 128 latents; DiT-XL/2 5 on 4 x 32 x 32; EDM2 2.5 on 4 x 64 x 64), for 64 elements.
+# Bounds on the norm of APG's update that are in use (SDXL 15 on 4 x 128 x 128 latents; EDM2 2.5 on 4 x 64 x 64), for 64 elements.
 NORMS = {
     "SDXL": 15 * (64 / 65536) ** 0.5,
-    "DiT-XL": 5 * (64 / 4096) ** 0.5,
     "EDM2": 2.5 * (64 / 16384) ** 0.5,
     "none": None,
 }
@@ -84,7 +83,7 @@ def cases(model) -> list[Case]:
 
 
 def calibrate(model, scale: float, space: str, criterion: str) -> float:
-    """The threshold at which adaptive guidance stops after GUIDED_STEPS on average, from the traces of full guidance: up to the stop they are its own.
+    """The threshold at which adaptive guidance stops after GUIDED_STEPS on average, from traces of full guidance: up to the stop they are its own.
 
     criterion: "cosine", or "update" for (scale - 1) * ||difference|| / ||conditional||.
     """

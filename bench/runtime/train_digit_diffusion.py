@@ -2,7 +2,7 @@
 
 What it does, in order:
 
-1. takes scikit-learn's 1,797 handwritten digits of 8 x 8 pixels and holds out a fifth of each class, drawn by the seed; neither network sees them;
+1. takes scikit-learn's 1,797 handwritten digits of 8 x 8 pixels and holds out a fifth of each class, drawn by the seed, from both networks;
 2. trains the classifier on digits that are slightly turned, shifted and scaled;
 3. trains the diffusion transformer: v-prediction, AdamW with cosine decay, the average of the weights is what is kept, and the label is dropped
    from one digit in ten so that the model has an unconditional class;

@@ -56,7 +56,7 @@ def demo(
         str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png, or hasten_guidance.png.")
     ] = "auto",
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
-    quick: Annotated[bool, typer.Option(help="A rough try-out, without the large model.")] = False,
+    quick: Annotated[bool, typer.Option(help="A rough try-out: fewer runs, no large model.")] = False,
 ) -> None:
     """Shows what hasten does on embedded models, in under two minutes.
 

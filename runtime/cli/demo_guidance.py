@@ -39,7 +39,10 @@ METHODS: dict[str, Callable[[float], Guide]] = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One method at one scale. evaluations: per digit; distance: root mean square over pixels to CFG at that scale, from the same noise, if it ran."""
+    """One method at one scale.
+
+    evaluations: rows that the model computed, per digit. distance: to CFG at that scale from the same noise, if it ran, root mean square over pixels.
+    """
 
     method: str
     scale: float
