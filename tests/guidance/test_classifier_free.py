@@ -11,6 +11,7 @@ from hasten.guidance.guide import Guide
 from hasten.guidance.intervals import SigmaInterval, StepInterval, StepSet, Within
 from hasten.guidance.parameterization import convert
 from hasten.guidance.sampling import sample
+from hasten.guidance.schedules import flow
 
 N, B = 12, 4
 
@@ -109,8 +110,6 @@ def test_an_interval_in_sigma_means_the_same_on_every_schedule(name):
 
 
 def test_pure_noise_is_infinitely_noisy():
-    from hasten.guidance.schedules import flow
-
     first = flow(4).step(0, torch.zeros(1, 2), "flow", {})
     assert first in SigmaInterval(0.1) and first not in SigmaInterval(0.1, 1e9)
 
