@@ -1,10 +1,12 @@
 """Guidance on the embedded digit model: what each guide costs and what it does to samples, against classifier-free guidance from the same noise.
 
 Every guide draws the same 1,000 digits (seeds 0 to 999) in ten rounds of 100, all guides once per round, so that wall times are compared within a
-round. Thresholds of adaptive guidance are set beforehand, on other seeds, to a stated number of evaluations; nothing is set on the seeds that are
-reported. Intervals are 95 %: Wilson's for accuracy, bootstrap over seeds (or over rounds, for time) for the rest.
+round; so are times of the processor, which other work on the machine disturbs less. Thresholds of adaptive guidance are set beforehand, on other
+seeds, to a stated number of evaluations; nothing is set on the seeds that are reported. Intervals are 95 %: Wilson's for accuracy, bootstrap over
+seeds (or over rounds, for time) for the rest.
 
     python bench/runtime/guidance.py --json bench/results/guidance-digits-cpu.json
+    python bench/runtime/guidance.py --only "CFG 3" "AG 3*" "cutoff 3*" --json bench/results/guidance-digits-time-cpu.json
 
 Needs scikit-learn, for the real digits that the Fréchet distance compares with.
 """
@@ -12,7 +14,9 @@ Needs scikit-learn, for the real digits that the Fréchet distance compares with
 import argparse
 import json
 import math
+import time
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -107,17 +111,27 @@ def calibrate(model, scale: float, space: str, criterion: str) -> float:
     return high if criterion == "cosine" else -high
 
 
-def study(model, classifier, real: torch.Tensor, count: int) -> tuple[list[dict], dict[str, dict]]:
+def select(every: list[Case], patterns: list[str]) -> list[Case]:
+    """The cases whose name matches one of the patterns; a ValueError where one is to be compared with a case that is left out."""
+    chosen = [case for case in every if any(fnmatch(case.name, pattern) for pattern in patterns)]
+    missing = {case.reference for case in chosen} - {case.name for case in chosen}
+    if missing or not chosen:
+        raise ValueError(f"{patterns} must also match {sorted(missing) or [case.name for case in every]}")
+    return chosen
+
+
+def study(every: list[Case], model, classifier, real: torch.Tensor, count: int) -> tuple[list[dict], dict[str, dict]]:
     """One record per case, and per case what its comparisons need, digit by digit and round by round."""
-    every = cases(model)
     labels = torch.arange(count) % 10
-    drawings = {case.name: [] for case in every}
+    drawings, processor = ({case.name: [] for case in every} for _ in range(2))
     draw(model, labels[:10], ClassifierFreeGuidance(3.0), range(10), 2)  # warms up
     bar = tqdm(total=len(every) * math.ceil(count / ROUND), desc="guidance", unit="run")
     for start in range(0, count, ROUND):
         seeds = range(start, min(start + ROUND, count))
         for case in every:
+            begin = time.process_time()
             drawings[case.name].append(draw(model, labels[list(seeds)], case.guide, seeds, case.steps))
+            processor[case.name].append(time.process_time() - begin)
             bar.update()
     bar.close()
 
@@ -132,6 +146,7 @@ def study(model, classifier, real: torch.Tensor, count: int) -> tuple[list[dict]
             "contrast": contrast(samples).double(),
             "distance": (samples - full).square().mean((1, 2, 3)).sqrt().double(),
             "seconds": torch.tensor([part.seconds for part in parts], dtype=torch.float64),
+            "processor": torch.tensor(processor[case.name], dtype=torch.float64),
             "rows": sum(part.rows for part in parts),
         }
     for case in every:
@@ -146,6 +161,7 @@ def study(model, classifier, real: torch.Tensor, count: int) -> tuple[list[dict]
             "calls": sum(part.calls for part in parts) / len(parts),
             "seconds": float(values["seconds"].sum()),
             "time_ratio": bootstrap(values["seconds"] / raw[case.reference]["seconds"], median),
+            "processor_time_ratio": bootstrap(values["processor"] / raw[case.reference]["processor"], median),
             "accuracy": wilson(values["correct"]),
             "saturation": bootstrap(values["saturation"]),
             "contrast": bootstrap(values["contrast"]),
@@ -174,6 +190,7 @@ def claims(records: list[dict], raw: dict[str, dict]) -> list[dict]:
         figures = {
             "cut_of_evaluations": cut,
             "time_ratio": time_ratio,
+            "processor_time_ratio": of[name]["processor_time_ratio"],
             "accuracy_difference": accuracy,
             "cutoff": equal,
         }
@@ -242,6 +259,7 @@ def frechet(features: torch.Tensor, other: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1000, help="digits per guide")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cases by name, such as 'AG 3*'")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -252,13 +270,14 @@ def main() -> None:
     images, labels = load_digits(return_X_y=True)
     train, real = train_test_split(images, test_size=0.2, stratify=labels, random_state=seed)  # as in training
     train, real = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1 for part in (train, real))
-    records, raw = study(model, classifier, real, args.samples)
+    records, raw = study(select(cases(model), args.only), model, classifier, real, args.samples)
     floor = frechet(classifier.features(train), classifier.features(real))
 
     print(f"{args.samples} digits per case; Fréchet distance of the training digits to the held-out ones: {floor:.2f}")
     for record in records:
         print(
-            "{case:34} {evaluations:6.1f} evaluations  {time_ratio[estimate]:.2f} x time  accuracy {accuracy[estimate]:.1%} "
+            "{case:34} {evaluations:6.1f} evaluations  {time_ratio[estimate]:.2f} x time "
+            "({processor_time_ratio[estimate]:.2f} x processor time)  accuracy {accuracy[estimate]:.1%} "
             "[{accuracy[low]:.1%}, {accuracy[high]:.1%}]  saturation {saturation[estimate]:.2%}  contrast {contrast[estimate]:.3f}  "
             "from {reference} {distance[estimate]:.4f}  Fréchet {frechet:.2f}".format(**record)
         )

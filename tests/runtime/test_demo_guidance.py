@@ -81,6 +81,15 @@ def test_a_calibrated_threshold_stops_when_it_should(study, monkeypatch, criteri
     assert drawing.rows / count - steps == pytest.approx(7.5, abs=1.5 / count * steps)
 
 
+def test_cases_are_chosen_with_what_they_are_compared_with(study):
+    every = [study.Case(name, None, "CFG 3") for name in ("CFG 3", "AG 3, x0", "AG 3, epsilon", "APG 10")]
+    assert [case.name for case in study.select(every, ["AG*", "CFG 3"])] == ["CFG 3", "AG 3, x0", "AG 3, epsilon"]
+    with pytest.raises(ValueError, match=r"must also match \['CFG 3'\]"):
+        study.select(every, ["AG*"])
+    with pytest.raises(ValueError, match="APG 10"):
+        study.select(every, ["CFG+"])
+
+
 def test_intervals(study):
     generator = torch.Generator().manual_seed(1)
     values = 3 + torch.randn(1000, generator=generator, dtype=torch.float64)
