@@ -26,6 +26,7 @@ _WHERE = {
     "guided_pipelines": ("guided", "guider"),
     "logits_processor": ("ConstraintLogitsProcessor",),
     "measure": ("Drift", "Speed"),
+    "models.digit_diffusion": ("DigitClassifier", "DigitDiffusion"),
     "models.transnormer": ("TransNormer", "TransNormerConfig"),
     "plan": ("Plan",),
     "report": ("Report",),

@@ -49,21 +49,28 @@ def root(
 @app.command()
 def demo(
     topic: Annotated[
-        Literal["sparsity", "constrained"], typer.Argument(help="constrained: text under a schema and a predicate.")
+        Literal["sparsity", "guidance", "constrained"],
+        typer.Argument(help="Sparsity of language models, guidance of diffusion models, or constrained text."),
     ] = "sparsity",
-    plot: Annotated[str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png.")] = "auto",
+    plot: Annotated[
+        str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png, or hasten_guidance.png.")
+    ] = "auto",
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
-    quick: Annotated[bool, typer.Option(help="A rough try-out, without the large model.")] = False,
+    quick: Annotated[bool, typer.Option(help="A rough try-out: fewer runs, no large model.")] = False,
 ) -> None:
-    """Shows drift on the embedded model, decode speed of a 1.1 B model, and a sample, in under two minutes; or constraints at work."""
-    from hasten.cli import demo, demo_constrained
+    """Shows what hasten does on embedded models, in under two minutes.
+
+    sparsity: drift on the embedded model, decode speed of a 1.1 B model, and a sample. guidance: digits drawn by every guide, with what they cost.
+    constrained: a record under a JSON schema and a text under a Python predicate, with their weights.
+    """
+    from hasten.cli import demo, demo_constrained, demo_guidance
 
     if topic == "constrained":
         if plot != "auto" or quick:
-            raise ValueError("--plot and --quick are for the demo of sparsity")
+            raise ValueError("--plot and --quick are for the demos of sparsity and guidance")
         demo_constrained.run(json)
     else:
-        demo.run(plot, json, quick)
+        {"sparsity": demo, "guidance": demo_guidance}[topic].run(plot, json, quick)
 
 
 @app.command()

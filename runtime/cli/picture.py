@@ -20,7 +20,7 @@ ABOVE = {"xytext": (-7, 5), "textcoords": "offset points", "ha": "right", "va": 
 LABELS = {"WINA": BELOW, "TEAL": ABOVE, "CATS": ABOVE}
 
 
-def destination(plot: str) -> Path | None:
+def destination(plot: str, default: Path = DEFAULT) -> Path | None:
     """Where the picture goes; None where nobody named a file, and there is no matplotlib or the folder cannot be written to.
 
     Raises:
@@ -33,7 +33,7 @@ def destination(plot: str) -> Path | None:
     if not installed:
         raise ValueError("--plot needs matplotlib: pip install 'hasten[plot]'")
     if plot == "auto":
-        return DEFAULT if os.access(DEFAULT.resolve().parent, os.W_OK) else None
+        return default if os.access(default.resolve().parent, os.W_OK) else None
     path = Path(plot)
     tables.check_writable(path)
     return path
