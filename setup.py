@@ -151,7 +151,7 @@ setup(
         "diffusers": [DIFFUSERS],
         "plot": ["matplotlib"],
         "test": [
-            *("pytest", "pytest-benchmark", "ruff", "accelerate", "matplotlib", "setuptools>=77"),
+            *("pytest", "pytest-xdist", "pytest-benchmark", "ruff", "accelerate", "matplotlib", "setuptools>=77"),
             *(DIFFUSERS, "jsonschema", "pydantic", "scikit-learn"),
         ],
     },
