@@ -84,6 +84,9 @@ class Within(Guide):
     def passes(self, step: Step) -> tuple[Pass, ...]:
         return self.guide.passes(step) if step in self.interval else CONDITIONAL
 
+    def check_sampler(self, sampler: str, eta: float | None) -> None:
+        self.guide.check_sampler(sampler, eta)
+
     def rows(self, step: Step) -> tuple[bool, ...] | None:
         return self.guide.rows(step) if step in self.interval else None
 
