@@ -206,7 +206,8 @@ class Loop:
         if len(predictions) < len(self.passes):
             self._refuse_unguided()
         prediction = guided_prediction(self.guide, self._step(sample).with_predictions(**predictions))
-        if self.rescale and len(predictions) > 1:
+        # A guide that does not guide at this step returns the conditional prediction itself; with one pass it may guide by an estimate.
+        if self.rescale and prediction is not predictions["conditional"]:
             prediction = self.family.rescale(self.pipe, prediction, predictions["conditional"])
         prediction = prediction.to(model_output.dtype)
         self.finite(self.index, *predictions.values(), prediction)
