@@ -44,10 +44,7 @@ class Step:
     memory: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        if self.parameterization not in get_args(Parameterization):
-            raise ValueError(
-                f"unknown prediction type {self.parameterization!r}: expected one of {', '.join(get_args(Parameterization))}"
-            )
+        check_parameterization(self.parameterization)
 
     def with_predictions(
         self,
@@ -119,6 +116,12 @@ class Guide:
     def __call__(self, state: State) -> torch.Tensor:
         """One prediction [B, ...], in state.parameterization."""
         raise NotImplementedError
+
+
+def check_parameterization(name: str) -> None:
+    """A ValueError unless name is a `Parameterization`."""
+    if name not in get_args(Parameterization):
+        raise ValueError(f"unknown prediction type {name!r}: expected one of {', '.join(get_args(Parameterization))}")
 
 
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:

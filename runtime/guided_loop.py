@@ -57,6 +57,11 @@ class Loop:
 
     def _patch(self, owner: Any, name: str, wrapper: Callable) -> None:
         inner = getattr(owner, name)
+        wrapped = getattr(inner, "hasten_loop", self)
+        if wrapped is not self:
+            raise StateError(
+                f"the {type(owner).__name__} is guided already, as part of another pipeline; leave that block first"
+            )
         if hasattr(inner, "hasten_loop"):
             return
 
