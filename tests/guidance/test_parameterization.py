@@ -106,6 +106,8 @@ def test_schedules_are_what_they_say():
     [
         (lambda: Schedule((1.0, 1.0), (1.0, 2.0)), "must fall from step to step: it does not from step 0 to 1"),
         (lambda: Schedule((1.0,), (1.0,)), "at least 2"),
+        (lambda: Schedule((1.0, 1.0), (1.0, -0.5)), "must be finite and not below 0"),
+        (lambda: Schedule((1.0, 1.0), (float("inf"), 0.5)), "must be finite and not below 0"),
         (lambda: variance_preserving(ALPHAS_CUMPROD[:5], 6), "at least 6 steps"),
         (lambda: variance_exploding(0.1, 0.2, 5), "0 < sigma_min < sigma_max"),
         (lambda: flow(0), "count must be an integer of at least 1, got 0"),
