@@ -17,14 +17,27 @@ Space = Literal["epsilon", "x0", "model"]
 _MEMORY = "adaptive_guidance"
 
 
+def agreement(conditional: torch.Tensor, unconditional: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far two predictions [B, ...] agree, at least in float32, each [B] and on their device: "cosine", "update_norm" (of conditional -
+    unconditional) and "conditional_norm".
+    """
+    wide = torch.promote_types(conditional.dtype, torch.float32)
+    c, u = conditional.flatten(1).to(wide), unconditional.flatten(1).to(wide)
+    return {
+        "cosine": torch.cosine_similarity(c, u, dim=1),
+        "update_norm": (c - u).norm(dim=1),
+        "conditional_norm": c.norm(dim=1),
+    }
+
+
 @dataclass(frozen=True)
 class AdaptiveGuidance(Guide):
     """Classifier-free guidance until the cosine between the conditional and the unconditional prediction of a sample reaches a threshold, the
     conditional prediction alone from the next step on (arXiv 2312.12487, section 5). A run of N steps that stops after k costs 2 k + (N - k)
     evaluations, and is classifier-free guidance bit for bit up to there.
 
-    Per step it records, beside "scale" (1 once all rows have stopped), what it measured: "cosine", "update_norm" (of conditional - unconditional) and
-    "conditional_norm", each [B] and NaN in the rows that have stopped. memory["adaptive_guidance"] holds "space", "lag", "guided" (how many steps have
+    Per step it records, beside "scale" (1 once all rows have stopped), the "space" and what it measured there: `agreement`, NaN in the rows that have
+    stopped. memory["adaptive_guidance"] holds "space", "lag", "guided" (how many steps have
     been) and "stopped" [B] bool.
 
     Args:
@@ -105,18 +118,17 @@ class AdaptiveGuidance(Guide):
 
     def _measure(self, state, conditional, unconditional):
         """Records cosine and norms of the step and, past the guard, which rows have agreed by now; all on the device."""
-        c, u = (self._in_space(state, prediction).flatten(1) for prediction in (conditional, unconditional))
-        norm, update_norm = c.norm(dim=1), (c - u).norm(dim=1)
-        cosine = torch.cosine_similarity(c, u, dim=1)
-        state.record({"scale": self.scale, "cosine": cosine, "update_norm": update_norm, "conditional_norm": norm})
+        c, u = (self._in_space(state, prediction) for prediction in (conditional, unconditional))
+        measured = agreement(c, u)
+        state.record({"scale": self.scale, "space": self.space, **measured})
         memory = self._memory(state)
         memory["guided"] += 1
         if memory["guided"] < self.min_guided_steps:
             return
         if self.tolerance is None:
-            agreed = cosine >= self.threshold
+            agreed = measured["cosine"] >= self.threshold
         else:
-            agreed = abs(self.scale - 1) * update_norm < self.tolerance * norm
+            agreed = abs(self.scale - 1) * measured["update_norm"] < self.tolerance * measured["conditional_norm"]
         memory["stopped"] = memory["stopped"] | agreed
         memory["answers"].put(
             state.index, memory["stopped"] if self.batch == "rows" else memory["stopped"].all().expand(len(c))

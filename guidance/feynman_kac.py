@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.guidance.guide import check_number
+from hasten.guidance.guide import check_count, check_number
 from hasten.guidance.lag import FiniteCheck
 
 
@@ -31,10 +31,7 @@ def log_weight_increment(
         divergence: the integral of the forward drift's divergence over the step, 0 where alpha = 1. For a linear drift it is the same for all
             particles, and matters to the normaliser alone.
     """
-    if len(scores) != len(exponents):
-        raise ValueError(
-            f"expected one exponent for each score, got {len(scores)} scores and {len(exponents)} exponents"
-        )
+    _check_exponents(scores, exponents)
     mixed = sum(exponent * score for exponent, score in zip(exponents, scores, strict=True))
     squares = sum(exponent * _square(score) for exponent, score in zip(exponents, scores, strict=True))
     return 0.5 * variance * (_square(mixed) - squares) + (sum(exponents) - 1) * divergence
@@ -102,7 +99,8 @@ class FeynmanKacCorrector:
         check_number("threshold", self.threshold, 0, 1)
         if self.clamp is not None:
             check_number("clamp", self.clamp, low=0)
-        if len(self.window) != 2 or not 0 <= self.window[0] <= self.window[1]:
+        ends = self.window if isinstance(self.window, (tuple, list)) else ()
+        if len(ends) != 2 or not all(isinstance(end, (int, float)) for end in ends) or not 0 <= ends[0] <= ends[1]:
             raise ValueError(f"window must be (low, high) with 0 <= low <= high, got {self.window!r}")
 
     def update(
@@ -158,6 +156,8 @@ def sample_exploding(
     Raises:
         ValueError: NaN or infinite scores, with the step's number.
     """
+    _check_exponents(scores, exponents)
+    check_count("groups", groups, 1)
     if len(x) % groups:
         raise ValueError(f"{len(x)} particles do not divide into {groups} groups")
     if any(not sigma > following >= 0 for sigma, following in itertools.pairwise(sigmas)):
@@ -175,6 +175,13 @@ def sample_exploding(
         log_weights, x = result.log_weights, x[result.indices]
     check.finish()
     return x, log_weights
+
+
+def _check_exponents(scores, exponents):
+    if len(scores) != len(exponents):
+        raise ValueError(
+            f"expected one exponent for each score, got {len(scores)} scores and {len(exponents)} exponents"
+        )
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,8 @@ TRACE = "trace"  # memory[TRACE][index]: what the guides recorded at step `index
 class Step:
     """One step of a run, before its predictions.
 
-    sample: x_t = alpha * x0 + sigma * noise, [B, ...]; alpha and sigma are those of this step, next_alpha and next_sigma of the one that follows
-    (next_sigma is 0 where this step is the last). index counts the run's steps from 0 and count is how many there are. parameterization says what the
+    sample: x_t = alpha * x0 + sigma * noise, [B, ...]; alpha and sigma are those of this step, next_alpha and next_sigma where
+    the sampler's step leads (next_sigma is 0 at most where this step is the last). index counts the run's steps from 0 and count is how many there are. parameterization says what the
     denoiser predicts: the noise ("epsilon"), x0 ("sample"), alpha * noise - sigma * x0 ("v"), or noise - x0 ("flow", where alpha = 1 - sigma).
     memory is the run's: guides keep there what they carry from step to step, and under TRACE what they record for the reader.
     """
@@ -44,10 +44,7 @@ class Step:
     memory: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        if self.parameterization not in get_args(Parameterization):
-            raise ValueError(
-                f"unknown prediction type {self.parameterization!r}: expected one of {', '.join(get_args(Parameterization))}"
-            )
+        check_parameterization(self.parameterization)
 
     def with_predictions(
         self,
@@ -109,9 +106,22 @@ class Guide:
         """
         return None
 
+    def check_sampler(self, sampler: str, eta: float | None) -> None:
+        """A ValueError if this guide is something else in the sampler of this name than what it says it is; by default it is the same in all.
+
+        Args:
+            eta: how much noise its steps, of first order, draw anew: 0 none (DDIM, Euler), 1 as Euler ancestral. None: its steps are no such steps.
+        """
+
     def __call__(self, state: State) -> torch.Tensor:
         """One prediction [B, ...], in state.parameterization."""
         raise NotImplementedError
+
+
+def check_parameterization(name: str) -> None:
+    """A ValueError unless name is a `Parameterization`."""
+    if name not in get_args(Parameterization):
+        raise ValueError(f"unknown prediction type {name!r}: expected one of {', '.join(get_args(Parameterization))}")
 
 
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:

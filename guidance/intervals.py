@@ -30,7 +30,10 @@ class SigmaInterval(Interval):
     high: float = math.inf
 
     def __post_init__(self):
-        if not 0 <= self.low < self.high:
+        check_number("low", self.low, 0)
+        if self.high != math.inf:
+            check_number("high (or math.inf)", self.high, 0)
+        if not self.low < self.high:
             raise ValueError(f"expected 0 <= low < high, got low={self.low!r} and high={self.high!r}")
 
     def __contains__(self, step: Step) -> bool:
@@ -62,9 +65,10 @@ class StepSet(Interval):
     indices: tuple[int, ...]
 
     def __init__(self, indices: Iterable[int]):
+        indices = tuple(indices)
+        if not all(isinstance(index, int) and index >= 0 for index in indices):
+            raise ValueError(f"indices must be integers of at least 0, got {indices!r}")
         object.__setattr__(self, "indices", tuple(sorted(set(indices))))
-        if not all(isinstance(index, int) and index >= 0 for index in self.indices):
-            raise ValueError(f"indices must be integers of at least 0, got {self.indices!r}")
 
     def __contains__(self, step: Step) -> bool:
         return step.index in self.indices
@@ -83,6 +87,9 @@ class Within(Guide):
 
     def passes(self, step: Step) -> tuple[Pass, ...]:
         return self.guide.passes(step) if step in self.interval else CONDITIONAL
+
+    def check_sampler(self, sampler: str, eta: float | None) -> None:
+        self.guide.check_sampler(sampler, eta)
 
     def rows(self, step: Step) -> tuple[bool, ...] | None:
         return self.guide.rows(step) if step in self.interval else None

@@ -24,6 +24,7 @@ from hasten.guidance.guide import (
     Step,
     check_count,
     check_number,
+    check_parameterization,
 )
 
 _MEMORY = "linear_ag"
@@ -42,8 +43,15 @@ class RunKey:
     parameterization: Parameterization
 
     def __post_init__(self):
-        object.__setattr__(self, "shape", tuple(self.shape))
+        for name in ("model", "scheduler"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}")
+        check_count("steps", self.steps, 1)
         check_number("scale", self.scale)
+        if not isinstance(self.shape, (tuple, list)):
+            raise ValueError(f"shape must be that of one sample, got {self.shape!r}")
+        object.__setattr__(self, "shape", tuple(self.shape))
+        check_parameterization(self.parameterization)
 
     def check(self, other: RunKey) -> None:
         """A ValueError that names both keys unless they are equal."""
@@ -113,24 +121,36 @@ class Coefficients:
     r2: Mapping[int, float]
     r2_over_conditional: Mapping[int, float]
 
+    def __post_init__(self):
+        for count, step in enumerate(sorted(self.betas)):
+            betas = self.betas[step]
+            expected = 2 * step + 1 - count  # all passes so far but `count`, which were estimated
+            if len(betas) != expected or not all(isinstance(beta, (int, float)) for beta in betas):
+                raise ValueError(f"expected {expected} numbers as coefficients of step {step}, got {betas!r}")
+
     def save(self, path: str | Path) -> None:
         """Writes JSON."""
         Path(path).write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, key: RunKey) -> Coefficients:
-        """Reads JSON that `save` wrote for runs of this key; a ValueError names both keys if they differ."""
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        expected = {"version", *(item.name for item in fields(cls))}
-        if not isinstance(document, dict) or set(document) != expected or document["version"] != _VERSION:
-            raise ValueError(f"{path} holds no LinearAG coefficients of version {_VERSION}")
-        saved = RunKey(**document["key"])
-        saved.check(key)
-        betas = {int(step): tuple(values) for step, values in document["betas"].items()}
-        scores = (
-            {int(step): value for step, value in document[name].items()} for name in ("r2", "r2_over_conditional")
-        )
-        return cls(saved, betas, *scores)
+        """Reads JSON that `save` wrote for runs of this key; a ValueError names both keys if they differ, or the file if it is no such JSON."""
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            if document.pop("version") != _VERSION:
+                raise ValueError("another version")
+            by_step = {
+                name: {int(step): value for step, value in document.pop(name).items()}
+                for name in ("r2", "r2_over_conditional")
+            }
+            betas = {int(step): tuple(values) for step, values in document.pop("betas").items()}
+            coefficients = cls(RunKey(**document.pop("key")), betas, **by_step)
+            if document:
+                raise ValueError(f"unknown {', '.join(document)}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no LinearAG coefficients of version {_VERSION}: {error}") from None
+        coefficients.key.check(key)
+        return coefficients
 
 
 def fit(trajectories: Trajectories, held_out: Trajectories, ridge: float = 1e-10) -> Coefficients:
@@ -187,9 +207,17 @@ class LinearAG(Guide):
             state.record({"scale": 1.0})
             return conditional
         state.record({"scale": self.key.scale})
+        if state.index > max(self.coefficients.betas, default=-1):
+            state.memory.pop(_MEMORY, None)
+            return combine(*predictions, self.key.scale)
         past = _remember(state, conditional)
         if state.index in self.coefficients.betas:
-            weighted = zip(self.coefficients.betas[state.index], past, strict=True)
+            betas = self.coefficients.betas[state.index]
+            if len(past) != len(betas):
+                raise ValueError(
+                    f"step {state.index}: LinearAG needs the predictions of all earlier steps, {len(betas)}, and was asked at some only: {len(past)}"
+                )
+            weighted = zip(betas, past, strict=True)
             unconditional = sum(beta * x.to(torch.promote_types(x.dtype, torch.float32)) for beta, x in weighted)
             return combine(conditional, unconditional.to(conditional.dtype), self.key.scale)
         past.append(predictions[1])

@@ -7,11 +7,9 @@ noise, so each determines the others.
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 
-from hasten.guidance.guide import Parameterization, State, per_row
+from hasten.guidance.guide import Parameterization, State, check_parameterization, per_row
 
 TOLERANCE = 1e-3  # of alpha + sigma = 1 and alpha^2 + sigma^2 = 1, for schedules that were kept in half precision
 
@@ -100,10 +98,7 @@ def from_denoised(state: State, x0: torch.Tensor) -> torch.Tensor:
 
 def _operands(prediction, sample, alpha, sigma, parameterization):
     """Both tensors in one dtype of at least float32, alpha and sigma ready to be combined with them."""
-    if parameterization not in get_args(Parameterization):
-        raise ValueError(
-            f"unknown prediction type {parameterization!r}: expected one of {', '.join(get_args(Parameterization))}"
-        )
+    check_parameterization(parameterization)
     wide = torch.promote_types(torch.promote_types(prediction.dtype, sample.dtype), torch.float32)
     if isinstance(alpha, torch.Tensor):
         alpha = per_row(alpha.to(sample.device), sample)

@@ -45,8 +45,9 @@ def sample(
             batch that are computed, step.sample the whole batch. Returns [R, ...], of the given parameterization.
 
     Raises:
-        ValueError: NaN or infinite predictions, with the step's number.
+        ValueError: NaN or infinite predictions, with the step's number; a guide for other samplers.
     """
+    guide.check_sampler("DDIM", 0.0)
     memory: dict = {}
     counted_rows, counted_calls = [], []
     check = FiniteCheck(len(schedule), x.device)

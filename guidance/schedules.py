@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ class Schedule:
             raise ValueError(
                 f"expected alphas and sigmas of one length, at least 2: got {len(self.alphas)} and {len(self.sigmas)}"
             )
+        if not all(0 <= value < math.inf for value in (*self.alphas, *self.sigmas)):
+            raise ValueError("alphas and sigmas must be finite and not below 0")
         for i in range(len(self)):
             if not self.sigmas[i] * self.alphas[i + 1] > self.sigmas[i + 1] * self.alphas[i]:
                 raise ValueError(f"sigma / alpha must fall from step to step: it does not from step {i} to {i + 1}")

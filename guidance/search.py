@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.guidance.guide import check_count
+from hasten.guidance.guide import check_count, check_number
 from hasten.guidance.intervals import StepSet
 
 
@@ -54,6 +54,9 @@ def search(
         budget: evaluations per sample, between N (nothing guided) and 2 N (everything).
         distance: of samples to those of full guidance; what is minimised.
         progress: called with every trial.
+
+    Raises:
+        ValueError: a budget out of reach, or a distance that is no finite number, which has no place in an order.
     """
     check_count("steps", steps, 1)
     check_count("budget", budget, steps)
@@ -65,7 +68,9 @@ def search(
 
     def attempt(policy: StepSet) -> None:
         if policy not in tried and len(tried) < trials:
-            tried[policy] = Trial(policy, steps + len(policy.indices), distance(run(policy), reference))
+            away = distance(run(policy), reference)
+            check_number(f"the distance of {policy} to full guidance", away)
+            tried[policy] = Trial(policy, steps + len(policy.indices), away)
             if progress is not None:
                 progress(tried[policy])
 

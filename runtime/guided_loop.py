@@ -57,6 +57,11 @@ class Loop:
 
     def _patch(self, owner: Any, name: str, wrapper: Callable) -> None:
         inner = getattr(owner, name)
+        wrapped = getattr(inner, "hasten_loop", self)
+        if wrapped is not self:
+            raise StateError(
+                f"the {type(owner).__name__} is guided already, as part of another pipeline; leave that block first"
+            )
         if hasattr(inner, "hasten_loop"):
             return
 
@@ -92,7 +97,7 @@ class Loop:
         """Begins a step at its first call of the denoiser, which got x_t as `hidden`: asks the guide which passes it needs."""
         if self.call is None:
             self._begin(hidden)
-        if self.index >= self.count or self.begin + self.index + 1 >= len(self.schedule.levels):
+        if self.index >= self.count or self.begin + self.index >= len(self.schedule.levels):
             raise StateError(
                 f"the pipeline makes more than its {self.count} steps; the scheduler's timesteps were changed on the way"
             )
@@ -124,9 +129,8 @@ class Loop:
         return self.schedule.levels[self.begin + self.index]
 
     def _step(self, sample: torch.Tensor) -> Step:
-        level, after = self.schedule.levels[self.begin + self.index : self.begin + self.index + 2]
-        return level.step(
-            after,
+        return self._level().step(
+            self.schedule.ends[self.begin + self.index],
             sample,
             index=self.index,
             count=self.count,
@@ -201,13 +205,14 @@ class Loop:
             raise StateError(
                 "the scheduler steps without a prediction of the denoiser that hasten wrapped; was it replaced on the way?"
             )
-        self._check_place(timestep, sample)
+        self._check_place(timestep, sample, kwargs.get("eta"))
         predictions = {name: self.family.to_sample(output if self.family.layout == "batched" else output[0])
                        for name, output in self.outputs.items() if name in self.passes}  # fmt: skip
         if len(predictions) < len(self.passes):
             self._refuse_unguided()
         prediction = guided_prediction(self.guide, self._step(sample).with_predictions(**predictions))
-        if self.rescale and len(predictions) > 1:
+        # A guide that does not guide at this step returns the conditional prediction itself; with one pass it may guide by an estimate.
+        if self.rescale and prediction is not predictions["conditional"]:
             prediction = self.family.rescale(self.pipe, prediction, predictions["conditional"])
         prediction = prediction.to(model_output.dtype)
         self.finite(self.index, *predictions.values(), prediction)
@@ -219,10 +224,11 @@ class Loop:
         self.step, self.index, self.batch = None, self.index + 1, len(sample)
         return result
 
-    def _check_place(self, timestep: Any, sample: torch.Tensor) -> None:
+    def _check_place(self, timestep: Any, sample: torch.Tensor, eta: float | None) -> None:
         """Once in a call of the pipeline, since reading a timestep may wait for the device: is this the step that we take it for?"""
         if self.index:
             return
+        self.guide.check_sampler(self.call.scheduler, schedulers.eta(self.scheduler) if eta is None else eta)
         expected = self.schedule.timesteps[self.begin]
         if abs(float(timestep) - expected) > 1e-3 * max(abs(expected), 1):
             raise ValueError(

@@ -60,6 +60,7 @@ class Guider(BaseGuidance):
             raise StateError(
                 "the guider's scheduler has no timesteps: give hasten.guider the scheduler of the pipeline"
             )
+        self.guide.check_sampler(type(self.scheduler).__name__, schedulers.eta(self.scheduler))
         self._timesteps = self.scheduler.timesteps
         self._schedule = schedulers.schedule(self.scheduler)
         now = float(self._timestep)
@@ -127,11 +128,11 @@ class Guider(BaseGuidance):
 
     def _step_at(self, hidden: torch.Tensor) -> Step:
         index = self._begin + self._step
-        if index + 1 >= len(self._schedule.levels):
+        if index >= len(self._schedule.levels):
             raise StateError(f"the loop makes more than the {self._step} steps that its scheduler has")
-        level, after = self._schedule.levels[index : index + 2]
+        level = self._schedule.levels[index]
         return level.step(
-            after,
+            self._schedule.ends[index],
             hidden * level.to_sample,
             index=self._step,
             count=self._num_inference_steps,

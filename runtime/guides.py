@@ -1,10 +1,11 @@
-"""Asking a guide, and checking what it answers: the same for wrapped loops and for guider components."""
+"""Asking a guide, checking what it answers, and recording how far the predictions agreed: the same for wrapped loops and for guider components."""
 
 from __future__ import annotations
 
 import torch
 
-from hasten.guidance.guide import Guide, Pass, State, Step
+from hasten.guidance.adaptive import agreement
+from hasten.guidance.guide import TRACE, Guide, Pass, State, Step
 
 
 def asked_passes(guide: Guide, step: Step, available: tuple[Pass, ...], pipeline: str) -> tuple[Pass, ...]:
@@ -22,7 +23,7 @@ def asked_passes(guide: Guide, step: Step, available: tuple[Pass, ...], pipeline
 
 
 def guided_prediction(guide: Guide, state: State) -> torch.Tensor:
-    """What the guide makes of the predictions, [B, ...].
+    """What the guide makes of the predictions, [B, ...]. Their `agreement` goes into the trace, unless the guide itself recorded one.
 
     Raises:
         ValueError: that is no tensor of the sample's shape.
@@ -33,4 +34,6 @@ def guided_prediction(guide: Guide, state: State) -> torch.Tensor:
         raise ValueError(
             f"step {state.index}: the guide {guide} returned {found}, expected a tensor {tuple(state.sample.shape)}"
         )
+    if state.unconditional is not None and "cosine" not in state.memory.get(TRACE, {}).get(state.index, {}):
+        state.record({"space": "model", **agreement(state.conditional, state.unconditional)})
     return prediction

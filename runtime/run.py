@@ -66,6 +66,9 @@ class Run:
     def trace(self) -> list[dict[str, Any]]:
         """For every step: `call` (of the pipeline) and `step`, both from 0, `sigma`, `rows`, `calls`, and what the guide recorded (numbers and lists).
 
+        Where both passes were computed also `cosine`, `update_norm` and `conditional_norm` for each row, see `hasten.guidance.adaptive.agreement`,
+        measured in `space`: in the guide's own, or else on what the model predicts.
+
         Reading it waits for the device.
         """
         return [

@@ -43,7 +43,7 @@ class Level:
         parameterization: Parameterization,
         memory: dict,
     ) -> Step:
-        """The guide's step at this level, with `after` the next one and the scheduler's `sample`."""
+        """The guide's step at this level, with `after` where its step leads and the scheduler's `sample`."""
         return Step(
             sample=sample * self.to_guide if self.to_guide != 1 else sample,
             alpha=self.alpha,
@@ -59,19 +59,31 @@ class Level:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What one call of `set_timesteps` laid down: `timesteps` of K evaluations, and K + 1 `levels`, the last where the run ends."""
+    """What one call of `set_timesteps` laid down: of K evaluations the `timesteps`, the `levels`, and the `ends`, where the step from each leads."""
 
     timesteps: tuple[float, ...]
     levels: tuple[Level, ...]
+    ends: tuple[Level, ...]
     parameterization: Parameterization
 
 
 def _cumulative(scheduler) -> list[Level]:
     """DDIM and its relatives: variance preserving, alpha = sqrt(alphas_cumprod). They end at `final_alpha_cumprod`, without one at x0."""
-    products = scheduler.alphas_cumprod.double().cpu()
-    chosen = [float(products[int(timestep)]) for timestep in scheduler.timesteps]
+    return _at(scheduler, [*(int(timestep) for timestep in scheduler.timesteps), -1])
+
+
+def _ddim_ends(scheduler) -> list[Level]:
+    """DDIM's steps all lead T // N timesteps down, which is where the next one begins with "leading" timesteps alone (its `timestep_spacing`)."""
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    return _at(scheduler, [int(timestep) - stride for timestep in scheduler.timesteps])
+
+
+def _at(scheduler, timesteps: list[int]) -> list[Level]:
+    """The variance-preserving levels at these timesteps, the last one of the run at those below 0."""
+    products = scheduler.alphas_cumprod.double().tolist()
     final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    return [Level(product**0.5, (1 - product) ** 0.5) for product in (*chosen, final)]
+    chosen = [products[timestep] if timestep >= 0 else final for timestep in timesteps]
+    return [Level(product**0.5, (1 - product) ** 0.5) for product in chosen]
 
 
 def _preserving(scheduler) -> list[Level]:
@@ -105,6 +117,7 @@ def _sigmas(scheduler) -> list[float]:
     return scheduler.sigmas.double().tolist()
 
 
+# Of every evaluation, and last where the run ends.
 LEVELS: dict[str, Callable[[object], list[Level]]] = {
     "DDIMScheduler": _cumulative,
     "DDPMScheduler": _cumulative,
@@ -118,6 +131,8 @@ LEVELS: dict[str, Callable[[object], list[Level]]] = {
     "LMSDiscreteScheduler": _exploding,
     "FlowMatchEulerDiscreteScheduler": _flow,
 }
+# Where steps do not lead to the next evaluation's level.
+ENDS: dict[str, Callable[[object], list[Level]]] = {"DDIMScheduler": _ddim_ends}
 
 
 def check(scheduler) -> None:
@@ -147,6 +162,22 @@ def check(scheduler) -> None:
 def schedule(scheduler) -> Schedule:
     """The noise levels that the scheduler's last `set_timesteps` laid down, copied once to the CPU."""
     timesteps = tuple(torch.as_tensor(scheduler.timesteps).double().tolist())
-    levels = tuple(LEVELS[type(scheduler).__name__](scheduler))
+    kind = type(scheduler).__name__
+    levels = LEVELS[kind](scheduler)
+    ends = ENDS[kind](scheduler) if kind in ENDS else levels[1:]
     prediction = getattr(scheduler.config, "prediction_type", "flow_prediction")
-    return Schedule(timesteps, levels, PREDICTIONS[prediction])
+    return Schedule(timesteps, tuple(levels[:-1]), tuple(ends), PREDICTIONS[prediction])
+
+
+def eta(scheduler) -> float | None:
+    """How much noise a first-order step of this scheduler draws anew: 0 none, as DDIM and Euler, 1 as Euler ancestral. None: its steps are no such steps,
+    because they read earlier predictions too or draw all noise anew.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    if kind in ("DPMSolverMultistepScheduler", "DEISMultistepScheduler"):
+        noise = {"sde-dpmsolver++": 1.0, "sde-dpmsolver": None}.get(config.algorithm_type, 0.0)
+        return noise if config.solver_order == 1 else None
+    if kind in ("DDPMScheduler", "EulerAncestralDiscreteScheduler"):
+        return 1.0
+    first_order = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
+    return 0.0 if kind in first_order and not getattr(config, "stochastic_sampling", False) else None

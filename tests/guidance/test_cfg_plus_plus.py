@@ -10,6 +10,7 @@ from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 from hasten.guidance.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.cfg_plus_plus_samplers import ancestral, ddim, dpmpp_2m, invert
 from hasten.guidance.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.intervals import StepInterval, Within
 from hasten.guidance.sampling import sample
 from hasten.guidance.schedules import Schedule, flow
 
@@ -223,7 +224,11 @@ def test_bad_input_is_refused():
         dpmpp_2m(mixture().both, flow(3), torch.zeros(1, 6), -0.1)
     with pytest.raises(ValueError, match="reference_steps must be an integer of at least 1"):
         CFGPlusPlus(0.5, reference_steps=0)
-    state = state_at(SCHEDULES["vp"](N), 3, "epsilon")
+    schedule = SCHEDULES["vp"](N)
+    for guide in (CFGPlusPlus(eta=1.0), Within(CFGPlusPlus(eta=1.0), StepInterval())):
+        with pytest.raises(ValueError, match=r"another sampler than DDIM: here it must be CFGPlusPlus\(eta=0\)"):
+            sample(guide, mixture().denoiser("epsilon"), schedule, start(schedule), "epsilon")
+    state = state_at(schedule, 3, "epsilon")
     still = type(state)(**{**state.__dict__, "next_alpha": state.alpha, "next_sigma": state.sigma})
     with pytest.raises(ValueError, match="step 3: CFG\\+\\+ needs sigma / alpha to fall"):
         CFGPlusPlus()(still)

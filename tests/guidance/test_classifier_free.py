@@ -1,11 +1,13 @@
 """Classifier-free guidance, intervals, cutoff and two scales: identities, and evaluations counted by the denoiser itself."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 
+from hasten.guidance.adaptive import AdaptiveGuidance
 from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff, TwoScaleGuidance, convert_scale
 from hasten.guidance.guide import Guide
 from hasten.guidance.intervals import SigmaInterval, StepInterval, StepSet, Within
@@ -80,6 +82,10 @@ def test_rescale():
     mixed = ClassifierFreeGuidance(6.0, rescale=0.3)(state)
     torch.testing.assert_close(mixed, 0.3 * full + 0.7 * plain, rtol=1e-14, atol=1e-15)
     assert torch.equal(ClassifierFreeGuidance(6.0, rescale=0.0)(state), plain)
+    half = replace(state, **{name: getattr(state, name).half() for name in ("conditional", "unconditional")})
+    assert ClassifierFreeGuidance(6.0, rescale=0.3)(half).dtype == torch.float16
+    flat = replace(state, unconditional=torch.zeros_like(plain), conditional=torch.ones_like(plain))
+    assert torch.equal(ClassifierFreeGuidance(6.0, rescale=0.0)(flat), 6 * flat.conditional)  # which has no deviation
 
 
 def test_both_scale_conventions():
@@ -119,6 +125,17 @@ def test_cutoff_counts_and_is_the_interval_that_starts_at_once():
     assert cut.evaluations == B * (2 * 5 + (N - 5)) and cut.calls == (2,) * 5 + (1,) * 7
     assert torch.equal(cut.sample, run(ClassifierFreeGuidance(5.0, interval=StepSet(range(5)))).sample)
     assert torch.equal(run(Cutoff(5.0, steps=N)).sample, run(ClassifierFreeGuidance(5.0)).sample)
+
+
+def test_within_asks_for_the_rows_that_the_guide_asks_for():
+    """Rows stop by themselves inside; outside nothing but the conditional pass is computed anyway."""
+    schedule, guide = SCHEDULES["vp"](N), AdaptiveGuidance(5.0, threshold=0.9, min_guided_steps=1, batch="rows")
+    whole, inside = (
+        sample(guided, mixture().denoiser("epsilon"), schedule, start(schedule, B), "epsilon")
+        for guided in (guide, Within(guide, StepInterval()))
+    )
+    assert inside.rows == whole.rows and torch.equal(inside.sample, whole.sample)
+    assert any(B < rows < 2 * B for rows in whole.rows)
 
 
 def test_within_is_the_guide_inside_and_the_conditional_prediction_outside():
@@ -172,6 +189,9 @@ def test_guided_x0_is_the_affine_combination_of_x0s():
         (lambda: SigmaInterval(3.0, 1.0), "expected 0 <= low < high"),
         (lambda: StepInterval(0.5, 0.2), "start must not be above stop"),
         (lambda: StepInterval(0.5, 20), r"stop must be a finite number in \[0, 1\], got 20"),
+        (lambda: SigmaInterval("a"), "low must be a finite number"),
+        (lambda: SigmaInterval(1.0, None), "high .or math.inf. must be a finite number"),
+        (lambda: StepSet(["a", 1]), "indices must be integers of at least 0"),
         (lambda: StepSet([-1]), "indices must be integers of at least 0"),
         (lambda: Cutoff(5.0, steps=-1), "steps must be an integer of at least 0, got -1"),
         (lambda: Cutoff(5.0, steps=0.4), "steps must be an integer of at least 0, got 0.4"),

@@ -188,6 +188,13 @@ def test_bad_input_is_refused():
         FeynmanKacCorrector(clamp=-1.0)
     with pytest.raises(ValueError, match=r"window must be \(low, high\)"):
         FeynmanKacCorrector(window=(2.0, 1.0))
+    for window in (("a", 1.0), 3, (0.0, math.nan), (1.0,)):
+        with pytest.raises(ValueError, match=r"window must be \(low, high\)"):
+            FeynmanKacCorrector(window=window)
+    with pytest.raises(ValueError, match="one exponent for each score, got 1 scores and 2 exponents"):
+        sample_exploding([broken], [1.0, 2.0], [3.0, 2.0], x, RESAMPLED)
+    with pytest.raises(ValueError, match="groups must be an integer of at least 1, got 0"):
+        sample_exploding([broken], [1.0], [3.0, 2.0], x, RESAMPLED, groups=0)
     with pytest.raises(ValueError, match="one exponent for each score, got 1 scores and 2 exponents"):
         log_weight_increment([x], [1.0, 2.0], 0.1)
     with pytest.raises(ValueError, match="6 particles do not divide into 4 groups"):

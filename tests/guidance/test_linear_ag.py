@@ -9,7 +9,7 @@ import torch
 from mixture import SCHEDULES, Counting, Mixture, mixture, start
 
 from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
-from hasten.guidance.intervals import StepSet
+from hasten.guidance.intervals import StepInterval, StepSet, Within
 from hasten.guidance.linear_ag import (
     Coefficients,
     LinearAG,
@@ -119,6 +119,10 @@ def test_a_ridge_makes_coefficients_smaller():
         for ridge in (0.0, 1e-3, 1e-1, 10.0)
     ]
     assert size == sorted(size, reverse=True) and size[-1] < 0.5 * size[0]
+    once, often = recorded(mixture(), 1), recorded(mixture(), 1)
+    often.grams.update({step: 100 * gram for step, gram in often.grams.items()})
+    for step, betas in fit(once, recorded(mixture(), 2), 0.1).betas.items():  # it counts in the regressors' own size
+        assert fit(often, recorded(mixture(), 2), 0.1).betas[step] == pytest.approx(betas, rel=1e-6)
 
 
 def test_saved_coefficients_come_back_exactly(tmp_path):
@@ -178,3 +182,68 @@ def test_bad_input_is_refused(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"version": 2}))
     with pytest.raises(ValueError, match="holds no LinearAG coefficients of version 1"):
         Coefficients.load(tmp_path / "other.json", KEY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved["key"].pop("model"), "missing .* 'model'"),
+        (lambda saved: saved["key"].update(seed=1), "unexpected keyword argument 'seed'"),
+        (lambda saved: saved["key"].update(steps="12"), "steps must be an integer"),
+        (lambda saved: saved.update(key=[1]), "must be a mapping"),
+        (lambda saved: saved.update(more=1), "unknown more"),
+        (lambda saved: saved.pop("r2"), "'r2'"),
+        (lambda saved: saved["betas"].update({"1": [1.0]}), "expected 3 numbers as coefficients of step 1"),
+        (lambda saved: saved["betas"].update({"3": ["a"] * 6}), "expected 6 numbers as coefficients of step 3"),
+        (lambda saved: saved["betas"].update({"first": [1.0]}), "first"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_its_name(tmp_path, change, message):
+    path = tmp_path / "linear_ag.json"
+    fitted(mixture()).save(path)
+    saved = json.loads(path.read_text())
+    change(saved)
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"linear_ag.json holds no LinearAG coefficients of version 1: .*{message}"):
+        Coefficients.load(path, KEY)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"linear_ag.json holds no LinearAG coefficients"):
+        Coefficients.load(path, KEY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model must be a name, got None"),
+        ({"steps": 12.0}, "steps must be an integer of at least 1"),
+        ({"shape": None}, "shape must be that of one sample, got None"),
+        ({"parameterization": "eps"}, "unknown prediction type 'eps'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_keys_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(KEY, **change)
+
+
+def test_it_refuses_to_estimate_from_a_part_of_the_run():
+    schedule, guide = SCHEDULES["vp"](N), Within(LinearAG(fitted(mixture()), KEY), StepInterval(0.2, 1.0))
+    with pytest.raises(ValueError, match=r"step 3: LinearAG needs the predictions of all earlier steps, 6, .*: 3"):
+        sample(guide, mixture().denoiser("epsilon"), schedule, start(schedule), "epsilon")
+
+
+def test_predictions_are_kept_up_to_the_last_predicted_step():
+    schedule, last, kept = SCHEDULES["vp"](N), max(alternating(N)), []
+
+    class Watched(LinearAG):
+        def __call__(self, state):
+            guided = super().__call__(state)
+            kept.append(len(state.memory.get("linear_ag", [])))
+            return guided
+
+    result = sample(
+        Watched(fitted(mixture()), KEY, stop=N), mixture().denoiser("epsilon"), schedule, start(schedule), "epsilon"
+    )
+    assert all(kept[: last + 1]) and not any(kept[last + 1 :])
+    assert result.calls == tuple(1 if index in alternating(N) else 2 for index in range(N))
+    assert all(result.trace[index]["scale"] == KEY.scale for index in range(N))

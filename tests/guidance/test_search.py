@@ -63,3 +63,11 @@ def test_the_number_of_trials_is_a_bound():
 def test_a_budget_out_of_reach_is_refused(budget):
     with pytest.raises(ValueError, match=f"budget must .*got {budget}"):
         search(lambda policy: run(policy).sample, N, budget)
+
+
+def test_a_distance_that_is_no_number_stops_the_search():
+    def broken(policy):
+        return torch.full((1, 2), torch.nan if policy.indices == (1, 2, 3) else 1.0)
+
+    with pytest.raises(ValueError, match=r"distance of StepSet\(indices=\(1, 2, 3\)\) .* finite number, got nan"):
+        search(broken, N, N + 3)

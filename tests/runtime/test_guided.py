@@ -93,7 +93,7 @@ def test_the_prediction_is_exact_in_every_parameterization(case):
     if pipe.__class__.__name__ in ("FluxPipeline", "QwenImagePipeline", "WanPipeline", "HunyuanVideoPipeline"):
         target = torch.linspace(-1, 1, target.numel()).reshape(target.shape)
     aim = Aim(target)
-    with guided(pipe, aim):
+    with guided(pipe, aim, rescale=False):
         found = call(pipe, case)
     torch.testing.assert_close(found, target, rtol=0, atol=1e-4)
     aim.check_noise()
@@ -297,5 +297,7 @@ def test_the_figure_shows_rows_and_what_was_recorded():
         call(pipe, SD, 2)
         call(pipe, SD, 2)
     figure = run.plot()
-    assert [panel.get_ylabel() for panel in figure.axes] == ["rows", "norms", "scale", "sigma"]
+    assert [panel.get_ylabel() for panel in figure.axes] == [
+        *("rows", "conditional_norm", "cosine", "norms", "scale", "sigma", "update_norm"),
+    ]
     assert list(figure.axes[0].lines[1].get_ydata()) == [4, 4, 2, 2, 2, 2]

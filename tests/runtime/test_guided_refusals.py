@@ -111,6 +111,20 @@ def test_a_pipeline_is_guided_once():
     assert untouched(pipe, SD)
 
 
+def test_a_denoiser_is_guided_as_part_of_one_pipeline():
+    pipe = SD.build()
+    other = diffusers.StableDiffusionPipeline(
+        **{**pipe.components, "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)},
+        requires_safety_checker=False,
+    )
+    with guided(pipe, Plain()):
+        with pytest.raises(StateError, match="UNet2DConditionModel is guided already"), guided(other, Plain()):
+            pass
+        assert untouched(other, SD) is False and "step" not in vars(other.scheduler)
+        assert torch.isfinite(call(pipe, SD)).all()
+    assert untouched(pipe, SD) and untouched(other, SD)
+
+
 def test_a_cache_across_steps_is_refused():
     pipe = FLUX.build()
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import diffusers
 import pytest
 import torch
 from guide_doubles import Aim, Samples
-from tiny_pipelines import SCALE, SD, SD3, STEPS, call, stable_diffusion
+from tiny_pipelines import SCALE, SD, SD3, STEPS, call, stable_diffusion, untouched
 
 from hasten.errors import UnsupportedModelError
 from hasten.guidance.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.intervals import StepInterval, Within
 from hasten.guided_pipelines import guided
 from hasten.schedulers import LEVELS, check
 
@@ -99,28 +102,85 @@ def test_plain_guidance_equals_the_unmodified_pipeline(kind):
         assert torch.equal(call(pipe, SD, 2), expected)
 
 
-@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler"])
-def test_cfg_plus_plus_runs_inside_unmodified_schedulers(kind):
-    """Every step guides x0 and puts the unconditional noise back (arXiv 2406.08070, algorithm 2)."""
+@pytest.mark.parametrize("steps", [STEPS, STEPS + 1])
+@pytest.mark.parametrize(
+    ("kind", "settings", "eta"),
+    [
+        ("DDIMScheduler", {}, 0.0),
+        ("DDIMScheduler", {"timestep_spacing": "trailing"}, 0.0),
+        ("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": False}, 0.0),
+        ("DDIMScheduler", {"timestep_spacing": "linspace"}, 0.7),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, 0.0),
+        ("EulerAncestralDiscreteScheduler", {}, 1.0),
+        ("DDPMScheduler", {"timestep_spacing": "trailing"}, 1.0),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1}, 0.0),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}, 1.0),
+        ("DEISMultistepScheduler", {"solver_order": 1}, 0.0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_cfg_plus_plus_runs_inside_unmodified_schedulers(monkeypatch, kind, settings, eta, steps):
+    """Every step guides x0 and puts the unconditional noise back (arXiv 2406.08070, algorithm 2), as far down as the scheduler's own step leads
+    before it adds what it draws anew, here nothing.
+    """
     expected, found = [], []
 
     class Watched(CFGPlusPlus):
         def __call__(self, state):
             noise = state.unconditional + self.strength * (state.conditional - state.unconditional)
             x0 = (state.sample - state.sigma * noise) / state.alpha
-            expected.append(state.next_alpha * x0 + state.next_sigma * state.unconditional)
+            ratio = state.next_sigma * state.alpha / (state.next_alpha * state.sigma)
+            down = state.next_sigma * (1 - self.eta**2 * (1 - ratio**2)) ** 0.5
+            expected.append(state.next_alpha * x0 + down * state.unconditional)
             return super().__call__(state)
 
     def keep(pipe, index, timestep, tensors):
         found.append(tensors["latents"])
         return tensors
 
-    pipe = build(kind)
-    with guided(pipe, Watched(0.6)):
-        call(pipe, SD, callback_on_step_end=keep)
-    assert len(found) == STEPS
+    pipe = build(kind, **settings)
+    module = sys.modules[type(pipe.scheduler).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.zeros(shape), raising=False)
+    with guided(pipe, Watched(0.6, eta)):
+        call(pipe, SD, steps=steps, eta=eta, callback_on_step_end=keep)
+    assert len(found) == steps
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "match"),
+    [
+        ("PNDMScheduler", {}, "PNDMScheduler reads earlier predictions"),
+        ("LMSDiscreteScheduler", {}, "first-order"),
+        ("UniPCMultistepScheduler", {}, "first-order"),
+        ("DPMSolverMultistepScheduler", {}, "first-order"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}, r"eta=1\)"),
+        ("LCMScheduler", {}, "draws all noise anew"),
+        ("EulerAncestralDiscreteScheduler", {}, r"CFGPlusPlus\(eta=1\)"),
+    ],
+)
+def test_cfg_plus_plus_is_refused_where_it_would_be_something_else(kind, settings, match):
+    for guide in (CFGPlusPlus(), Within(CFGPlusPlus(), StepInterval(0, 0.5))):
+        pipe = build(kind, **settings)
+        with pytest.raises(ValueError, match=match), guided(pipe, guide):
+            call(pipe, SD)
+        assert untouched(pipe, SD)
+
+
+def test_cfg_plus_plus_takes_the_eta_of_the_call():
+    pipe = build("DDIMScheduler")
+    with pytest.raises(ValueError, match=r"here it must be CFGPlusPlus\(eta=0.5\)"), guided(pipe, CFGPlusPlus()):
+        call(pipe, SD, eta=0.5)
+
+
+def test_cfg_plus_plus_on_a_flow_that_draws_its_noise_anew_is_refused():
+    pipe = SD3.build()
+    with guided(pipe, CFGPlusPlus()):
+        call(pipe, SD3)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ValueError, match="first-order"), guided(pipe, CFGPlusPlus()):
+        call(pipe, SD3)
 
 
 class Unknown(diffusers.DDIMScheduler):

@@ -36,6 +36,7 @@ from tiny_pipelines import (
 )
 
 from hasten.errors import StateError, UnsupportedModelError
+from hasten.guidance.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
 from hasten.guided_pipelines import guided, guider
 
@@ -168,6 +169,8 @@ def test_predictions_that_are_not_finite_stop_the_run():
 def test_what_a_guider_cannot_do_is_refused():
     model = MODULAR["wan"]
     pipe = model.build()
+    with pytest.raises(ValueError, match="first-order samplers, and UniPCMultistepScheduler"):
+        model.call(pipe, guider(CFGPlusPlus(), pipe.scheduler))
     with pytest.raises(TypeError, match="Guide"):
         guider("cfg", pipe.scheduler)
     with pytest.raises(UnsupportedModelError, match="neither sigmas nor alphas_cumprod"):

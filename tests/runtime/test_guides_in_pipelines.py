@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import CASES, FLUX, SCALE, SD, STEPS, call, counted
+from tiny_pipelines import CASES, FLUX, QWEN, SCALE, SD, STEPS, call, counted
 
 from hasten.guidance.adaptive import AdaptiveGuidance
 from hasten.guidance.apg import AdaptiveProjectedGuidance
 from hasten.guidance.classifier_free import ClassifierFreeGuidance
 from hasten.guidance.intervals import StepInterval
-from hasten.guidance.linear_ag import LinearAG, LinearRecorder, RunKey, Trajectories, alternating, fit
+from hasten.guidance.linear_ag import (
+    Coefficients,
+    LinearAG,
+    LinearRecorder,
+    RunKey,
+    Trajectories,
+    alternating,
+    fit,
+)
 from hasten.guided_pipelines import guided
 
 # Of numpy, about how SDXL's scheduler converts a tensor.
@@ -85,6 +94,59 @@ def test_linear_ag_halves_the_rows_of_the_steps_it_predicts(case):
     other = RunKey("another", key.scheduler, steps, SCALE, key.shape, parameterization)
     with pytest.raises(ValueError, match="model differ"):
         LinearAG(fit(*recorded), other)
+
+
+@pytest.mark.parametrize("case", [SD, QWEN], ids=["guidance_rescale", "norms of tokens"])
+def test_what_is_guided_by_an_estimate_is_rescaled_like_all_that_is_guided(case):
+    """Where the estimate is exact, here the unconditional prediction of step 0 itself, one pass or two make no difference."""
+    pipe = case.build()
+    parameterization, shape = ("epsilon", (4, 8, 8)) if case is SD else ("flow", (4, 16))
+    with guided(pipe, ClassifierFreeGuidance(SCALE)):
+        shape = tuple(call(pipe, case).shape[1:])
+    key = RunKey("tiny", "any", STEPS, SCALE, shape, parameterization)
+    estimate = LinearAG(Coefficients(key, {1: (0.0, 1.0, 0.0)}, {}, {}), key, stop=2)
+
+    class Same(ClassifierFreeGuidance):
+        """The same from two passes."""
+
+        def __call__(self, state):
+            first = state.memory.setdefault("first", state.unconditional)
+            return super().__call__(replace(state, unconditional=first)) if state.index < 2 else state.conditional
+
+    settings = {"guidance_rescale": 0.7} if case is SD else {}
+    with guided(pipe, Same(SCALE)):
+        expected = call(pipe, case, **settings)
+    with guided(pipe, estimate) as run:
+        found = call(pipe, case, **settings)
+    assert [rows for rows, _ in run.evaluations.per_step] == [2] + [1] * (STEPS - 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with guided(pipe, estimate, rescale=False):
+        assert not torch.allclose(call(pipe, case, **settings), expected, atol=1e-3)
+
+
+@EVERY
+def test_the_trace_says_how_far_the_predictions_agree_whatever_the_guide(case):
+    pipe, measured = case.build(), []
+
+    class Watched(ClassifierFreeGuidance):
+        def __call__(self, state):
+            if state.unconditional is not None:
+                c, u = (x.double().flatten(1) for x in (state.conditional, state.unconditional))
+                values = (c * u).sum(1) / c.norm(dim=1) / u.norm(dim=1), (c - u).norm(dim=1), c.norm(dim=1)
+                measured.append(values)
+            return super().__call__(state)
+
+    with guided(pipe, Watched(SCALE, interval=StepInterval(0, 0.5))) as run:
+        call(pipe, case, 2)
+    assert len(measured) == STEPS // 2
+    for step, values in zip(run.trace, measured, strict=False):
+        for name, value in zip(("cosine", "update_norm", "conditional_norm"), values, strict=True):
+            torch.testing.assert_close(torch.tensor(step[name]).double(), value, rtol=1e-4, atol=1e-4)
+        assert step["space"] == "model"
+    assert not any("cosine" in step for step in run.trace[STEPS // 2 :])
+    with guided(pipe, AdaptiveGuidance(SCALE, space="x0")) as run:
+        call(pipe, case)
+    assert run.trace[0]["space"] == "x0"
 
 
 @KINDS
