@@ -146,7 +146,7 @@ def generate(
         particles: how many texts compete for each prompt.
         method: "awrs"; "mask": every draw from a mask over the whole vocabulary, which for a constraint that cannot fill one means a check of every
             token; "reject": from the model's own law, and a particle dies at the first token that the constraint refuses.
-        temperature: 0 takes the likeliest allowed token.
+        temperature: 0 takes the likeliest allowed token, and top_k and top_p cut nothing then.
         seed: prompt i of a list gives what it gives alone with seed + i. None: from torch's own random numbers.
         stop: strings that end a text, which is cut before them. The text so far must satisfy the constraint then.
         stream: one prompt, one particle: an iterator of pieces of text, each given when nothing can change it any more.

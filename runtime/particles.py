@@ -152,8 +152,8 @@ class Run:
         return warp(
             logits,
             temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
+            top_k=None if sampling.greedy else sampling.top_k,
+            top_p=None if sampling.greedy else sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             seen=seen,
         )
