@@ -59,8 +59,9 @@ class Block:
     def __init__(self, logits: torch.Tensor, size: int, generator: Generators, greedy: bool):
         rows, width = logits.shape
         self.size = min(size, width)
-        values, ids = logits.topk(self.size)
-        self.log_rest = _log_rest(logits, values, ids).cpu()
+        values, ids = logits.topk(min(self.size + 1, width))  # one more: the likeliest of the others
+        next_, (values, ids) = values[:, self.size :], (values[:, : self.size], ids[:, : self.size])
+        self.log_rest = _log_rest(logits, next_, ids).cpu()
         self.values, self.ids = values.double().cpu(), ids.cpu()
         self.log_norm = torch.logaddexp(self.values.logsumexp(-1), self.log_rest)
         if greedy:
@@ -150,9 +151,13 @@ class LazyOrder:
         return self._logits.index_fill(1, torch.tensor(self.tokens, device=self._logits.device), -torch.inf)
 
 
-def _log_rest(logits: torch.Tensor, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """logsumexp [R] of the logits that are not among the largest `values` [R, S] at `ids`; by a sum of its own, never by a difference."""
-    anchor = values[:, -1:]
-    anchor = torch.where(anchor.isfinite(), anchor, 0.0)
+def _log_rest(logits: torch.Tensor, largest: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """logsumexp [R] of the logits that are not at `ids` [R, S], of which `largest` [R, 1] is the largest, [R, 0] where there is none.
+
+    By a sum of its own, never by a difference, and scaled by the largest, so that no gap to the likeliest makes the others vanish.
+    """
+    if not largest.shape[1]:
+        return torch.full((len(logits),), -torch.inf, dtype=torch.float64, device=logits.device)
+    anchor = torch.where(largest.isfinite(), largest, 0.0)
     others = (logits - anchor).clamp_(max=0.0).exp_().scatter_(1, ids, 0.0)
     return anchor[:, 0].double() + others.sum(-1, dtype=torch.float64).log()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -145,14 +146,14 @@ def generate(
         particles: how many texts compete for each prompt.
         method: "awrs"; "mask": every draw from a mask over the whole vocabulary, which for a constraint that cannot fill one means a check of every
             token; "reject": from the model's own law, and a particle dies at the first token that the constraint refuses.
-        temperature: 0 takes the likeliest allowed token.
+        temperature: 0 takes the likeliest allowed token, and top_k and top_p cut nothing then.
         seed: prompt i of a list gives what it gives alone with seed + i. None: from torch's own random numbers.
         stop: strings that end a text, which is cut before them. The text so far must satisfy the constraint then.
         stream: one prompt, one particle: an iterator of pieces of text, each given when nothing can change it any more.
         start_after: the constraint is about what follows the token that completes this string, such as "</think>".
         on_dead: whether a prompt none of whose particles reach the end raises an error, or gives a result with status "dead" or "incomplete".
-        max_checks: at most so many checks for a token. The weights stay unbiased, and a particle that needs more dies.
-        extra_checks: so many more checks for a token than needed, for weights of less variance.
+        max_checks: "awrs": at most so many checks for a token. The weights stay unbiased, and a particle that needs more dies.
+        extra_checks: "awrs": so many more checks for a token than needed, for weights of less variance.
         ess_threshold: resample below this share of effective particles: 0 never does (importance sampling).
         resampling: "systematic", "stratified", "multinomial" or "residual".
         critic: a log score of a text. It is a factor of the law of complete texts, and steers which prefixes survive before that.
@@ -167,7 +168,8 @@ def generate(
         particles, method, max_new_tokens, temperature, top_p, top_k, repetition_penalty, max_checks, extra_checks,
         ess_threshold, resampling, critic,
     )  # fmt: skip
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stops = tuple(stop) if isinstance(stop, Sequence) and not isinstance(stop, str) else () if stop is None else (stop,)
+    _check_types(sampling, seed)
     _check(sampling, constraint, stops, start_after, on_dead)
     prompts, single = _prompts(prompt, tokenizer)
     if stream and not (single and particles == 1):
@@ -285,6 +287,21 @@ def _is_list(value) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
+def _check_types(sampling: Sampling, seed: int | None) -> None:
+    optional = ("top_k", "top_p", "max_checks", "seed")
+    settings = {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__} | {"seed": seed}
+    for kind, what, names in (
+        (Integral, "an integer", ("particles", "max_new_tokens", "top_k", "max_checks", "extra_checks", "seed")),
+        (Real, "a number", ("temperature", "top_p", "repetition_penalty", "ess_threshold")),
+    ):
+        for name in names:
+            value = settings[name]
+            if not (isinstance(value, kind) or (value is None and name in optional)):
+                raise ValueError(f"{name} must be {what}{', or None' if name in optional else ''}, got {value!r:.60}")
+    if sampling.critic is not None and not callable(sampling.critic):
+        raise ValueError(f"critic must be a function from a text to a log score, got {sampling.critic!r:.60}")
+
+
 def _check(sampling: Sampling, constraint, stops: tuple[str, ...], start_after: str | None, on_dead: str) -> None:
     for name in ("particles", "max_new_tokens"):
         if getattr(sampling, name) < 1:
@@ -300,7 +317,7 @@ def _check(sampling: Sampling, constraint, stops: tuple[str, ...], start_after: 
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if constraint is not None and not isinstance(constraint, Constraint):
         raise ValueError(f"constraint must be a Constraint such as hasten.Regex(...), got {constraint!r:.60}")
-    if start_after is not None and (constraint is None or not start_after):
+    if start_after is not None and (constraint is None or not start_after or not isinstance(start_after, str)):
         raise ValueError(f"start_after={start_after!r} says where a constraint begins: give a marker and a constraint")
     for string in stops:
         if not isinstance(string, str) or not string:
@@ -309,3 +326,5 @@ def _check(sampling: Sampling, constraint, stops: tuple[str, ...], start_after: 
         raise ValueError(f"max_checks must be 1 or more, or None, got {sampling.max_checks}")
     if sampling.extra_checks < 0:
         raise ValueError(f"extra_checks must be 0 or more, got {sampling.extra_checks}")
+    if sampling.method != "awrs" and (sampling.max_checks is not None or sampling.extra_checks):
+        raise ValueError(f"max_checks and extra_checks are settings of method 'awrs', not of {sampling.method!r}")

@@ -18,7 +18,8 @@ from hasten.vocabulary import vocabulary_of
 class ConstraintLogitsProcessor(transformers.LogitsProcessor):
     """Masks what a constraint refuses, for `model.generate(..., logits_processor=[ConstraintLogitsProcessor(...)])`.
 
-    Batches, sampling and beam search work; rows are known by their tokens. The law is that of local masking; `hasten.generate` with particles
+    Batches, sampling and beam search work; rows are known by their tokens. A call on what the call before gave goes on with the same texts; for any
+    other input all of it is the prompt. The law is that of local masking; `hasten.generate` with particles
     corrects it, and gives a typed error where transformers can only stop at its limit of tokens.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -152,8 +152,8 @@ class Run:
         return warp(
             logits,
             temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
+            top_k=None if sampling.greedy else sampling.top_k,
+            top_p=None if sampling.greedy else sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             seen=seen,
         )
@@ -166,7 +166,7 @@ class Run:
             return draw(law, None, generator=generators, greedy=sampling.greedy)
         masks = None
         if sampling.method == "mask" or bound.can_fill_mask:
-            masks = [lambda mask, state=state: fill_mask(bound, state, mask) for state in states]
+            masks = [partial(self._fill, self.particles[i]) for i in growing]
         return draw(
             law,
             lambda row, token: bound.check(states[row], token),
@@ -177,6 +177,9 @@ class Run:
             mask_after=0 if sampling.method == "mask" else MASK_AFTER,
             greedy=sampling.greedy,
         )
+
+    def _fill(self, particle: Particle, mask: np.ndarray) -> None:
+        particle.checks += fill_mask(self._bound, particle.state, mask)
 
     def _append(self, particle: Particle, token: int) -> None:
         bound, text = self._bound, self._vocabulary.tokens[token]
@@ -260,9 +263,13 @@ class Run:
             return 0.0
         if particle.score is None or particle.score[0] != particle.text:
             text = particle.text.decode("utf-8", "replace")
-            score = float(self.sampling.critic(text))
+            answer = self.sampling.critic(text)
+            try:
+                score = float(answer)
+            except (TypeError, ValueError):
+                score = math.nan
             if math.isnan(score) or score == math.inf:
-                raise ValueError(f"critic must return a log score below infinity, got {score} for the text {text!r}")
+                raise ValueError(f"critic must return a log score below infinity, got {answer!r} for the text {text!r}")
             particle.score = particle.text, score
         return particle.score[1]
 
@@ -277,15 +284,15 @@ class Run:
         return f"{_where(particle)}: the model gives no probability to what the constraint allows ({allowed})"
 
 
-def fill_mask(bound: BoundConstraint, state: Any, mask: np.ndarray) -> None:
-    """Fills an int32 mask [ceil(V / 32)], by a check of every token where the constraint has no faster way."""
-    if bound.can_fill_mask:
-        bound.fill_mask(state, mask)
-        return
+def fill_mask(bound: BoundConstraint, state: Any, mask: np.ndarray) -> int:
+    """Fills an int32 mask [ceil(V / 32)] of zeros, by a check of every token where the constraint has no faster way. Returns how many checks that took."""
+    if bound.fill_mask(state, mask):
+        return 0
     bits = mask.view(np.uint32)
     for token in range(len(bound.vocabulary)):
         if bound.check(state, token):
             bits[token >> 5] |= np.uint32(1 << (token & 31))
+    return len(bound.vocabulary)
 
 
 def _kill(particle: Particle, reason: str) -> None:

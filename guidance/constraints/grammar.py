@@ -57,11 +57,13 @@ class Regex(Constraint):
     pattern: str
 
     def bind(self, vocabulary: Vocabulary) -> BoundConstraint:
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"regex {self.pattern!r}: a pattern is a string, got {type(self.pattern).__name__}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", FutureWarning)  # "[a&&b]" and the like, which Rust reads otherwise
                 compiled = re.compile(self.pattern)
-        except (re.error, TypeError, FutureWarning) as error:
+        except (re.error, FutureWarning) as error:
             raise ValueError(f"regex {self.pattern!r}: {error}") from error
         lark = regex_to_lark(self.pattern, use_ascii="")
         lark = re.sub(r"\\(.)", lambda escape: r"\z" if escape[1] == "Z" else escape[0], lark)

@@ -67,16 +67,22 @@ class JsonSchema(Constraint):
 
     def bind(self, vocabulary: Vocabulary) -> BoundConstraint:
         schema = self.to_dict()
-        json_keywords.check(schema)
-        relaxed = _relax(schema, coerce=False)
+        try:
+            json_keywords.check(schema)
+            relaxed = _relaxed(schema, coerce=False)
+            coerced = _relaxed(schema, coerce=True)
+        except RecursionError:
+            raise ValueError("JSON schema: schemas are nested too deeply") from None
         try:
             grammar = BoundGrammar(self._lark(relaxed), vocabulary, "JSON schema")
         except UnsatisfiableError:
             raise
         except ValueError:
-            relaxed = _relax(schema, coerce=True)
+            relaxed = coerced
             grammar = BoundGrammar(self._lark(relaxed), vocabulary, "JSON schema")
-        return _BoundJsonSchema(grammar, schema, followed=relaxed != schema)
+        # a grammar counts a property twice that is given twice
+        counted = any(isinstance(part, dict) and "minProperties" in part for _, part in json_keywords.walk(schema))
+        return _BoundJsonSchema(grammar, schema, followed=counted or relaxed != schema)
 
     def to_dict(self) -> Schema:
         """The schema as JSON Schema writes it."""
@@ -114,8 +120,12 @@ class _BoundJsonSchema(BoundConstraint):
         super().__init__(grammar.vocabulary)
         self._grammar, self._followed = grammar, followed
         self._validator = Validator(schema)
-        self._ending = [followed and text is not None and not ENDING.isdisjoint(text) for text in self._texts]
+        texts = [text if followed and text is not None else b"" for text in self._texts]
+        self._ending = [not ENDING.isdisjoint(text) for text in texts]
         self._ending_tokens = np.flatnonzero(self._ending)
+        self._quoting_tokens = np.array(
+            [token for token in self._ending_tokens if b'"' in texts[token]], dtype=np.int64
+        )
         self._refuse_if_unsatisfiable("JSON schema")
 
     def start(self):
@@ -132,7 +142,9 @@ class _BoundJsonSchema(BoundConstraint):
         matcher, prefix = state
         if not self._grammar._accepts(matcher, token, text):
             return False
-        return not self._ending[token] or feed(self._validator, prefix, text) is not None
+        if not self._ending[token] or (prefix.in_string and b'"' not in text):
+            return True
+        return feed(self._validator, prefix, text) is not None
 
     def _advance(self, state, token, text):
         matcher, prefix = state
@@ -145,12 +157,23 @@ class _BoundJsonSchema(BoundConstraint):
         matcher, prefix = state
         self._grammar._allow(matcher, mask)
         bits = mask.view(np.uint32)
-        allowed = self._ending_tokens[
-            (bits[self._ending_tokens >> 5] >> (self._ending_tokens & 31).astype(np.uint32)) & 1 == 1
-        ]
+        ending = self._quoting_tokens if prefix.in_string else self._ending_tokens  # only a quote ends a string
+        allowed = ending[(bits[ending >> 5] >> (ending & 31).astype(np.uint32)) & 1 == 1]
         for token in allowed.tolist():
             if feed(self._validator, prefix, self._texts[token]) is None:
                 bits[token >> 5] &= ~np.uint32(1 << (token & 31))
+
+
+def _relaxed(schema: Schema, coerce: bool) -> Schema:
+    """The whole schema relaxed, without references to what was left out."""
+    relaxed = _relax(schema, coerce)
+    for _, part in list(json_keywords.walk(relaxed)):
+        if isinstance(part, dict) and "$ref" in part:
+            try:
+                json_keywords.resolve(relaxed, part["$ref"])
+            except ValueError:
+                del part["$ref"]
+    return relaxed
 
 
 def _relax(schema: Schema, coerce: bool) -> Schema:
@@ -161,6 +184,8 @@ def _relax(schema: Schema, coerce: bool) -> Schema:
     """
     if isinstance(schema, bool):
         return schema
+    if schema.get("not") in (True, {}):  # as some generators of schemas write "never"
+        return False
     relaxed: dict[str, Any] = {}
     alternatives = []
     open_names = ("patternProperties", "additionalProperties") if "patternProperties" in schema else ()

@@ -71,10 +71,12 @@ class _SortedTexts(Constraint):
             about = json.loads((folder / "index.json").read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no index: {error}") from error
+        about = about if isinstance(about, dict) else {}
         if (
             about.get("kind") != cls.__name__
             or about.get("version") != VERSION
             or about.get("integer") not in ("i", "q")
+            or not all(isinstance(about.get(name), int) for name in FILES)
         ):
             raise ValueError(
                 f"{folder}: expected a {cls.__name__} index of version {VERSION}, "
@@ -83,11 +85,14 @@ class _SortedTexts(Constraint):
         sizes = {"texts": about["texts"], "begins": about["begins"] * np.dtype(about["integer"]).itemsize}
         maps = {}
         for name, size in sizes.items():
-            with open(folder / FILES[name], "rb") as file:
-                found = file.seek(0, 2)
-                if found != size:
-                    raise ValueError(f"{folder / FILES[name]}: expected {size} bytes, got {found}")
-                maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with open(folder / FILES[name], "rb") as file:
+                    found = file.seek(0, 2)
+                    if found != size:
+                        raise ValueError(f"{folder / FILES[name]}: expected {size} bytes, got {found}")
+                    maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise ValueError(f"{folder} holds no whole index: {error}") from error
         index = cls.__new__(cls)
         _SortedTexts.__init__(index, maps["texts"], memoryview(maps["begins"]).cast(about["integer"]))
         return index
@@ -134,6 +139,8 @@ class OneOf(_SortedTexts):
     def __init__(self, strings: Iterable[str]):
         if isinstance(strings, (str, bytes)):
             raise ValueError(f"strings: expected several strings, got one: {strings!r:.60}")
+        if not isinstance(strings, Iterable):
+            raise ValueError(f"strings: expected strings, got {strings!r:.60}")
         texts = sorted({_encode(string, "strings") + END for string in strings})
         if not texts:
             raise UnsatisfiableError("strings is empty: no text is one of no strings")
@@ -163,7 +170,7 @@ class Substring(_SortedTexts):
     """
 
     def __init__(self, corpus: str | Sequence[str]):
-        documents = [corpus] if isinstance(corpus, str) else corpus
+        documents = corpus if isinstance(corpus, Iterable) and not isinstance(corpus, str) else [corpus]
         texts = b"".join(_encode(document, "corpus") + END for document in documents)
         if len(texts) > LONGEST:
             raise ValueError(

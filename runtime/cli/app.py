@@ -100,7 +100,7 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="The text is of this Lark or EBNF grammar.")
     ] = None,
     particles: Annotated[int, typer.Option(min=1, help="So many texts compete, and one is drawn by weight.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Of a constrained or weighted text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="auto: as it was saved.")
     ] = "auto",
@@ -117,7 +117,7 @@ def generate(
     if temperature is None:
         temperature = 1.0 if particles > 1 else 0.0
     if constraint is None and particles == 1:
-        generate.run(model, prompt, techniques, calibration, max_new_tokens, temperature, dtype, json)
+        generate.run(model, prompt, techniques, calibration, max_new_tokens, temperature, dtype, json, seed)
     else:
         loaded = generate.prepare(model, techniques, calibration, dtype)
         constrained.run(*loaded, model, prompt, constraint, particles, seed, max_new_tokens, temperature, json)

@@ -16,19 +16,26 @@ def constraint_of(
     """What the options ask for, all of it at once; None where they ask for nothing.
 
     Raises:
-        OSError: a file that cannot be read.
+        OSError, ValueError: a file that cannot be read, or that is no UTF-8.
     """
     parts: list[Constraint] = []
-    parts += [JsonSchema(json_schema.read_text(encoding="utf-8"))] if json_schema is not None else []
+    parts += [JsonSchema(_read(json_schema))] if json_schema is not None else []
     parts += [Regex(regex)] if regex is not None else []
     parts += [Choice(choice.split(","))] if choice is not None else []
-    parts += [Grammar(grammar.read_text(encoding="utf-8"))] if grammar is not None else []
+    parts += [Grammar(_read(grammar))] if grammar is not None else []
     if not parts:
         return None
     whole = parts[0]
     for part in parts[1:]:
         whole = whole & part
     return whole
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8: {error}") from error
 
 
 def run(

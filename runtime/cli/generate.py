@@ -77,8 +77,9 @@ def run(
     temperature: float,
     dtype: str,
     as_json: bool,
+    seed: int | None = None,
 ) -> None:
-    """Loads `name`, accelerates it by `plan` and prints the continuation of `prompt`.
+    """Loads `name`, accelerates it by `plan` and prints the continuation of `prompt`; the same for the same seed.
 
     Raises:
         ValueError, OSError, HastenError: something that the user gave cannot be used; the message names it.
@@ -86,6 +87,8 @@ def run(
     if math.isnan(temperature) or temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     model, tokenizer = prepare(name, plan, calibration, dtype)
+    if seed is not None:
+        torch.manual_seed(seed)
     generation = continue_prompt(model, tokenizer, prompt, max_new_tokens, temperature, shown=not as_json)
     speed = generation.tokens_per_second
     if as_json:

@@ -116,6 +116,8 @@ UNSATISFIABLE = [
     {"allOf": [STRING, INTEGER]},
     {"type": "object", "properties": {"a": False}, "required": ["a"]},
     {"type": "object", "required": ["a"], "additionalProperties": False},
+    {"not": {}},
+    {"type": "object", "properties": {"a": {"not": True}}, "required": ["a"]},
 ]
 
 STRINGS = ("", "a", "b", "ab", "aab", "é")

@@ -53,7 +53,9 @@ def test_where_rust_accepts_more_than_re_the_text_cannot_end():
         ("a(?=b)", "look-around"),
         ("(?<!a)b", "look-around"),
         ("[a-z&&b]", "position 4"),
-        (3, "3"),
+        (3, "a pattern is a string, got int"),
+        (b"a", "a pattern is a string, got bytes"),
+        (re.compile("a"), "a pattern is a string, got Pattern"),
     ],
 )
 def test_a_wrong_regex_says_where_and_why(pattern, why):

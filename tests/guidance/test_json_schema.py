@@ -13,7 +13,8 @@ import pytest
 import schemas
 import walks
 
-from hasten.guidance.constraints import JsonSchema, UnsatisfiableError
+from hasten.guidance.constraints import JsonSchema, UnsatisfiableError, json_schema
+from hasten.guidance.constraints.json_prefix import feed
 
 GENERATED = schemas.generated(260)
 VOCABULARY = walks.vocabulary()
@@ -118,6 +119,14 @@ def test_what_cannot_be_enforced_is_refused_by_name(schema, keyword, where):
     assert keyword in str(refused.value) and where in str(refused.value)
 
 
+def test_nesting_without_measure():
+    schema = {}
+    for _ in range(450):
+        schema = {"items": schema}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        bind(schema)
+
+
 @pytest.mark.parametrize("schema", ["{", "3", 3, None, int, {"enum": [1j]}, {"const": float("nan")}], ids=str)
 def test_no_schema(schema):
     with pytest.raises(ValueError, match="JSON"):
@@ -133,6 +142,8 @@ def test_no_schema(schema):
         ({"type": "object", "properties": {"a": {"not": {"const": "b"}}}}, '{"a":"b', b'"', b"b"),
         ({"type": "array", "items": {"oneOf": [schemas.INTEGER, {"minimum": 2}]}}, "[1, 3", b",", b"."),
         ({"type": "object", "properties": {"a": schemas.INTEGER}, "not": {"required": ["a"]}}, '{"a":1', b"}", b"2"),
+        ({"type": "object", "minProperties": 2}, '{"a":1,"a":1', b"}", b","),
+        ({"type": "object", "properties": {"a": {"not": {}}}, "additionalProperties": False}, "{", b'"', b"}"),
     ],
 )
 def test_a_keyword_is_checked_as_soon_as_its_value_ends(schema, prefix, refused, taken):
@@ -183,6 +194,32 @@ def test_a_property_given_twice_cannot_pass_its_schema():
     for name in ('"a"', r'"\u0061"'):
         assert not walks.accepts(bound, f'{{"a":1,{name}:"x"}}')
     assert not walks.accepts(bind({"type": "string"}), r'"\u0061"')  # one string, one spelling
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"contains": {"type": "integer"}, "items": {"$ref": "#/contains"}},
+        {"properties": {"a": {"$ref": "#/not/not"}}, "not": {"not": {"type": "object"}}},
+        {"type": "object", "dependentSchemas": {"x": schemas.INTEGER}, "additionalProperties": {"$ref": "#/dependentSchemas/x"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_references_into_what_only_a_check_knows(schema):
+    check_enforced(schema, jsonschema.Draft202012Validator(schema), seed=1)
+
+
+def test_within_a_string_only_tokens_with_a_quote_are_followed(monkeypatch):
+    bound = bind({"type": "array", "uniqueItems": True})
+    state = bound.start()
+    for byte in b'["a':
+        state = bound.advance(state, byte)
+    followed = []
+    monkeypatch.setattr(
+        json_schema, "feed", lambda validator, prefix, text: followed.append(text) or feed(validator, prefix, text)
+    )
+    assert walks.mask_of(bound, state) == walks.allowed(bound, state)
+    assert followed and all(b'"' in text for text in followed)
 
 
 def test_escapes_are_followed():

@@ -279,6 +279,18 @@ def test_dead_ends_are_typed_and_no_refused_token_is_given():
         assert (drawn.token == -1).all() and (drawn.log_weight == -torch.inf).all()
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 150.0), (torch.float64, 2000.0)], ids=str)
+def test_a_token_far_behind_the_likeliest_is_still_found(dtype, gap, greedy):
+    logits = torch.zeros(1, 200, dtype=dtype)
+    logits[0, 64:] = -gap
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(logits, lambda row, token: token == 199, generator=generator, greedy=greedy)
+    assert drawn.status == ("accepted",) and drawn.token.item() == 199
+    if not greedy:
+        assert drawn.log_weight.item() == pytest.approx(-gap - math.log(64))
+
+
 def test_without_a_check_the_law_is_the_softmax():
     logits = torch.randn(1, 6, dtype=torch.float64).expand(5000, -1)
     drawn = draw(logits, None, generator=torch.Generator().manual_seed(0))

@@ -151,12 +151,22 @@ def test_an_index_that_is_none(kind, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="of version 2"):
         kind.load(tmp_path)
+    for nothing in ([1], {"kind": kind.__name__, "version": 1, "integer": "i", "texts": 4}):
+        (tmp_path / "index.json").write_text(json.dumps(nothing))
+        with pytest.raises(ValueError, match=f"expected a {kind.__name__} index of version 1"):
+            kind.load(tmp_path)
+    kind(["abc"]).save(tmp_path)
+    (tmp_path / "texts.bin").unlink()
+    with pytest.raises(ValueError, match=r"holds no whole index: .*texts\.bin"):
+        kind.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [OneOf, Substring])
 def test_strings_that_are_none(kind):
     with pytest.raises(ValueError, match="expected strings, got 3"):
         kind(["a", 3])
+    with pytest.raises(ValueError, match="expected strings, got None"):
+        kind(None)
     with pytest.raises(ValueError, match="cannot be written as UTF-8"):
         kind(["a\ud800"])
     with pytest.raises(UnsatisfiableError, match="is empty"):

@@ -44,6 +44,19 @@ def test_a_schema_and_a_grammar_from_files(tmp_path):
     assert run("--grammar", grammar).stdout in ("1+1\n", "1+1+1\n")
 
 
+def test_the_seed_decides_without_a_constraint_too():
+    settings = ("--temperature", 1, "--max-new-tokens", 12, "--seed")
+    first, again, other = (run(*settings, seed).stdout for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_bytes(b"\xff")
+    for option in ("--json-schema", "--grammar"):
+        assert f"{file} is no UTF-8" in run(option, file, status=1).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

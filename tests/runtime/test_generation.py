@@ -162,7 +162,13 @@ def test_greedy_under_a_constraint_takes_the_likeliest_allowed_token(embedded):
     settings = {"constraint": Regex("[0-9]{4}"), "temperature": 0, "max_new_tokens": 8}
     awrs = generate(model, tokenizer, "year = ", **settings)
     mask = generate(model, tokenizer, "year = ", method="mask", **settings)
-    assert awrs.tokens == mask.tokens and awrs.text.isdigit() and math.isnan(awrs.log_z) and math.isnan(awrs.log_weight)
+    cut = generate(model, tokenizer, "year = ", top_k=1, top_p=0.1, **settings)
+    assert (
+        awrs.tokens == mask.tokens == cut.tokens
+        and awrs.text.isdigit()
+        and math.isnan(awrs.log_z)
+        and math.isnan(awrs.log_weight)
+    )
 
 
 class Counter:
@@ -229,6 +235,8 @@ def test_checks_are_counted():
     result = generate(model, tokenizer, "abc", constraint=constraint, seed=2, max_new_tokens=6, extra_checks=1)
     assert result.checks_per_token == 3
     assert generate(model, tokenizer, "abc", seed=2).checks_per_token == 0
+    masked = generate(model, tokenizer, "abc", constraint=constraint, seed=2, max_new_tokens=6, method="mask")
+    assert masked.checks_per_token == EOS + 2  # every token of the vocabulary
 
 
 def test_several_eos_ids_end_a_text_and_padding_is_never_drawn():
@@ -401,9 +409,23 @@ def test_an_unsatisfiable_constraint_is_found_before_the_first_forward():
         ({"ess_threshold": 2}, "ess_threshold must be between 0 and 1, got 2"),
         ({"max_checks": 0}, "max_checks must be 1 or more"),
         ({"extra_checks": -1}, "extra_checks must be 0 or more"),
+        ({"max_checks": 3, "method": "mask"}, "settings of method 'awrs', not of 'mask'"),
+        ({"extra_checks": 1, "method": "reject"}, "settings of method 'awrs', not of 'reject'"),
+        ({"particles": 2.0}, "particles must be an integer, got 2.0"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be an integer, got '5'"),
+        ({"max_new_tokens": None}, "max_new_tokens must be an integer, got None"),
+        ({"top_k": 2.5}, "top_k must be an integer, or None, got 2.5"),
+        ({"seed": "x"}, "seed must be an integer, or None, got 'x'"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"top_p": "0.5"}, "top_p must be a number, or None, got '0.5'"),
+        ({"critic": 5}, "critic must be a function from a text to a log score, got 5"),
+        ({"critic": lambda text: "good"}, "critic must return a log score below infinity, got 'good' for the text"),
+        ({"critic": lambda text: None}, "critic must return a log score below infinity, got None for the text"),
+        ({"stop": 5}, "stop must be strings that are not empty, got 5"),
         ({"stop": [""]}, "stop must be strings that are not empty"),
         ({"constraint": "[0-9]+"}, r"constraint must be a Constraint such as hasten.Regex\(...\), got '\[0-9\]\+'"),
         ({"start_after": "x"}, "start_after='x' says where a constraint begins"),
+        ({"start_after": 5, "constraint": Predicate(str.isalpha)}, "start_after=5 says where a constraint begins"),
         ({"stream": True, "particles": 2}, "stream needs one prompt and one particle, got 1 and 2"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": ["a", ""]}, "prompt 1 is empty: it has no tokens"),

@@ -53,6 +53,17 @@ def test_scores_are_masked_as_the_constraint_says():
         assert torch.equal(masked[:, allowed], scores[:, allowed])
 
 
+def test_a_call_on_what_the_call_before_gave_goes_on():
+    model, tokenizer = toy()
+    processor = ConstraintLogitsProcessor(Regex("ab[cd]e"), tokenizer, model)
+    settings = {"logits_processor": [processor], "do_sample": False, "pad_token_id": EOS}
+    rows = model.generate(torch.tensor([[0, 1]]), max_new_tokens=2, **settings)
+    longer = model.generate(rows, max_new_tokens=9, **settings)
+    assert re.fullmatch("abab[cd]e", tokenizer.decode(longer[0], skip_special_tokens=True))
+    again = model.generate(torch.tensor([[2, 3]]), max_new_tokens=2, **settings)
+    assert tokenizer.decode(again[0]) == "cdab"
+
+
 def test_a_dead_end_is_an_error():
     model, tokenizer = toy()
     constraint = Predicate(lambda text: text in ("", "a"), on="prefix") & Predicate(
