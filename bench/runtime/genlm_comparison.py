@@ -7,15 +7,16 @@ Run by hand from outside the repository's root:
     python -m hasten.bench.runtime.genlm_comparison --genlm-python peer/bin/python [--json FILE]
 
 Both sides get the same folder with a model in float32, prompt, constraint, temperature 1, number of particles and of tokens, ESS threshold 0.5,
-multinomial resampling and number of threads; they take turns, seed by seed. Tokens per second: tokens that the particles hold at the end over the
-seconds of the call that generates them. Loading, compiling the constraint and building the sampler are excluded, on both sides, as far as the
+multinomial resampling and number of threads; they take turns, seed by seed. Tokens per second: tokens that particles of weight above 0 hold at the
+end, over the seconds of the call that generates them; the medians over seeds and their ratio are printed. Loading, compiling the constraint and building the sampler are excluded, on both sides, as far as the
 interfaces allow (`hasten.generate` binds the constraint in the call, and genlm-control's sampler is built before its own).
 
 genlm-control waits up to 20 ms for queries that fill a batch of 20. So it runs as it is installed, and a second time with batches of exactly as many
 queries as there are particles and no more than 1 ms of waiting; the ratio is to the faster of the two.
 
 Not the same on both sides: genlm-control's target is texts that end within the limit (an end is forced and weighted there), hasten's texts that are
-complete at it; the JSON of genlm-control may have its properties in any order and more whitespace.
+complete at it; the JSON of genlm-control may have its properties in any order and more whitespace. genlm-control gives weight 0 where less than
+1e-5 of the law is valid; where all its particles end so, there is no ratio.
 """
 
 import argparse
@@ -47,6 +48,10 @@ BATCHINGS = {"as installed": {}, "no waiting": {"timeout": 0.001}}
 VOCABULARY = 32_000
 
 
+LIST_PROMPT = "first = [1, 2, 3, 4]\nsecond = [2, 4, 6, 8]\nthird = "
+LIST = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9999}, "maxItems": 6}
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is generated, and how much of it is worth timing."""
@@ -56,13 +61,17 @@ class Problem:
     constraint: str
     tokens: int
     seeds: int
+    prompt: str = PROMPT
 
 
+TRAINED, RANDOM = "stdlib-llama (4k)", "random Llama (32k)"
 PROBLEMS = (
-    Problem("stdlib-llama (4k)", "regex", "[a-z_ ]+", 32, 5),
-    Problem("stdlib-llama (4k)", "JSON schema", json.dumps(SCHEMA), 32, 3),
-    Problem("random Llama (32k)", "regex", "[a-z_ ]+", 32, 5),
-    Problem("random Llama (32k)", "JSON schema", json.dumps(SCHEMA), 16, 3),
+    Problem(TRAINED, "regex", "[a-z_ ]+", 32, 5),
+    Problem(TRAINED, "regex", "[a-z_ ]+", 128, 3),
+    Problem(TRAINED, "JSON list", json.dumps(LIST), 32, 3, LIST_PROMPT),
+    Problem(TRAINED, "JSON object", json.dumps(SCHEMA), 64, 3),
+    Problem(RANDOM, "regex", "[a-z_ ]+", 32, 3),
+    Problem(RANDOM, "JSON object", json.dumps(SCHEMA), 64, 1),
 )
 
 
@@ -127,14 +136,14 @@ class Ours:
     def generate(self, job: dict) -> dict:
         begin = time.perf_counter()
         result = generate(
-            self._model, self.tokenizer, PROMPT,
+            self._model, self.tokenizer, job["text"],
             constraint=Regex(job["constraint"]) if job["kind"] == "regex" else JsonSchema(json.loads(job["constraint"])),
             particles=job["particles"], max_new_tokens=job["tokens"], temperature=job["temperature"], seed=job["seed"],
             ess_threshold=job["ess_threshold"], resampling=job["resampling"], on_dead="return",
         )  # fmt: skip
         seconds = time.perf_counter() - begin
         alive = [text.log_weight > -math.inf for text in result.particles]
-        kept = sum(len(text.tokens) for text in result.particles)
+        kept = sum(len(text.tokens) for text, lives in zip(result.particles, alive, strict=True) if lives)
         return {"seconds": seconds, "kept": kept, "alive": sum(alive) / len(alive), "log_z": result.log_z}
 
 
@@ -142,7 +151,7 @@ def compare(problem: Problem, folder: Path, peer: Peer, particles: int) -> list[
     """A record for hasten and for each way to run genlm-control. Seed 0 is for warming up."""
     ours = Ours(folder)
     job = {
-        "folder": str(folder), "prompt": ours.tokenizer(PROMPT)["input_ids"], "temperature": 1.0, "kind": problem.kind,
+        "folder": str(folder), "prompt": ours.tokenizer(problem.prompt)["input_ids"], "text": problem.prompt, "temperature": 1.0, "kind": problem.kind,
         "constraint": problem.constraint, "tokens": problem.tokens, "particles": particles,
         "ess_threshold": ESS_THRESHOLD, "resampling": RESAMPLING,
     }  # fmt: skip
@@ -174,8 +183,8 @@ def show(record: dict) -> None:
     problem = record["problem"]
     ratio = record.get("times_of_fastest_peer")
     print(
-        f"{problem['model']:19} {problem['kind']:12} {record['particles']:3} particles  {record['way']:28} "
-        f"{record['tokens_per_second']:9.1f} tokens/s  {record['kept']:5.0f} tokens in {record['milliseconds']:9.1f} ms  "
+        f"{problem['model']:19} {problem['kind']:11} {problem['tokens']:4} tokens {record['particles']:3} particles  {record['way']:28} "
+        f"{record['tokens_per_second']:9.1f} tokens/s  {record['kept']:5.0f} kept in {record['milliseconds']:9.1f} ms  "
         f"{record['alive']:4.0%} alive" + (f"  {ratio:6.2f} x the faster peer" if ratio else ""),
         flush=True,
     )  # fmt: skip
@@ -192,9 +201,12 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     peer, records = Peer(arguments.genlm_python, arguments.threads), []
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {"stdlib-llama (4k)": hasten.embedded_model(), "random Llama (32k)": random_llama(Path(scratch))}
-        for problem in PROBLEMS:
-            for particles in PARTICLES if arguments.only in f"{problem.model} {problem.kind}" else ():
+        chosen = [problem for problem in PROBLEMS if arguments.only in f"{problem.model} {problem.kind}"]
+        folders = {TRAINED: hasten.embedded_model()}
+        if any(problem.model == RANDOM for problem in chosen):
+            folders[RANDOM] = random_llama(Path(scratch))
+        for problem in chosen:
+            for particles in PARTICLES:
                 records += (found := compare(problem, folders[problem.model], peer, particles))
                 for record in found:
                     show(record)

@@ -33,8 +33,7 @@ def condition(folder: str, temperature: float, batching: tuple, kind: str, text:
 def generate(job: dict) -> dict:
     """One call of AWRS with SMC; only `smc` itself is timed.
 
-    Every token that was drawn and not refused is kept. The limit is one token higher than hasten's, since the last token under it is an end that is
-    not drawn.
+    The limit is one token higher than hasten's, since the last token under it is an end that is not drawn, and is not counted.
     """
     batching = tuple(sorted(job["batching"].items()))
     llm = language_model(job["folder"], job["temperature"], batching)
@@ -49,9 +48,7 @@ def generate(job: dict) -> dict:
     )
     seconds = time.perf_counter() - begin
     alive = [weight > float("-inf") for weight in sequences.log_weights]
-    kept = [
-        min(len(context) - (not lives), job["tokens"]) for context, lives in zip(sequences.contexts, alive, strict=True)
-    ]
+    kept = [min(len(context), job["tokens"]) for context, lives in zip(sequences.contexts, alive, strict=True) if lives]
     return {"seconds": seconds, "kept": sum(kept), "alive": sum(alive) / len(alive), "log_z": float(sequences.log_ml)}
 
 
