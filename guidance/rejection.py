@@ -112,7 +112,7 @@ def draw(
     max_checks: int | None = None,
     extra_checks: int = 0,
     fill_masks: Sequence[FillMask | None] | None = None,
-    mask_after: int = MASK_AFTER,
+    mask_after: int | Sequence[int] = MASK_AFTER,
     greedy: bool = False,
 ) -> Draw:
     """Draws one token per row from softmax(logits) restricted to valid tokens, with a proper weight.
@@ -125,7 +125,8 @@ def draw(
         extra_checks: so many checks beyond the one that the closed form needs; they lower the variance of the weight.
         fill_masks: for each row a function that sets bit t % 32 of word t // 32 of an int32 array [ceil(V / 32)] of zeros for every valid token t, or
             None where nothing can. It must agree with `is_valid`.
-        mask_after: so many refused tokens before the row's mask takes over, which makes the weight exact: log_weight = log Z.
+        mask_after: so many refused tokens before the row's mask takes over, which makes the weight exact: log_weight = log Z. A sequence: one for each
+            row; chosen by what was drawn before, they leave the weights unbiased.
         greedy: the likeliest valid token instead of a draw (temperature 0). There is no law then, and log_weight is NaN.
 
     Returns:
@@ -134,7 +135,7 @@ def draw(
     Raises:
         ValueError: logits of another shape or dtype, with NaN or +inf; counts that are too small; another number of fill_masks than rows.
     """
-    _check(logits, max_checks, extra_checks, mask_after, fill_masks)
+    _check(logits, generator, max_checks, extra_checks, mask_after, fill_masks)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     rows = len(logits)
     if rows == 0:
@@ -143,38 +144,50 @@ def draw(
         return _unconstrained(logits, generator, greedy)
     generators = [generator] * rows if isinstance(generator, torch.Generator) else generator
     fillers = [None] * rows if fill_masks is None else fill_masks
-    block = Block(logits, FIRST_BLOCK, generator, greedy)
-    _refuse_bad_norm(block.log_norm)
-    outcomes, masked = [], []
+    patience = [mask_after] * rows if isinstance(mask_after, int) else mask_after
+    patience = [None if filler is None else after for filler, after in zip(fillers, patience, strict=True)]
+    walking = [row for row in range(rows) if patience[row] != 0]
+    outcomes = [_Outcome() for _ in range(rows)]
+    log_norm = np.empty(rows)
+    if walking:
+        every = len(walking) == rows
+        walked_logits = logits if every else logits[walking]
+        block = Block(walked_logits, FIRST_BLOCK, generator if every else [generators[row] for row in walking], greedy)
+        log_norm[walking] = block.log_norm
+    if len(walking) < rows:
+        others = [row for row in range(rows) if patience[row] == 0]
+        log_norm[others] = _log_norm(logits[others])
+    _refuse_bad_norm(log_norm)
+    for place, row in enumerate(walking):
+        order = LazyOrder(walked_logits[place : place + 1], block, place, generators[row], greedy)
+        walked = walk(order, lambda token, row=row: is_valid(row, token), max_checks, extra_checks, patience[row])
+        outcomes[row] = _Outcome.of(walked, order, greedy)
     for row in range(rows):
-        order = LazyOrder(logits[row : row + 1], block, row, generators[row], greedy)
-        patience = mask_after if fillers[row] is not None else None
-        walked = walk(order, lambda token, row=row: is_valid(row, token), max_checks, extra_checks, patience)
-        outcomes.append(_Outcome.of(walked, order, greedy))
-        if walked.end == "mask":
-            masked.append(row)
-    _draw_by_mask(outcomes, masked, logits, block.log_norm, fillers, generators, greedy)
+        if outcomes[row].masked:
+            _draw_by_mask(outcomes[row], logits[row], log_norm[row], fillers[row], generators[row], greedy)
     return _collect(outcomes, logits.device)
 
 
 @dataclass(slots=True)
 class _Outcome:
-    """What became of one row."""
+    """What became of one row; as it stands, that its mask has to draw."""
 
-    token: int
-    log_weight: float
-    checks: int
-    status: Status
-    masked: bool = False
+    token: int = -1
+    log_weight: float = -math.inf
+    checks: int = 0
+    status: Status = "no_support"
+    masked: bool = True
 
     @classmethod
     def of(cls, walked: Walk, order: LazyOrder, greedy: bool) -> _Outcome:
         checks = len(walked.tokens)
+        if walked.end == "mask":
+            return cls(checks=checks)
         if walked.end != "accepted":
-            return cls(-1, -math.inf, checks, "budget_spent" if walked.end == "budget_spent" else "no_support")
+            return cls(checks=checks, status=walked.end, masked=False)
         token = walked.tokens[walked.valid.index(True)]
         log_weight = math.nan if greedy else log_weight_of(order, walked.valid)
-        return cls(token, log_weight, checks, "accepted")
+        return cls(token, log_weight, checks, "accepted", masked=False)
 
 
 def log_weight_of(order: LazyOrder, valid: Sequence[bool]) -> float:
@@ -187,35 +200,41 @@ def log_weight_of(order: LazyOrder, valid: Sequence[bool]) -> float:
 
 
 def _draw_by_mask(
-    outcomes: list[_Outcome],
-    rows: list[int],
+    outcome: _Outcome,
     logits: torch.Tensor,
-    log_norm: torch.Tensor,
-    fillers: Sequence[FillMask | None],
-    generators: Sequence[torch.Generator],
+    log_norm: float,
+    fill_mask: FillMask,
+    generator: torch.Generator,
     greedy: bool,
 ) -> None:
-    """Replaces the outcomes of `rows` by draws among all tokens that their masks allow; the weight is Z.
+    """Makes the outcome of a row with logits [V] a draw among all tokens that its mask allows; the weight is Z.
 
     Given the tokens that were refused, the first valid one of the order has the law p v / Z, and so has a fresh draw from it.
     """
-    if not rows:
-        return
-    width = logits.shape[1]
-    masks = np.zeros((len(rows), -(-width // 32)), dtype=np.int32)
-    for mask, row in zip(masks, rows, strict=True):
-        fillers[row](mask)
-    allowed = logits[rows].masked_fill(~unpack_mask(torch.from_numpy(masks).to(logits.device), width), -torch.inf)
-    log_mass = allowed.double().logsumexp(-1).cpu() - log_norm[rows]
-    living = [i for i, mass in enumerate(log_mass.tolist()) if mass > -math.inf]
-    if living:
-        tokens = _pick(allowed[living], [generators[rows[i]] for i in living], greedy)
-        for i, token in zip(living, tokens.tolist(), strict=True):
-            outcome = outcomes[rows[i]]
-            outcome.token, outcome.status = token, "accepted"
-            outcome.log_weight = math.nan if greedy else float(log_mass[i])
-    for row in rows:
-        outcomes[row].masked = True
+    width = len(logits)
+    mask = np.zeros(-(-width // 32), dtype=np.int32)
+    fill_mask(mask)
+    ids = torch.from_numpy(_allowed_ids(mask, width))
+    allowed = logits[ids.to(logits.device)].double()
+    log_mass = float(allowed.logsumexp(-1)) - log_norm if len(ids) else -math.inf
+    if log_mass > -math.inf:
+        outcome.token, outcome.status = int(ids[_pick(allowed[None], generator, greedy)]), "accepted"
+        outcome.log_weight = math.nan if greedy else log_mass
+
+
+def _allowed_ids(mask: np.ndarray, width: int) -> np.ndarray:
+    """The set bits of an int32 mask [ceil(width / 32)] below width, ascending."""
+    words = np.flatnonzero(mask)
+    bits = np.unpackbits(mask[words].view(np.uint8), bitorder="little").view(bool).nonzero()[0]
+    ids = 32 * words[bits >> 5] + (bits & 31)
+    return ids[: np.searchsorted(ids, width)]
+
+
+def _log_norm(logits: torch.Tensor) -> np.ndarray:
+    """logsumexp of each row, float64 [R]."""
+    top = logits.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0.0)
+    return (top[:, 0].double() + (logits - top).exp_().sum(-1, dtype=torch.float64).log()).cpu().numpy()
 
 
 def unpack_mask(mask: torch.Tensor, width: int) -> torch.Tensor:
@@ -232,7 +251,7 @@ def _pick(logits: torch.Tensor, generator: Generators, greedy: bool) -> torch.Te
 
 def _unconstrained(logits: torch.Tensor, generator: Generators, greedy: bool) -> Draw:
     top = logits.amax(-1).cpu()
-    _refuse_bad_norm(top)
+    _refuse_bad_norm(top.double().numpy())
     living = top > -torch.inf
     tokens = torch.full((len(logits),), -1)
     if living.any():
@@ -258,19 +277,25 @@ def _collect(outcomes: list[_Outcome], device: torch.device) -> Draw:
     )
 
 
-def _refuse_bad_norm(norm: torch.Tensor) -> None:
-    bad = (norm.isnan() | (norm == torch.inf)).nonzero()[:, 0].tolist()
+def _refuse_bad_norm(norm: np.ndarray) -> None:
+    bad = np.flatnonzero(np.isnan(norm) | (norm == np.inf)).tolist()
     if bad:
         raise ValueError(f"logits must be finite or -inf, row {bad[0]} holds NaN or +inf")
 
 
-def _check(logits, max_checks, extra_checks, mask_after, fill_masks) -> None:
+def _check(logits, generator, max_checks, extra_checks, mask_after, fill_masks) -> None:
     if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits must be floats [R, V] with V > 0, got {logits.dtype} {list(logits.shape)}")
     if max_checks is not None and max_checks < 1:
         raise ValueError(f"max_checks must be 1 or more, or None, got {max_checks}")
-    for name, value in (("extra_checks", extra_checks), ("mask_after", mask_after)):
-        if value < 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}")
+    if extra_checks < 0:
+        raise ValueError(f"extra_checks must be 0 or more, got {extra_checks}")
+    after = [mask_after] if isinstance(mask_after, int) else mask_after
+    if min(after, default=0) < 0:
+        raise ValueError(f"mask_after must be 0 or more, got {min(after)}")
+    if not isinstance(mask_after, int) and len(mask_after) != len(logits):
+        raise ValueError(f"mask_after must be one, or one per row: got {len(mask_after)} for {len(logits)} rows")
+    if not isinstance(generator, torch.Generator) and len(generator) != len(logits):
+        raise ValueError(f"generator must be one, or one per row: got {len(generator)} for {len(logits)} rows")
     if fill_masks is not None and len(fill_masks) != len(logits):
         raise ValueError(f"fill_masks must be one per row, got {len(fill_masks)} for {len(logits)} rows")

@@ -24,6 +24,8 @@ Status = Literal["complete", "stopped", "length", "incomplete", "dead"]
 
 METHODS = ("awrs", "mask", "reject")
 SHOWN = 80
+# A mask says how much of the law is valid. Where it was less than this, a walk would have ended at the mask too: the next token needs no walk.
+LITTLE_MASS = -math.log(MASK_AFTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Particle:
 
     prompt: which of the prompts it continues. tokens: what was drawn, EOS too. text: the bytes that the constraint is about, without EOS and without a
     stop string; preamble: those before, if there is a marker to wait for. status: None while it grows. reason: why it died, in words.
+    mask_first: whether the next token is drawn by a mask at once.
     """
 
     prompt: int
@@ -65,6 +68,7 @@ class Particle:
     status: Status | None = None
     reason: str = ""
     score: tuple[bytes, float] | None = None
+    mask_first: bool = False
 
 
 class Run:
@@ -123,12 +127,13 @@ class Run:
         """One token for each particle of `growing`, whose laws are the rows of `logits`."""
         drawn = self._draw(growing, self._law(growing, logits))
         increments = torch.zeros(len(self.particles), dtype=torch.float64)
-        weights, checks = drawn.log_weight.tolist(), drawn.checks.tolist()
-        for i, token, weight, checked, status in zip(
-            growing, drawn.token.tolist(), weights, checks, drawn.status, strict=True
+        weights, checks, masked = drawn.log_weight.tolist(), drawn.checks.tolist(), drawn.masked.tolist()
+        for i, token, weight, checked, by_mask, status in zip(
+            growing, drawn.token.tolist(), weights, checks, masked, drawn.status, strict=True
         ):
             particle = self.particles[i]
             particle.checks += checked
+            particle.mask_first = by_mask and weight < LITTLE_MASS
             if status == "accepted":
                 increments[i] = 0.0 if self.sampling.greedy else weight
                 self._append(particle, token)
@@ -164,6 +169,7 @@ class Run:
         generators = [self.generators[self.particles[i].prompt] for i in growing]
         if bound is None or sampling.method == "reject":
             return draw(law, None, generator=generators, greedy=sampling.greedy)
+        mask_first = [sampling.method == "mask" or self.particles[i].mask_first for i in growing]
         masks = None
         if sampling.method == "mask" or bound.can_fill_mask:
             masks = [partial(self._fill, self.particles[i]) for i in growing]
@@ -174,7 +180,7 @@ class Run:
             max_checks=sampling.max_checks,
             extra_checks=sampling.extra_checks,
             fill_masks=masks,
-            mask_after=0 if sampling.method == "mask" else MASK_AFTER,
+            mask_after=[0 if first else MASK_AFTER for first in mask_first],
             greedy=sampling.greedy,
         )
 

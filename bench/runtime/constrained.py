@@ -31,20 +31,54 @@ SCHEMA = {
     "required": ["name", "kind", "sizes"],
     "additionalProperties": False,
 }
+
+
+def without_q(text: str) -> bool:
+    """Some 0.3 us a call."""
+    return "q" not in text and text.count("\n") < 20
+
+
+def brackets(text: str) -> bool:
+    """No bracket closes that is not open; some 10 us a call."""
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return False
+    return True
+
+
 CONSTRAINTS = {
     "JSON schema": JsonSchema(SCHEMA, whitespace="[ ]?"),
     "regex": Regex(r"[a-z ]{200,}"),
-    "predicate": Predicate(lambda text: "q" not in text and text.count("\n") < 20),
+    "predicate": Predicate(without_q),
+    "slower predicate": Predicate(brackets),
 }
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to generate, and how many tokens are worth timing."""
+    """One way to generate, and how many tokens are worth timing.
+
+    method: of hasten; "transformers": its own loop, which for a predicate asks the function about every token.
+    """
 
     constraint: Constraint | None
     method: str
     tokens: int
+    checks: int | None = None
+
+
+class WholeVocabulary(transformers.LogitsProcessor):
+    """A function asked about every token, by plain Python: what there is to do without a sampler that asks about few."""
+
+    def __init__(self, function, pieces: list[str], begin: int):
+        self._function, self._pieces, self._begin = function, pieces, begin
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        text = "".join(self._pieces[token] for token in input_ids[0, self._begin :].tolist())
+        refused = [not self._function(text + piece) for piece in self._pieces]
+        return scores.masked_fill(torch.tensor(refused), -torch.inf)
 
 
 def embedded():
@@ -74,48 +108,61 @@ def wide():
     return random_model(config, torch.float32, "cpu"), tokenizer
 
 
-def transformers_loop(model, tokenizer, tokens: int) -> int:
+def transformers_loop(model, tokenizer, way: Way, pieces: list[str]) -> int:
+    """The number of tokens that were generated."""
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    begin = inputs["input_ids"].shape[1]
+    processors = [WholeVocabulary(way.constraint.function, pieces, begin)] if way.constraint else []
     output = model.generate(
-        **inputs, do_sample=True, top_k=0, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id
-    )
-    return output.shape[1] - inputs["input_ids"].shape[1]
+        **inputs, do_sample=True, top_k=0, max_new_tokens=way.tokens, pad_token_id=tokenizer.eos_token_id,
+        logits_processor=processors,
+    )  # fmt: skip
+    return output.shape[1] - begin
+
+
+def ways(vocabulary: int) -> dict[str, Way]:
+    found = {
+        "transformers, no constraint": Way(None, "transformers", 96),
+        "hasten, no constraint": Way(None, "awrs", 96),
+    }
+    for kind, constraint in CONSTRAINTS.items():
+        found[f"{kind}, AWRS"] = Way(constraint, "awrs", 64)
+        if not isinstance(constraint, Predicate):
+            found[f"{kind}, mask"] = Way(constraint, "mask", 64)
+            continue
+        tokens = 64 if vocabulary < 10_000 else 4
+        found[f"{kind}, whole vocabulary"] = Way(constraint, "mask", tokens, vocabulary)
+        found[f"{kind}, transformers"] = Way(constraint, "transformers", tokens, vocabulary)
+    return found
 
 
 def measure(name: str, model, tokenizer, rounds: int) -> list[dict]:
     """Milliseconds per token of every way, one after the other in each round: medians, and medians of the ratios to AWRS."""
-    ways = {"hasten, no constraint": Way(None, "awrs", 96)}
-    for kind, constraint in CONSTRAINTS.items():
-        ways[f"{kind}, AWRS"] = Way(constraint, "awrs", 64)
-        slow = kind == "predicate" and len(tokenizer) > 10_000
-        ways[f"{kind}, {'whole vocabulary' if kind == 'predicate' else 'mask'}"] = Way(
-            constraint, "mask", 4 if slow else 64
-        )
-    times: dict[str, list[float]] = {way: [] for way in ["transformers, no constraint", *ways]}
-    checks: dict[str, list[float]] = {way: [] for way in ways}
+    chosen = ways(len(tokenizer))
+    pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
+    times: dict[str, list[float]] = {label: [] for label in chosen}
+    checks: dict[str, list[float]] = {label: [] for label in chosen}
     for seed in range(rounds + 1):  # the first is for warming up
-        for label in times:
+        for label, way in chosen.items():
             torch.manual_seed(seed)
-            begin = time.perf_counter()
-            if label in ways:
-                way = ways[label]
+            begin, asked = time.perf_counter(), way.checks or 0
+            if way.method == "transformers":
+                tokens = transformers_loop(model, tokenizer, way, pieces)
+            else:
                 result = generate(
                     model, tokenizer, PROMPT, constraint=way.constraint, method=way.method, max_new_tokens=way.tokens,
                     seed=seed, on_dead="return",
                 )  # fmt: skip
-                tokens = len(result.tokens)
-                whole = len(tokenizer) if "whole" in label else result.checks_per_token
-                checks[label] += [whole] if seed else []
-            else:
-                tokens = transformers_loop(model, tokenizer, 96)
+                tokens, asked = len(result.tokens), way.checks or result.checks_per_token
             times[label] += [(time.perf_counter() - begin) / tokens] if seed else []
+            checks[label] += [asked] if seed else []
     records = []
     for label, seconds in times.items():
         base = "transformers, no constraint" if "no constraint" in label else label.split(",")[0] + ", AWRS"
         ratios = [own / other for own, other in zip(seconds, times[base], strict=True)]
         records.append({
             "model": name, "way": label, "ms_per_token": 1e3 * statistics.median(seconds), "times_of": base,
-            "times": statistics.median(ratios), "checks_per_token": statistics.mean(checks.get(label) or [0]),
+            "times": statistics.median(ratios), "checks_per_token": statistics.mean(checks[label]),
         })  # fmt: skip
     return records
 

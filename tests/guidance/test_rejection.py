@@ -240,6 +240,31 @@ def test_a_mask_takes_over_and_its_weight_is_z():
         assert ((counts - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom, 0.999
 
 
+def test_rows_have_their_own_patience_and_do_not_depend_on_each_other():
+    logits = torch.randn(4, 300)
+    fill = [lambda mask: mask.__iadd__(bitmask(range(7, 300, 60), 300))] * 4
+    patience = [0, 3, 0, 16]
+
+    def drawn(rows):
+        return draw(
+            logits[rows],
+            lambda row, token: token % 60 == 7,
+            generator=[torch.Generator().manual_seed(row) for row in rows],
+            fill_masks=[fill[row] for row in rows],
+            mask_after=[patience[row] for row in rows],
+        )
+
+    together = drawn([0, 1, 2, 3])
+    exact = logits[:, 7::60].double().logsumexp(-1) - logits.double().logsumexp(-1)
+    for row in range(4):
+        alone = drawn([row])
+        assert (alone.token[0], alone.log_weight[0]) == (together.token[row], together.log_weight[row])
+        assert together.token[row] % 60 == 7
+        if patience[row] == 0:
+            assert together.masked[row] and together.checks[row] == 0
+            assert together.log_weight[row] == pytest.approx(float(exact[row]), abs=1e-5)
+
+
 def test_unpack_mask_has_the_low_bit_first():
     tokens = [0, 31, 32, 66]
     bits = unpack_mask(torch.from_numpy(bitmask(tokens, 70))[None], 70)
@@ -356,6 +381,8 @@ def test_sample_never_gives_a_token_without_mass():
         ({"max_checks": 0}, "max_checks must be 1 or more, or None, got 0"),
         ({"extra_checks": -1}, "extra_checks must be 0 or more, got -1"),
         ({"mask_after": -1}, "mask_after must be 0 or more, got -1"),
+        ({"mask_after": [3, -1]}, "mask_after must be 0 or more, got -1"),
+        ({"mask_after": [3]}, "mask_after must be one, or one per row: got 1 for 2 rows"),
         ({"fill_masks": []}, "fill_masks must be one per row, got 0 for 2 rows"),
         ({"generator": [torch.Generator()]}, "got 1 for 2 rows"),
     ],

@@ -79,6 +79,21 @@ def test_the_law_is_the_models_law_given_the_constraint(name, method):
     assert all(result.resamplings == 0 for result in results) == (method == "reject")
 
 
+def test_the_law_is_the_same_where_a_mask_spares_the_next_walk(monkeypatch):
+    """A mask after one refusal, and at once where the one before found less than 0.9 of the law valid: fewer checks, and still unbiased."""
+    model, tokenizer = toy()
+    law = law_of_texts(model, "abc", LONGEST)
+    checks = {}
+    monkeypatch.setattr("hasten.particles.MASK_AFTER", 1)
+    for little in (-math.inf, math.log(0.9)):
+        monkeypatch.setattr("hasten.particles.LITTLE_MASS", little)
+        settings = {"constraint": CONSTRAINTS["mask"], "max_new_tokens": LONGEST, "on_dead": "return", "seed": 0}
+        results = generate(model, tokenizer, ["abc"] * 120, particles=10, ess_threshold=0.95, **settings)
+        assert_law(results, law, wanted, lambda text: text.find("a"))
+        checks[little] = sum(result.checks_per_token for result in results)
+    assert checks[math.log(0.9)] < checks[-math.inf]
+
+
 def test_one_particle_has_the_law_of_masks_and_many_the_posteriors():
     model, tokenizer = toy()
     law = {text: mass for text, mass in law_of_texts(model, "cab", 3).items() if len(text) == 3 and text[2] == "d"}
