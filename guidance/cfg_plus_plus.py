@@ -21,8 +21,8 @@ class CFGPlusPlus(Guide):
 
     Args:
         strength: the lambda of the paper, in [0, 1]; 0 is the unconditional model.
-        eta: of the sampler: 0 for a deterministic one, 1 for Euler ancestral and DDPM; any other than the sampler's is refused. The step then leads down to s_down = sqrt(s'^2 - s_up^2), with
-            s_up^2 = eta^2 * s'^2 * (s^2 - s'^2) / s^2.
+        eta: of the sampler: 0 for a deterministic one, 1 for Euler ancestral and DDPM; any other than the sampler's is refused. The step then
+            leads down to s_down = sqrt(s'^2 - s_up^2), with s_up^2 = eta^2 * s'^2 * (s^2 - s'^2) / s^2.
         reference_steps: the number of steps at which `strength` is meant. On a grid of N steps, each step is then guided as on a grid of
             `reference_steps` that runs through it N / reference_steps times as fast in log s, which does have a limit. None: as published.
     """

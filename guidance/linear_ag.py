@@ -123,10 +123,8 @@ class Coefficients:
 
     def __post_init__(self):
         for count, step in enumerate(sorted(self.betas)):
-            betas, expected = (
-                self.betas[step],
-                2 * step + 1 - count,
-            )  # `count` unconditional predictions before it are predicted ones
+            betas = self.betas[step]
+            expected = 2 * step + 1 - count  # all passes so far but `count`, which were estimated
             if len(betas) != expected or not all(isinstance(beta, (int, float)) for beta in betas):
                 raise ValueError(f"expected {expected} numbers as coefficients of step {step}, got {betas!r}")
 

@@ -1,6 +1,7 @@
 """Classifier-free guidance, intervals, cutoff and two scales: identities, and evaluations counted by the denoiser itself."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,10 @@ def test_rescale():
     mixed = ClassifierFreeGuidance(6.0, rescale=0.3)(state)
     torch.testing.assert_close(mixed, 0.3 * full + 0.7 * plain, rtol=1e-14, atol=1e-15)
     assert torch.equal(ClassifierFreeGuidance(6.0, rescale=0.0)(state), plain)
+    half = replace(state, **{name: getattr(state, name).half() for name in ("conditional", "unconditional")})
+    assert ClassifierFreeGuidance(6.0, rescale=0.3)(half).dtype == torch.float16
+    flat = replace(state, unconditional=torch.zeros_like(plain), conditional=torch.ones_like(plain))
+    assert torch.equal(ClassifierFreeGuidance(6.0, rescale=0.0)(flat), 6 * flat.conditional)  # which has no deviation
 
 
 def test_both_scale_conventions():

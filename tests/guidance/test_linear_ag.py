@@ -119,6 +119,10 @@ def test_a_ridge_makes_coefficients_smaller():
         for ridge in (0.0, 1e-3, 1e-1, 10.0)
     ]
     assert size == sorted(size, reverse=True) and size[-1] < 0.5 * size[0]
+    once, often = recorded(mixture(), 1), recorded(mixture(), 1)
+    often.grams.update({step: 100 * gram for step, gram in often.grams.items()})
+    for step, betas in fit(once, recorded(mixture(), 2), 0.1).betas.items():  # it counts in the regressors' own size
+        assert fit(often, recorded(mixture(), 2), 0.1).betas[step] == pytest.approx(betas, rel=1e-6)
 
 
 def test_saved_coefficients_come_back_exactly(tmp_path):

@@ -97,6 +97,10 @@ def test_schedules_are_what_they_say():
     assert set(ve.alphas) == {1.0}
     assert ve.sigmas[0] == pytest.approx(80) and ve.sigmas[9] == pytest.approx(0.002) and ve.sigmas[10] == 0
     assert ve.sigmas[1] == pytest.approx((80 ** (1 / 7) * 8 / 9 + 0.002 ** (1 / 7) / 9) ** 7)
+    uneven = variance_preserving(
+        ALPHAS_CUMPROD, 7
+    ).alphas  # at 1000 - 4 * 1000 / 7 = 428.57, rounded, from the first level on
+    assert uneven[4] == pytest.approx(float(ALPHAS_CUMPROD[428]) ** 0.5)
     assert rectified.sigmas[0] == 1 and rectified.sigmas[5] == pytest.approx(0.75) and rectified.sigmas[-1] == 0
     assert all(abs(a + s - 1) < 1e-15 for a, s in zip(rectified.alphas, rectified.sigmas, strict=True))
 
@@ -110,6 +114,7 @@ def test_schedules_are_what_they_say():
         (lambda: Schedule((1.0, 1.0), (float("inf"), 0.5)), "must be finite and not below 0"),
         (lambda: variance_preserving(ALPHAS_CUMPROD[:5], 6), "at least 6 steps"),
         (lambda: variance_exploding(0.1, 0.2, 5), "0 < sigma_min < sigma_max"),
+        (lambda: variance_exploding(2.0, 0.2, 5, rho=-7.0), "and rho > 0"),
         (lambda: flow(0), "count must be an integer of at least 1, got 0"),
         (lambda: flow(4, shift=0.0), "shift must be above 0"),
     ],
