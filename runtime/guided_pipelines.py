@@ -41,8 +41,9 @@ def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
     Raises:
         TypeError: guide is no Guide.
         UnsupportedModelError: the pipeline's loop or its scheduler is not known, or it has no unconditional pass at all.
-        StateError: the pipeline is guided already, or its denoiser has a cache of diffusers enabled.
-        ValueError: in the block: the guide needs a pass that this call of the pipeline does not make, or predictions that are not finite.
+        StateError: the pipeline, or a part that it shares with another one, is guided already, or its denoiser has a cache of diffusers enabled.
+        ValueError: in the block: the guide needs a pass that this call of the pipeline does not make, it is for other samplers (CFG++ and its eta), or
+            predictions are not finite.
     """
     _check_guide(guide)
     check_diffusers()
@@ -79,6 +80,7 @@ def guider(guide: Guide, scheduler: Any) -> Any:
     Raises:
         TypeError: guide is no Guide.
         UnsupportedModelError: the scheduler is not known; while the pipeline runs: its denoiser is not.
+        ValueError: while the pipeline runs, as in `guided`.
     """
     _check_guide(guide)
     check_diffusers()

@@ -8,7 +8,7 @@ from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 
 from hasten.guidance.adaptive import AdaptiveGuidance
 from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
-from hasten.guidance.intervals import StepSet, Within
+from hasten.guidance.intervals import StepInterval, StepSet, Within
 from hasten.guidance.sampling import sample
 
 N, B = 16, 5
@@ -89,6 +89,8 @@ def test_rows_stop_by_themselves_as_if_alone():
         alone = run(AdaptiveGuidance(batch="rows", **GUIDE), x=x[row : row + 1])
         assert alone.evaluations == N + guided[row]
         torch.testing.assert_close(alone.sample[0], together.sample[row], rtol=0, atol=1e-12)
+    within = run(Within(AdaptiveGuidance(batch="rows", **GUIDE), StepInterval()))
+    assert within.rows == together.rows and torch.equal(within.sample, together.sample)
 
 
 def test_the_batch_stops_with_its_last_row():

@@ -244,7 +244,7 @@ def test_image_to_image_begins_in_the_middle():
     torch.testing.assert_close(found, torch.ones_like(expected), rtol=0, atol=1e-4)
 
 
-def test_a_base_model_stops_before_the_end_and_its_refiner_goes_on():
+def test_a_base_model_may_stop_before_the_end():
     pipe = SDXL.build()
     expected = call(pipe, SDXL, denoising_end=0.5)
     with guided(pipe, Plain()) as run:
