@@ -25,6 +25,7 @@ class Decoder:
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_last_only = "logits_to_keep" in accepted
+        self._masks_steps = "past_key_values" in accepted  # a purely recurrent model has no padding in what it keeps
         self._cache: dict[str, object] = {}
         self._mask: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
@@ -49,7 +50,10 @@ class Decoder:
         positions = torch.arange(width, device=device) - (width - self._lengths[:, None])
         if (positions < 0).any():
             self._mask = (positions >= 0).long()
-        return self._forward(ids, positions.clamp(min=0))
+        logits = self._forward(ids, positions.clamp(min=0))
+        if not self._masks_steps:
+            self._mask = None
+        return logits
 
     @torch.inference_mode()
     def step(self, tokens: list[int], rows: list[int]) -> torch.Tensor:
