@@ -25,7 +25,6 @@ class Decoder:
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_last_only = "logits_to_keep" in accepted
-        self._masks_steps = "past_key_values" in accepted  # a purely recurrent model has no padding in what it keeps
         self._cache: dict[str, object] = {}
         self._mask: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
@@ -51,7 +50,7 @@ class Decoder:
         if (positions < 0).any():
             self._mask = (positions >= 0).long()
         logits = self._forward(ids, positions.clamp(min=0))
-        if not self._masks_steps:
+        if "cache_params" in self._cache:  # a purely recurrent model keeps nothing of the padding that could be masked
             self._mask = None
         return logits
 
@@ -86,6 +85,11 @@ class Decoder:
         if self._takes_last_only:
             arguments["logits_to_keep"] = 1
         output = self._model(**arguments)
+        if not (hasattr(output, "past_key_values") or hasattr(output, "cache_params")):
+            name = type(self._model).__name__
+            raise UnsupportedModelError(
+                "", name, "its output has no cache that texts can share", "use another causal LM"
+            )
         self._cache = cache_of(output)
         return output.logits[:, -1]
 

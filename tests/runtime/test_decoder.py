@@ -83,3 +83,10 @@ def test_encoder_decoders_are_refused():
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
     with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration.*use a causal LM"):
         Decoder(transformers.T5ForConditionalGeneration(config))
+
+
+def test_models_without_a_cache_of_transformers_are_refused():
+    config = transformers.RwkvConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2)
+    model = transformers.RwkvForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModelError, match="has no cache that texts can share"):
+        Decoder(model).prefill([[5, 6]])
