@@ -49,7 +49,10 @@ class Decoder:
         positions = torch.arange(width, device=device) - (width - self._lengths[:, None])
         if (positions < 0).any():
             self._mask = (positions >= 0).long()
-        return self._forward(ids, positions.clamp(min=0))
+        logits = self._forward(ids, positions.clamp(min=0))
+        if "cache_params" in self._cache:  # a purely recurrent model keeps nothing of the padding that could be masked
+            self._mask = None
+        return logits
 
     @torch.inference_mode()
     def step(self, tokens: list[int], rows: list[int]) -> torch.Tensor:
@@ -82,6 +85,11 @@ class Decoder:
         if self._takes_last_only:
             arguments["logits_to_keep"] = 1
         output = self._model(**arguments)
+        if not (hasattr(output, "past_key_values") or hasattr(output, "cache_params")):
+            name = type(self._model).__name__
+            raise UnsupportedModelError(
+                "", name, "its output has no cache that texts can share", "use another causal LM"
+            )
         self._cache = cache_of(output)
         return output.logits[:, -1]
 

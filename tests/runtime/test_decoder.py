@@ -49,6 +49,19 @@ def test_a_recurrent_state_forks_too():
         torch.testing.assert_close(row, alone(model, text), atol=1e-4, rtol=1e-4)
 
 
+def test_padding_before_a_purely_recurrent_model():
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2)
+    model = transformers.MambaForCausalLM(config).double().eval().requires_grad_(False)
+    decoder = Decoder(model)
+    decoder.prefill([[5, 6, 7, 8], [9]])
+    for step, text in enumerate(([9, 10], [9, 10, 11])):
+        logits = decoder.step([text[-1], text[-1], 12], [1, 1, 0] if step == 0 else [0, 1, 2])
+        for row in (0, 1):
+            torch.testing.assert_close(logits[row], alone(model, text), atol=1e-9, rtol=0)
+    torch.testing.assert_close(logits[2], alone(model, [5, 6, 7, 8, 12, 12]), atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt"])
 def test_a_forked_cache_gives_the_bits_of_a_fresh_prefill(name):
     model = build(name)
@@ -70,3 +83,10 @@ def test_encoder_decoders_are_refused():
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
     with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration.*use a causal LM"):
         Decoder(transformers.T5ForConditionalGeneration(config))
+
+
+def test_models_without_a_cache_of_transformers_are_refused():
+    config = transformers.RwkvConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2)
+    model = transformers.RwkvForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModelError, match="has no cache that texts can share"):
+        Decoder(model).prefill([[5, 6]])
