@@ -39,7 +39,7 @@ def without_q(text: str) -> bool:
 
 
 def brackets(text: str) -> bool:
-    """No bracket closes that is not open; some 10 us a call."""
+    """No bracket closes that is not open: a loop in Python, some 0.1 us for each character of the text."""
     depth = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

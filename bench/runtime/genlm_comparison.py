@@ -42,7 +42,6 @@ from hasten.bench.runtime.decode import random_model
 from hasten.generation import generate
 from hasten.guidance.constraints import JsonSchema, Regex
 
-PARTICLES = (5, 20)
 ESS_THRESHOLD, RESAMPLING = 0.5, "multinomial"
 BATCHINGS = {"as installed": {}, "no waiting": {"timeout": 0.001}}
 VOCABULARY = 32_000
@@ -62,16 +61,17 @@ class Problem:
     tokens: int
     seeds: int
     prompt: str = PROMPT
+    particles: tuple[int, ...] = (5, 20)
 
 
 TRAINED, RANDOM = "stdlib-llama (4k)", "random Llama (32k)"
 PROBLEMS = (
     Problem(TRAINED, "regex", "[a-z_ ]+", 32, 5),
-    Problem(TRAINED, "regex", "[a-z_ ]+", 128, 3),
+    Problem(TRAINED, "regex", "[a-z_ ]+", 128, 2),
     Problem(TRAINED, "JSON list", json.dumps(LIST), 32, 3, LIST_PROMPT),
-    Problem(TRAINED, "JSON object", json.dumps(SCHEMA), 64, 3),
+    Problem(TRAINED, "JSON object", json.dumps(SCHEMA), 64, 2),
     Problem(RANDOM, "regex", "[a-z_ ]+", 32, 3),
-    Problem(RANDOM, "JSON object", json.dumps(SCHEMA), 64, 1),
+    Problem(RANDOM, "JSON object", json.dumps(SCHEMA), 64, 1, particles=(5,)),
 )
 
 
@@ -206,7 +206,7 @@ def main() -> None:
         if any(problem.model == RANDOM for problem in chosen):
             folders[RANDOM] = random_llama(Path(scratch))
         for problem in chosen:
-            for particles in PARTICLES:
+            for particles in problem.particles:
                 records += (found := compare(problem, folders[problem.model], peer, particles))
                 for record in found:
                     show(record)
