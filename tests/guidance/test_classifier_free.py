@@ -7,7 +7,6 @@ import pytest
 import torch
 from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 
-from hasten.guidance.adaptive import AdaptiveGuidance
 from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff, TwoScaleGuidance, convert_scale
 from hasten.guidance.guide import Guide
 from hasten.guidance.intervals import SigmaInterval, StepInterval, StepSet, Within
@@ -125,17 +124,6 @@ def test_cutoff_counts_and_is_the_interval_that_starts_at_once():
     assert cut.evaluations == B * (2 * 5 + (N - 5)) and cut.calls == (2,) * 5 + (1,) * 7
     assert torch.equal(cut.sample, run(ClassifierFreeGuidance(5.0, interval=StepSet(range(5)))).sample)
     assert torch.equal(run(Cutoff(5.0, steps=N)).sample, run(ClassifierFreeGuidance(5.0)).sample)
-
-
-def test_within_asks_for_the_rows_that_the_guide_asks_for():
-    """Rows stop by themselves inside; outside nothing but the conditional pass is computed anyway."""
-    schedule, guide = SCHEDULES["vp"](N), AdaptiveGuidance(5.0, threshold=0.9, min_guided_steps=1, batch="rows")
-    whole, inside = (
-        sample(guided, mixture().denoiser("epsilon"), schedule, start(schedule, B), "epsilon")
-        for guided in (guide, Within(guide, StepInterval()))
-    )
-    assert inside.rows == whole.rows and torch.equal(inside.sample, whole.sample)
-    assert any(B < rows < 2 * B for rows in whole.rows)
 
 
 def test_within_is_the_guide_inside_and_the_conditional_prediction_outside():
