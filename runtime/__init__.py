@@ -23,7 +23,7 @@ _WHERE = {
     ),
     "guidance.intervals": ("SigmaInterval", "StepInterval", "StepSet", "Within"),
     "guidance.linear_ag": ("LinearAG",),
-    "guided_pipelines": ("guided", "guider"),
+    "guided_pipelines": ("guided", "guider", "run_key"),
     "logits_processor": ("ConstraintLogitsProcessor",),
     "measure": ("Drift", "Speed"),
     "models.digit_diffusion": ("DigitClassifier", "DigitDiffusion"),

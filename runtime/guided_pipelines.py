@@ -4,6 +4,8 @@ pipelines that combine predictions themselves, `hasten.guider(guide, scheduler)`
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +18,7 @@ from hasten import schedulers
 from hasten.denoisers import DIFFUSERS, family_of
 from hasten.errors import HastenError, StateError
 from hasten.guidance.guide import Guide
+from hasten.guidance.linear_ag import RunKey
 from hasten.guided_loop import Loop
 from hasten.run import Run
 
@@ -62,6 +65,42 @@ def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
         undo.callback(loop.uninstall)
         loop.install()
         yield run
+
+
+def run_key(pipe: Any, *, steps: int, scale: float, shape: tuple[int, ...]) -> RunKey:
+    """The key of LinearAG's coefficients for runs of `pipe`. Fitted and loaded under it, they are refused by any other pipeline that differs in what counts.
+
+    model holds the denoisers' classes and a digest of their weights (name, shape and dtype of each, and its first values); scheduler its class and a
+    digest of its configuration.
+
+    Args:
+        steps: the number of denoising steps.
+        scale: the guidance scale, off at 1.
+        shape: of one sample as the scheduler steps it, without the batch: for SDXL at 1024 x 1024 (4, 128, 128).
+
+    Raises:
+        UnsupportedModelError: the pipeline's loop or its scheduler is not known.
+        ValueError: steps, scale or shape that make no sense.
+    """
+    family = family_of(pipe)
+    schedulers.check(pipe.scheduler)
+    denoisers = [part for part in (getattr(pipe, name, None) for name in family.denoisers) if part is not None]
+    weights = hashlib.sha256()
+    for denoiser in denoisers:
+        for name, weight in denoiser.state_dict().items():
+            weights.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            if not weight.is_meta:
+                weights.update(weight.flatten()[:16].double().cpu().numpy().tobytes())
+    settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    configuration = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    return RunKey(
+        model=f"{' and '.join(type(denoiser).__name__ for denoiser in denoisers)} {weights.hexdigest()[:16]}",
+        scheduler=f"{type(pipe.scheduler).__name__} {configuration.hexdigest()[:16]}",
+        steps=steps,
+        scale=scale,
+        shape=shape,
+        parameterization=schedulers.parameterization(pipe.scheduler),
+    )
 
 
 def guider(guide: Guide, scheduler: Any) -> Any:

@@ -165,8 +165,12 @@ def schedule(scheduler) -> Schedule:
     kind = type(scheduler).__name__
     levels = LEVELS[kind](scheduler)
     ends = ENDS[kind](scheduler) if kind in ENDS else levels[1:]
-    prediction = getattr(scheduler.config, "prediction_type", "flow_prediction")
-    return Schedule(timesteps, tuple(levels[:-1]), tuple(ends), PREDICTIONS[prediction])
+    return Schedule(timesteps, tuple(levels[:-1]), tuple(ends), parameterization(scheduler))
+
+
+def parameterization(scheduler) -> Parameterization:
+    """What the denoiser predicts, by the scheduler's configuration."""
+    return PREDICTIONS[getattr(scheduler.config, "prediction_type", "flow_prediction")]
 
 
 def eta(scheduler) -> float | None:

@@ -22,7 +22,7 @@ from hasten.guidance.linear_ag import (
     alternating,
     fit,
 )
-from hasten.guided_pipelines import guided
+from hasten.guided_pipelines import guided, run_key
 
 # Of numpy, about how SDXL's scheduler converts a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -77,8 +77,7 @@ def test_linear_ag_halves_the_rows_of_the_steps_it_predicts(case):
     pipe, steps = case.build(), 8
     with guided(pipe, ClassifierFreeGuidance(SCALE, interval=StepInterval(0, 0.5))):
         expected = call(pipe, case, steps=steps)
-    parameterization = "epsilon" if case is SD else "flow"
-    key = RunKey("tiny", type(pipe.scheduler).__name__, steps, SCALE, expected.shape[1:], parameterization)
+    key = run_key(pipe, steps=steps, scale=SCALE, shape=expected.shape[1:])
     recorded = [Trajectories(key, alternating(steps)) for _ in range(2)]
     for seed, trajectories in enumerate(recorded):
         with guided(pipe, LinearRecorder(trajectories)):
@@ -91,9 +90,22 @@ def test_linear_ag_halves_the_rows_of_the_steps_it_predicts(case):
     with guided(pipe, conditional):
         unguided = call(pipe, case, steps=steps)
     assert torch.linalg.vector_norm(found - expected) < 0.5 * torch.linalg.vector_norm(unguided - expected)
-    other = RunKey("another", key.scheduler, steps, SCALE, key.shape, parameterization)
     with pytest.raises(ValueError, match="model differ"):
-        LinearAG(fit(*recorded), other)
+        LinearAG(fit(*recorded), replace(key, model="another"))
+
+
+@KINDS
+def test_a_key_tells_models_and_schedulers_apart(case):
+    pipe, name = case.build(), case.denoisers[0]
+    settings = {"steps": 8, "scale": SCALE, "shape": (4, 8, 8)}
+    key = run_key(pipe, **settings)
+    assert run_key(pipe, **settings) == key
+    weight = next(getattr(pipe, name).parameters()).detach().flatten()
+    before, weight[0] = weight[0].item(), 1.0
+    assert run_key(pipe, **settings) == replace(key, model=run_key(pipe, **settings).model) != key
+    weight[0] = before
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, num_train_timesteps=500)
+    assert run_key(pipe, **settings) == replace(key, scheduler=run_key(pipe, **settings).scheduler) != key
 
 
 @pytest.mark.parametrize("case", [SD, QWEN], ids=["guidance_rescale", "norms of tokens"])
