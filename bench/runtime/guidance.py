@@ -6,7 +6,7 @@ seeds, to a stated number of evaluations; nothing is set on the seeds that are r
 seeds (or over rounds, for time) for the rest.
 
     python bench/runtime/guidance.py --json bench/results/guidance-digits-cpu.json
-    python bench/runtime/guidance.py --only "CFG 3" "AG 3*" "cutoff 3*" --json bench/results/guidance-digits-time-cpu.json
+    python bench/runtime/guidance.py --only "CFG 3" "AG 3*" "cutoff 3*" "CFG 5" "AG 5*" "cutoff 5*" --json bench/results/guidance-digits-time-cpu.json
 
 Needs scikit-learn, for the real digits that the Fréchet distance compares with.
 """
