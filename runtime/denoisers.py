@@ -14,10 +14,8 @@ import torch
 from hasten.errors import UnsupportedModelError
 from hasten.guidance.guide import Pass
 
-DIFFUSERS = (
-    "0.42",
-    "0.43",
-)  # the loops below were read in the first of these versions; from the second on they may differ
+# The loops below were read in the first of these versions; from the second on they may differ.
+DIFFUSERS = ("0.42", "0.43")
 
 
 def _identity(prediction: torch.Tensor) -> torch.Tensor:

@@ -81,11 +81,7 @@ def run(plot: str, json_file: Path | None, quick: bool) -> None:
     _show_sample(sample)
     if picture_file:
         picture.draw(picture_file, points, records)
-        typer.echo(f"\nPicture: {picture_file.resolve()}")
-    elif plot == "auto":
-        typer.echo(
-            "\nNo picture: it takes matplotlib (pip install 'hasten[plot]') and a folder that can be written to."
-        )
+    picture.announce(picture_file, plot)
     seconds = time.perf_counter() - start
     if json_file:
         drift = [asdict(point) for point in points]

@@ -71,11 +71,7 @@ def run(plot: str, json_file: Path | None, quick: bool) -> None:
     _show(results, count)
     if picture_file:
         picture_guidance.draw(picture_file, [result for result in results if result.scale in (1, PICTURE_SCALE)])
-        typer.echo(f"\nPicture: {picture_file.resolve()}")
-    elif plot == "auto":
-        typer.echo(
-            "\nNo picture: it takes matplotlib (pip install 'hasten[plot]') and a folder that can be written to."
-        )
+    picture.announce(picture_file, plot)
     seconds = time.perf_counter() - start
     if json_file:
         records = [{name: value for name, value in asdict(result).items() if name != "samples"} for result in results]
@@ -89,9 +85,8 @@ def compare(scales: Sequence[float], count: int) -> list[Result]:
     folder = hasten.embedded_model("digit-diffusion")
     model, classifier = hasten.DigitDiffusion.load(folder), hasten.DigitClassifier.load(folder)
     labels, seeds = torch.arange(count) % 10, range(count)
-    draw(
-        model, labels, ClassifierFreeGuidance(1.0), seeds, steps=2
-    )  # so that the first method is not the one that warms up
+    # So that the first method is not the one that warms up.
+    draw(model, labels, ClassifierFreeGuidance(1.0), seeds, steps=2)
     runs = [(CONDITIONAL, 1.0)] + [(name, scale) for scale in scales for name in METHODS if name != CONDITIONAL]
     full, results = {}, []
     for name, scale in progress(runs, "drawing digits", unit="run"):

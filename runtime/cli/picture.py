@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from hasten.cli import tables
 
 if TYPE_CHECKING:
@@ -37,6 +39,16 @@ def destination(plot: str, default: Path = DEFAULT) -> Path | None:
     path = Path(plot)
     tables.check_writable(path)
     return path
+
+
+def announce(path: Path | None, plot: str) -> None:
+    """Says where the picture is, or what it takes where `destination` found no place for one that nobody named."""
+    if path:
+        typer.echo(f"\nPicture: {path.resolve()}")
+    elif plot == "auto":
+        typer.echo(
+            "\nNo picture: it takes matplotlib (pip install 'hasten[plot]') and a folder that can be written to."
+        )
 
 
 def draw(path: Path, points: Sequence["Point"], records: Sequence[dict]) -> None:

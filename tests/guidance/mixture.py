@@ -6,9 +6,8 @@ import torch
 
 from hasten.guidance.schedules import Schedule, flow, variance_exploding, variance_preserving
 
-ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(
-    0
-)  # Stable Diffusion's
+STABLE_DIFFUSION_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ALPHAS_CUMPROD = (1 - STABLE_DIFFUSION_BETAS).cumprod(0)
 SCHEDULES = {
     "vp": lambda count: variance_preserving(ALPHAS_CUMPROD, count),
     "ve": lambda count: variance_exploding(20.0, 0.02, count),

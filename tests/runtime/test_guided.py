@@ -30,9 +30,6 @@ from tiny_pipelines import (
 
 from hasten.guided_pipelines import guided
 
-# Of numpy, about how some of diffusers' schedulers convert a tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
-
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 

@@ -17,9 +17,6 @@ from hasten.errors import HastenError, StateError, UnsupportedModelError
 from hasten.guidance.guide import Guide
 from hasten.guided_pipelines import guided
 
-# Of numpy, about how SDXL's scheduler converts a tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
-
 
 def refusal(pipe, case, guide=None, error=ValueError, match="", **changes):
     with pytest.raises(error, match=match), guided(pipe, guide or Plain()):

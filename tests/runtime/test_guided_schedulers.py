@@ -17,12 +17,6 @@ from hasten.guidance.intervals import StepInterval, Within
 from hasten.guided_pipelines import guided
 from hasten.schedulers import LEVELS, check
 
-# Of numpy, about how some of the schedulers convert a tensor.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
-    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context"),
-]
-
 # Those for Stable Diffusion, under which x0 comes out at the end; the flow is tested with the pipelines that have one.
 SETTINGS = {
     "DDIMScheduler": {"clip_sample": False},

@@ -67,8 +67,6 @@ MODULAR = {
     "wan-2": Modular(Wan22CoreDenoiseStep, WAN_2, (4, 2, 4, 4)),
     "z-image": Modular(ZImageCoreDenoiseStep, Z_IMAGE, (4, 8, 8)),
 }
-# Of numpy, about how SDXL's scheduler converts a tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 EVERY = pytest.mark.parametrize("model", MODULAR.values(), ids=MODULAR)
 
 

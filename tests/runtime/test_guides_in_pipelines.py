@@ -24,8 +24,6 @@ from hasten.guidance.linear_ag import (
 )
 from hasten.guided_pipelines import guided, run_key
 
-# Of numpy, about how SDXL's scheduler converts a tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 KINDS = pytest.mark.parametrize("case", [SD, FLUX], ids=["batched", "sequential"])
 
