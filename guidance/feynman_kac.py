@@ -16,6 +16,7 @@ import torch
 
 from hasten.guidance.guide import check_count, check_number
 from hasten.guidance.lag import FiniteCheck
+from hasten.guidance.smc import effective_sample_size, log_mean_weight, systematic
 
 
 def log_weight_increment(
@@ -44,22 +45,6 @@ def guidance_increment(
     |conditional - unconditional|^2, [B].
     """
     return 0.5 * variance * scale * (scale - 1) * _square(conditional - unconditional)
-
-
-def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
-    """1 / sum of the squared normalised weights, over the last axis of [..., P]: between 1 and P."""
-    return 1 / log_weights.softmax(dim=-1).square().sum(dim=-1)
-
-
-def systematic_indices(log_weights: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Systematic resampling: P ancestors for each row of [G, P], from one uniform number per row; ancestor i is drawn floor or ceil of P * weight_i
-    times, P * weight_i on average.
-    """
-    groups, particles = log_weights.shape
-    cumulative = log_weights.double().softmax(dim=-1).cumsum(dim=-1)
-    uniform = torch.rand(groups, 1, dtype=torch.float64, device=log_weights.device, generator=generator)
-    points = (torch.arange(particles, device=log_weights.device) + uniform) / particles
-    return torch.searchsorted(cumulative, points, right=True).clamp_max(particles - 1)
 
 
 @dataclass(frozen=True)
@@ -124,17 +109,11 @@ class FeynmanKacCorrector:
         if not self.window[0] <= level <= self.window[1]:
             due = torch.zeros_like(due)
         own = torch.arange(particles, device=log_weights.device).expand(groups, particles)
-        indices = torch.where(due[:, None], systematic_indices(log_weights, generator), own)
+        uniform = torch.rand(groups, 1, dtype=torch.float64, device=log_weights.device, generator=generator)
+        indices = torch.where(due[:, None], systematic(log_weights, uniform), own)
         log_weights = torch.where(due[:, None], log_mean_weight(log_weights)[:, None], log_weights)
         first = torch.arange(groups, device=log_weights.device)[:, None] * particles
         return Resampled(log_weights, (indices + first).flatten(), effective, due, clipped)
-
-
-def log_mean_weight(log_weights: torch.Tensor) -> torch.Tensor:
-    """log of the mean weight over the last axis of [..., P]: of the final weights, an estimate of log Z(end) - log Z(start), Z the integral of
-    prod_i q_i^b_i at that noise level.
-    """
-    return log_weights.logsumexp(dim=-1) - math.log(log_weights.shape[-1])
 
 
 def sample_exploding(
@@ -146,7 +125,8 @@ def sample_exploding(
     groups: int = 1,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euler-Maruyama down a variance-exploding schedule towards prod_i q_i^b_i, corrected: samples [G * P, ...] and log weights [G, P].
+    """Euler-Maruyama down a variance-exploding schedule towards prod_i q_i^b_i, corrected: samples [G * P, ...] and log weights [G, P], whose
+    `hasten.guidance.smc.log_mean_weight` estimates log Z(end) - log Z(start), Z the integral of prod_i q_i^b_i at that noise level.
 
     Args:
         scores: s_i(x, sigma), each [G * P, ...].

@@ -28,6 +28,15 @@ def log_mean_weight(log_weights: torch.Tensor) -> torch.Tensor:
     return log_weights.logsumexp(-1) - torch.tensor(log_weights.shape[-1], dtype=log_weights.dtype).log()
 
 
+def systematic(log_weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Systematic resampling of log weights [P, N] by one uniform number a row, float64 [P, 1], on any device: int64 [P, N]. Particle i is continued floor
+    or ceil of N w_i / sum w times.
+    """
+    count = log_weights.shape[1]
+    slots = torch.arange(count, dtype=torch.float64, device=log_weights.device)
+    return _inverse(_normalised(log_weights.double()), (slots + uniform) / count)
+
+
 def ancestors(log_weights: torch.Tensor, scheme: Scheme, generator: Generators) -> torch.Tensor:
     """Which particle each of N new ones continues, so that particle i is continued N w_i / sum w times in the mean.
 
@@ -44,11 +53,10 @@ def ancestors(log_weights: torch.Tensor, scheme: Scheme, generator: Generators) 
         ValueError: an unknown scheme.
     """
     rows, count = log_weights.shape
-    weights = _scaled(log_weights)
-    weights = weights / weights.sum(-1, keepdim=True)
-    slots = torch.arange(count, dtype=torch.float64)
     if scheme == "systematic":
-        return _inverse(weights, (slots + uniforms(rows, 1, generator)) / count)
+        return systematic(log_weights, uniforms(rows, 1, generator))
+    weights = _normalised(log_weights)
+    slots = torch.arange(count, dtype=torch.float64)
     if scheme == "stratified":
         return _inverse(weights, (slots + uniforms(rows, count, generator)) / count)
     if scheme == "multinomial":
@@ -130,6 +138,11 @@ def _scaled(log_weights: torch.Tensor) -> torch.Tensor:
     """The weights over the largest of their row; zeros where all are 0."""
     top = log_weights.amax(-1, keepdim=True)
     return (log_weights - torch.where(top.isfinite(), top, 0.0)).exp()
+
+
+def _normalised(log_weights: torch.Tensor) -> torch.Tensor:
+    weights = _scaled(log_weights)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _inverse(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

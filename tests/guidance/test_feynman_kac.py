@@ -8,13 +8,11 @@ import torch
 
 from hasten.guidance.feynman_kac import (
     FeynmanKacCorrector,
-    effective_sample_size,
     guidance_increment,
-    log_mean_weight,
     log_weight_increment,
     sample_exploding,
-    systematic_indices,
 )
+from hasten.guidance.smc import effective_sample_size, log_mean_weight, systematic
 
 # Of each case: (mean, variance) of the Gaussians q_i, and their exponents.
 CASES = {
@@ -144,17 +142,21 @@ def test_the_mean_increment_is_the_change_of_the_normaliser_with_a_drift_too(cas
     assert float((density * rate).sum() / density.sum()) == pytest.approx(expected, abs=1e-7)
 
 
+def uniforms(rows):
+    return torch.rand(rows, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 def test_systematic_resampling_draws_each_within_one_of_its_share_and_that_on_average():
     weights = torch.tensor([0.05, 0.4, 0.0, 0.125, 0.3, 0.125], dtype=torch.float64)
     draws = 20000
-    indices = systematic_indices(weights.log().expand(draws, 6), torch.Generator().manual_seed(0))
+    indices = systematic(weights.log().expand(draws, 6), uniforms(draws))
     counts = torch.nn.functional.one_hot(indices, 6).sum(dim=1).double()
     share = 6 * weights
     assert (counts >= share.floor()).all() and (counts <= share.ceil()).all()
     standard_error = (counts.var(dim=0) / draws).sqrt()
     assert ((counts.mean(dim=0) - share).abs() <= 4 * standard_error).all()
     assert (indices[:, 1:] >= indices[:, :-1]).all()
-    equal = systematic_indices(torch.zeros(5, 7), torch.Generator().manual_seed(0))
+    equal = systematic(torch.zeros(5, 7), uniforms(5))
     assert equal.tolist() == [list(range(7))] * 5
 
 
