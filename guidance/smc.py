@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from hasten.guidance.categorical import Generators, uniforms
+from hasten.guidance.text.categorical import Generators, uniforms
 
 Scheme = Literal["systematic", "stratified", "multinomial", "residual"]
 

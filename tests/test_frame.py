@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import hasten
-from hasten.anatomy import FAMILIES
+from hasten.acceleration.anatomy import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {

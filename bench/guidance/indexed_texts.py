@@ -20,8 +20,8 @@ from statistics import median
 
 import torch
 
-from hasten.guidance.constraints import OneOf, Substring
-from hasten.guidance.vocabulary import Vocabulary
+from hasten.guidance.text.constraints import OneOf, Substring
+from hasten.guidance.text.vocabulary import Vocabulary
 
 SYLLABLES = [a + b for a in ("b", "ch", "d", "f", "k", "l", "m", "n", "r", "s", "t", "v") for b in "aeiouéö"]
 PIECES = re.compile(rb" ?[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]+|\s+")

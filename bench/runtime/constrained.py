@@ -16,8 +16,8 @@ import transformers
 
 import hasten
 from hasten.bench.runtime.decode import random_model
-from hasten.generation import generate
-from hasten.guidance.constraints import Constraint, JsonSchema, Predicate, Regex
+from hasten.generation.generation import generate
+from hasten.guidance.text.constraints import Constraint, JsonSchema, Predicate, Regex
 
 PROMPT = "def read(self):\n    "
 WIDE = 128_000

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hasten
+from hasten.acceleration.calibration import progress
+from hasten.acceleration.measure import device_of, seconds
 from hasten.bench.runner import bandwidth
-from hasten.calibration import progress
 from hasten.kernels import backend
-from hasten.measure import device_of, seconds
 
 logger = logging.getLogger("hasten.bench")
 

@@ -39,8 +39,8 @@ import transformers
 import hasten
 from hasten.bench.runtime.constrained import PROMPT, SCHEMA
 from hasten.bench.runtime.decode import random_model
-from hasten.generation import generate
-from hasten.guidance.constraints import JsonSchema, Regex
+from hasten.generation.generation import generate
+from hasten.guidance.text.constraints import JsonSchema, Regex
 
 ESS_THRESHOLD, RESAMPLING = 0.5, "multinomial"
 BATCHINGS = {"as installed": {}, "no waiting": {"timeout": 0.001}}

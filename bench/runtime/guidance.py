@@ -25,12 +25,12 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import hasten
-from hasten.guidance.adaptive import AdaptiveGuidance
-from hasten.guidance.apg import AdaptiveProjectedGuidance
-from hasten.guidance.cfg_plus_plus import CFGPlusPlus
-from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
-from hasten.guidance.guide import Guide
-from hasten.guidance.intervals import SigmaInterval
+from hasten.guidance.diffusion.adaptive import AdaptiveGuidance
+from hasten.guidance.diffusion.apg import AdaptiveProjectedGuidance
+from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff
+from hasten.guidance.diffusion.guide import Guide
+from hasten.guidance.diffusion.intervals import SigmaInterval
 from hasten.models.digit_diffusion.classifier import contrast, saturation
 from hasten.models.digit_diffusion.drawing import draw
 

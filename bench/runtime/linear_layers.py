@@ -24,8 +24,8 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.minimax import modeling_minimax
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from hasten import linear_layers
-from hasten.calibration import progress
+from hasten.acceleration import linear_layers
+from hasten.acceleration.calibration import progress
 
 logger = logging.getLogger("hasten.bench")
 

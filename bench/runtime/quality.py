@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hasten
-from hasten.measure import drift, heldout_logits
-from hasten.tokens import windows
+from hasten.acceleration.measure import drift, heldout_logits
+from hasten.acceleration.windows import windows
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 TECHNIQUES = {

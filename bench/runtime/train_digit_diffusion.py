@@ -31,7 +31,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from hasten.guidance.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
 from hasten.models.digit_diffusion import DigitClassifier, DigitDiffusion
 from hasten.models.digit_diffusion.classifier import contrast, saturation
 from hasten.models.digit_diffusion.drawing import draw

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import typer
 
+from hasten.acceleration.calibration import progress
 from hasten.bench import kernels, runner
-from hasten.calibration import progress
 from hasten.cli import tables
 
 # What runs if nothing is named: the cases that stand for the rest, some two minutes on two cores.

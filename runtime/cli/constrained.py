@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-from hasten.generation import Generated, generate
-from hasten.guidance.constraints import Choice, Constraint, Grammar, JsonSchema, Regex
+from hasten.generation.generation import Generated, generate
+from hasten.guidance.text.constraints import Choice, Constraint, Grammar, JsonSchema, Regex
 
 
 def constraint_of(

@@ -11,12 +11,12 @@ import typer
 from torch import nn
 
 import hasten
-from hasten import measure
-from hasten.anatomy import Anatomy, dissect
-from hasten.bind import Setting
-from hasten.calibration import progress
+from hasten.acceleration import measure
+from hasten.acceleration.anatomy import Anatomy, dissect
+from hasten.acceleration.bind import Setting
+from hasten.acceleration.calibration import progress
+from hasten.acceleration.techniques import Cats, DenseDecode, Teal, Technique, Wina
 from hasten.cli import generate, picture, tables
-from hasten.techniques import Cats, DenseDecode, Teal, Technique, Wina
 
 KINDS = (Wina, Teal, Cats)
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)

@@ -10,8 +10,8 @@ from pathlib import Path
 import typer
 
 from hasten.cli import generate, tables
-from hasten.generation import generate as constrained
-from hasten.guidance.constraints import Constraint, JsonSchema, Predicate
+from hasten.generation.generation import generate as constrained
+from hasten.guidance.text.constraints import Constraint, JsonSchema, Predicate
 
 SCHEMA = {
     "type": "object",

@@ -13,9 +13,9 @@ import typer
 from torch import nn
 
 import hasten
-from hasten.acceleration import state_of
-from hasten.saving import PLAN_FILE
-from hasten.techniques import Cats, DenseDecode, Teal, Technique, Wina
+from hasten.acceleration.install import state_of
+from hasten.acceleration.saving import PLAN_FILE
+from hasten.acceleration.techniques import Cats, DenseDecode, Teal, Technique, Wina
 
 EMBEDDED = "stdlib-llama"
 CALIBRATION_CHARACTERS = 20_000

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from hasten.guidance.schedules import Schedule, flow, variance_exploding, variance_preserving
+from hasten.guidance.diffusion.schedules import Schedule, flow, variance_exploding, variance_preserving
 
 STABLE_DIFFUSION_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS_CUMPROD = (1 - STABLE_DIFFUSION_BETAS).cumprod(0)
@@ -50,7 +50,7 @@ class Mixture:
         return {"epsilon": noise, "sample": x0, "v": alpha * noise - sigma * x0, "flow": noise - x0}[kind]
 
     def denoiser(self, kind):
-        """For `hasten.guidance.sampling.sample`."""
+        """For `hasten.guidance.diffusion.sampling.sample`."""
         return lambda x, step, name, rows: self.predict(x, step.alpha, step.sigma, name, kind)
 
     def both(self, x, alpha, sigma):

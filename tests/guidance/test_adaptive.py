@@ -6,10 +6,10 @@ import pytest
 import torch
 from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 
-from hasten.guidance.adaptive import AdaptiveGuidance
-from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
-from hasten.guidance.intervals import StepInterval, StepSet, Within
-from hasten.guidance.sampling import sample
+from hasten.guidance.diffusion.adaptive import AdaptiveGuidance
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff
+from hasten.guidance.diffusion.intervals import StepInterval, StepSet, Within
+from hasten.guidance.diffusion.sampling import sample
 
 N, B = 16, 5
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from mixture import KINDS, SCHEDULES, mixture, start, state_at
 
-from hasten.guidance.apg import AdaptiveProjectedGuidance, project
-from hasten.guidance.classifier_free import ClassifierFreeGuidance
-from hasten.guidance.guide import Guide
-from hasten.guidance.intervals import StepSet, Within
-from hasten.guidance.parameterization import to_denoised
-from hasten.guidance.sampling import sample
+from hasten.guidance.diffusion.apg import AdaptiveProjectedGuidance, project
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.diffusion.guide import Guide
+from hasten.guidance.diffusion.intervals import StepSet, Within
+from hasten.guidance.diffusion.parameterization import to_denoised
+from hasten.guidance.diffusion.sampling import sample
 
 N = 10
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 
-from hasten.guidance.cfg_plus_plus import CFGPlusPlus
-from hasten.guidance.cfg_plus_plus_samplers import ancestral, ddim, dpmpp_2m, invert
-from hasten.guidance.classifier_free import ClassifierFreeGuidance
-from hasten.guidance.intervals import StepInterval, Within
-from hasten.guidance.sampling import sample
-from hasten.guidance.schedules import Schedule, flow
+from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
+from hasten.guidance.diffusion.cfg_plus_plus_samplers import ancestral, ddim, dpmpp_2m, invert
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.diffusion.intervals import StepInterval, Within
+from hasten.guidance.diffusion.sampling import sample
+from hasten.guidance.diffusion.schedules import Schedule, flow
 
 N, STRENGTH = 20, 0.6
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
 
-from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff, TwoScaleGuidance, convert_scale
-from hasten.guidance.guide import Guide
-from hasten.guidance.intervals import SigmaInterval, StepInterval, StepSet, Within
-from hasten.guidance.parameterization import convert
-from hasten.guidance.sampling import sample
-from hasten.guidance.schedules import flow
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff, TwoScaleGuidance, convert_scale
+from hasten.guidance.diffusion.guide import Guide
+from hasten.guidance.diffusion.intervals import SigmaInterval, StepInterval, StepSet, Within
+from hasten.guidance.diffusion.parameterization import convert
+from hasten.guidance.diffusion.sampling import sample
+from hasten.guidance.diffusion.schedules import flow
 
 N, B = 12, 4
 

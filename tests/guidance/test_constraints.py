@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import walks
 
-from hasten.guidance.constraints import (
+from hasten.guidance.text.constraints import (
     Choice,
     Constraint,
     Grammar,
@@ -17,7 +17,7 @@ from hasten.guidance.constraints import (
     Substring,
     UnsatisfiableError,
 )
-from hasten.guidance.vocabulary import Vocabulary
+from hasten.guidance.text.vocabulary import Vocabulary
 
 SCHEMA = {
     "type": "object",

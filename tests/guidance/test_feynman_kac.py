@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hasten.guidance.feynman_kac import (
+from hasten.guidance.diffusion.feynman_kac import (
     FeynmanKacCorrector,
     guidance_increment,
     log_weight_increment,

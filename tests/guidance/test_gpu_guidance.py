@@ -6,9 +6,9 @@ import pytest
 import torch
 from mixture import SCHEDULES, mixture, start
 
-from hasten.guidance.adaptive import AdaptiveGuidance
-from hasten.guidance.rejection import draw
-from hasten.guidance.sampling import sample
+from hasten.guidance.diffusion.adaptive import AdaptiveGuidance
+from hasten.guidance.diffusion.sampling import sample
+from hasten.guidance.text.rejection import draw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

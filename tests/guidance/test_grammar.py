@@ -7,7 +7,7 @@ import re
 import pytest
 import walks
 
-from hasten.guidance.constraints import Grammar, Regex, UnsatisfiableError
+from hasten.guidance.text.constraints import Grammar, Regex, UnsatisfiableError
 
 VOCABULARY = walks.vocabulary()
 

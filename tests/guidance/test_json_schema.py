@@ -13,8 +13,8 @@ import pytest
 import schemas
 import walks
 
-from hasten.guidance.constraints import JsonSchema, UnsatisfiableError, json_schema
-from hasten.guidance.constraints.json_prefix import feed
+from hasten.guidance.text.constraints import JsonSchema, UnsatisfiableError, json_schema
+from hasten.guidance.text.constraints.json_prefix import feed
 
 GENERATED = schemas.generated(260)
 VOCABULARY = walks.vocabulary()

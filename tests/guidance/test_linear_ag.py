@@ -8,9 +8,9 @@ import pytest
 import torch
 from mixture import SCHEDULES, Counting, Mixture, mixture, start
 
-from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
-from hasten.guidance.intervals import StepInterval, StepSet, Within
-from hasten.guidance.linear_ag import (
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff
+from hasten.guidance.diffusion.intervals import StepInterval, StepSet, Within
+from hasten.guidance.diffusion.linear_ag import (
     Coefficients,
     LinearAG,
     LinearRecorder,
@@ -19,7 +19,7 @@ from hasten.guidance.linear_ag import (
     alternating,
     fit,
 )
-from hasten.guidance.sampling import sample
+from hasten.guidance.diffusion.sampling import sample
 
 N, SCALE, D = 12, 3.0, 6
 KEY = RunKey("mixture", "ddim on vp", N, SCALE, (D,), "epsilon")

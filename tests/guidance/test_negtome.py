@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hasten.guidance.negtome import negative_token_merging
+from hasten.guidance.diffusion.negtome import negative_token_merging
 
 ALPHA, THRESHOLD = 0.9, 0.3
 

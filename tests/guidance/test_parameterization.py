@@ -4,9 +4,9 @@ import pytest
 import torch
 from mixture import ALPHAS_CUMPROD, KINDS, SCHEDULES, mixture, start, state_at
 
-from hasten.guidance.guide import Step
-from hasten.guidance.parameterization import convert, denoised, from_denoised, noise, to_denoised
-from hasten.guidance.schedules import Schedule, flow, variance_exploding, variance_preserving
+from hasten.guidance.diffusion.guide import Step
+from hasten.guidance.diffusion.parameterization import convert, denoised, from_denoised, noise, to_denoised
+from hasten.guidance.diffusion.schedules import Schedule, flow, variance_exploding, variance_preserving
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

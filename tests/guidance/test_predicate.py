@@ -3,14 +3,14 @@
 import pytest
 import walks
 
-from hasten.guidance.constraints import (
+from hasten.guidance.text.constraints import (
     InconsistentPredicateError,
     Predicate,
     PredicateError,
     Regex,
     UnsatisfiableError,
 )
-from hasten.guidance.vocabulary import Vocabulary
+from hasten.guidance.text.vocabulary import Vocabulary
 
 VOCABULARY = walks.vocabulary()
 

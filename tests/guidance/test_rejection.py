@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.guidance.categorical import Block, LazyOrder, sample
-from hasten.guidance.rejection import draw, unpack_mask, walk, weight
+from hasten.guidance.text.categorical import Block, LazyOrder, sample
+from hasten.guidance.text.rejection import draw, unpack_mask, walk, weight
 
 F = Fraction
 LAWS = {

@@ -4,9 +4,9 @@ import pytest
 import torch
 from mixture import KINDS, SCHEDULES, mixture, start
 
-from hasten.guidance.classifier_free import ClassifierFreeGuidance
-from hasten.guidance.lag import FiniteCheck, Lagged
-from hasten.guidance.sampling import sample
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.diffusion.lag import FiniteCheck, Lagged
+from hasten.guidance.diffusion.sampling import sample
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from mixture import SCHEDULES, mixture, start
 
-from hasten.guidance.classifier_free import ClassifierFreeGuidance
-from hasten.guidance.intervals import StepSet
-from hasten.guidance.sampling import sample
-from hasten.guidance.search import root_mean_square, search
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.diffusion.intervals import StepSet
+from hasten.guidance.diffusion.sampling import sample
+from hasten.guidance.diffusion.search import root_mean_square, search
 
 N = 7
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from hasten.guidance.rejection import draw
 from hasten.guidance.smc import SCHEMES, Population, ancestors, effective_sample_size, log_mean_weight
+from hasten.guidance.text.rejection import draw
 
 LETTERS, LENGTH, EOS = 3, 4, 3
 

@@ -6,8 +6,8 @@ import random
 import pytest
 import walks
 
-from hasten.guidance.constraints import Choice, OneOf, Place, Substring, UnsatisfiableError
-from hasten.guidance.vocabulary import Vocabulary
+from hasten.guidance.text.constraints import Choice, OneOf, Place, Substring, UnsatisfiableError
+from hasten.guidance.text.vocabulary import Vocabulary
 
 VOCABULARY = walks.vocabulary()
 END = (walks.EOS, walks.SECOND_EOS)

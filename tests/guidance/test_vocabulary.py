@@ -2,7 +2,7 @@
 
 import pytest
 
-from hasten.guidance.vocabulary import Vocabulary
+from hasten.guidance.text.vocabulary import Vocabulary
 
 
 def test_ids_that_are_text():

@@ -9,7 +9,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hasten.guidance.warp import check_warp, warp
+from hasten.guidance.text.warp import check_warp, warp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

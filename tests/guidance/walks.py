@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from hasten.guidance.vocabulary import Vocabulary
+from hasten.guidance.text.vocabulary import Vocabulary
 
 LONGER = ['"a', '":', '": ', '", "', '"}', '"]', '}, {', "],", "12", "0.", "true", "null", "é", "é".encode()[1:] + b"a", "ab", "ab", "a" * 9, ", "]  # fmt: skip
 EOS, SECOND_EOS, SPECIAL = 256, 257, 258

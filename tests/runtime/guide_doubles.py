@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from tiny_pipelines import SCALE, STEPS
 
-from hasten.guidance.guide import BOTH, CONDITIONAL, Guide
+from hasten.guidance.diffusion.guide import BOTH, CONDITIONAL, Guide
 
 
 @dataclass(frozen=True)

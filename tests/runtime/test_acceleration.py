@@ -7,8 +7,8 @@ from tiny_models import build, token_ids
 from transformers import StaticCache
 
 import hasten
-from hasten import measure
-from hasten.modules import DecodeLinear, SparseLinear, decode_batch, largest_union
+from hasten.acceleration import measure
+from hasten.acceleration.modules import DecodeLinear, SparseLinear, decode_batch, largest_union
 
 PLANS = {
     "dense": hasten.DenseDecode(always=True),

@@ -4,9 +4,9 @@ from tiny_models import CONFIGS, MIXTURES, WITHOUT_GATE, build, token_ids
 from torch import nn
 
 import hasten
-from hasten.anatomy import FAMILIES, dissect
-from hasten.measure import decode_logits
-from hasten.modules import CatsMLP, DecodeLinear, SparseLinear
+from hasten.acceleration.anatomy import FAMILIES, dissect
+from hasten.acceleration.measure import decode_logits
+from hasten.acceleration.modules import CatsMLP, DecodeLinear, SparseLinear
 
 
 @pytest.mark.parametrize("name", CONFIGS)

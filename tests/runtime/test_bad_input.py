@@ -10,7 +10,8 @@ from tiny_models import build, token_ids
 from torch.nn.utils import prune
 
 import hasten
-from hasten import acceleration, anatomy, bind, calibration, edits, measure, modules
+from hasten.acceleration import anatomy, bind, calibration, edits, measure, modules
+from hasten.acceleration import install as acceleration
 
 
 @pytest.fixture

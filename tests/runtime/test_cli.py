@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import hasten
-from hasten import anatomy, measure
+from hasten.acceleration import anatomy, measure
 from hasten.bench.kernels import cases as kernel_cases
 from hasten.cli import app, bench, demo, doctor, picture, tables
 from hasten.cli import generate as generation

@@ -6,8 +6,8 @@ import transformers
 from tiny_models import build
 from toy_language import toy
 
-from hasten.decoder import Decoder
 from hasten.errors import UnsupportedModelError
+from hasten.generation.decoder import Decoder
 
 NAMES = ["llama", "mistral", "qwen3", "gemma3", "phi3", "opt", "gpt_neox"]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hasten
-from hasten.guidance.adaptive import AdaptiveGuidance
-from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
+from hasten.guidance.diffusion.adaptive import AdaptiveGuidance
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff
 from hasten.models.digit_diffusion.classifier import contrast, saturation
 from hasten.models.digit_diffusion.drawing import draw
 from hasten.models.digit_diffusion.modeling import alpha_sigma

@@ -10,9 +10,9 @@ import transformers
 from toy_language import EOS, LETTERS, law_of_texts, toy
 
 import hasten
-from hasten.generation import DeadEndError, generate
-from hasten.guidance.constraints import JsonSchema, Predicate, PredicateError, Regex, Substring, UnsatisfiableError
-from hasten.particles import Run
+from hasten.generation.generation import DeadEndError, generate
+from hasten.generation.particles import Run
+from hasten.guidance.text.constraints import JsonSchema, Predicate, PredicateError, Regex, Substring, UnsatisfiableError
 
 LONGEST = 3
 
@@ -84,9 +84,9 @@ def test_the_law_is_the_same_where_a_mask_spares_the_next_walk(monkeypatch):
     model, tokenizer = toy()
     law = law_of_texts(model, "abc", LONGEST)
     checks = {}
-    monkeypatch.setattr("hasten.particles.MASK_AFTER", 1)
+    monkeypatch.setattr("hasten.generation.particles.MASK_AFTER", 1)
     for little in (-math.inf, math.log(0.9)):
-        monkeypatch.setattr("hasten.particles.LITTLE_MASS", little)
+        monkeypatch.setattr("hasten.generation.particles.LITTLE_MASS", little)
         settings = {"constraint": CONSTRAINTS["mask"], "max_new_tokens": LONGEST, "on_dead": "return", "seed": 0}
         results = generate(model, tokenizer, ["abc"] * 120, particles=10, ess_threshold=0.95, **settings)
         assert_law(results, law, wanted, lambda text: text.find("a"))

@@ -28,7 +28,7 @@ from tiny_pipelines import (
     untouched,
 )
 
-from hasten.guided_pipelines import guided
+from hasten.pipelines.guided import guided
 
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

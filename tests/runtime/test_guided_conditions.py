@@ -12,8 +12,8 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from guide_doubles import Plain, Samples
 from tiny_pipelines import SCALE, SD, STEPS, call, counted, prompts, randn, stable_diffusion, unet
 
-from hasten.guidance.classifier_free import TwoScaleGuidance
-from hasten.guided_pipelines import guided
+from hasten.guidance.diffusion.classifier_free import TwoScaleGuidance
+from hasten.pipelines.guided import guided
 
 BATCHES = pytest.mark.parametrize("batch", [1, 2])
 COUNTED_CONTROLNET = replace(SD, first="conv_in", denoisers=("controlnet",))

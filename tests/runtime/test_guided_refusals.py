@@ -11,11 +11,11 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 from guide_doubles import Asking, Plain
 from tiny_pipelines import FLUX, SD, SD3, SDXL, WAN, Z_IMAGE, call, flux, modular, stable_diffusion, unet, untouched
 
-from hasten import guided_pipelines
-from hasten.denoisers import DIFFUSERS
 from hasten.errors import HastenError, StateError, UnsupportedModelError
-from hasten.guidance.guide import Guide
-from hasten.guided_pipelines import guided
+from hasten.guidance.diffusion.guide import Guide
+from hasten.pipelines import guided as guided_pipelines
+from hasten.pipelines.families import DIFFUSERS
+from hasten.pipelines.guided import guided
 
 
 def refusal(pipe, case, guide=None, error=ValueError, match="", **changes):

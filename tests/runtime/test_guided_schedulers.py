@@ -11,11 +11,11 @@ from guide_doubles import Aim, Samples
 from tiny_pipelines import SCALE, SD, SD3, STEPS, call, stable_diffusion, untouched
 
 from hasten.errors import UnsupportedModelError
-from hasten.guidance.cfg_plus_plus import CFGPlusPlus
-from hasten.guidance.classifier_free import ClassifierFreeGuidance
-from hasten.guidance.intervals import StepInterval, Within
-from hasten.guided_pipelines import guided
-from hasten.schedulers import LEVELS, check
+from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.diffusion.intervals import StepInterval, Within
+from hasten.pipelines.guided import guided
+from hasten.pipelines.schedulers import LEVELS, check
 
 # Those for Stable Diffusion, under which x0 comes out at the end; the flow is tested with the pipelines that have one.
 SETTINGS = {

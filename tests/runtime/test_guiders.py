@@ -36,9 +36,9 @@ from tiny_pipelines import (
 )
 
 from hasten.errors import StateError, UnsupportedModelError
-from hasten.guidance.cfg_plus_plus import CFGPlusPlus
-from hasten.guidance.classifier_free import ClassifierFreeGuidance, Cutoff
-from hasten.guided_pipelines import guided, guider
+from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff
+from hasten.pipelines.guided import guided, guider
 
 
 @dataclass(frozen=True)

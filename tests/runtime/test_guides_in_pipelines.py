@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_pipelines import CASES, FLUX, QWEN, SCALE, SD, STEPS, call, counted
 
-from hasten.guidance.adaptive import AdaptiveGuidance
-from hasten.guidance.apg import AdaptiveProjectedGuidance
-from hasten.guidance.classifier_free import ClassifierFreeGuidance
-from hasten.guidance.intervals import StepInterval
-from hasten.guidance.linear_ag import (
+from hasten.guidance.diffusion.adaptive import AdaptiveGuidance
+from hasten.guidance.diffusion.apg import AdaptiveProjectedGuidance
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
+from hasten.guidance.diffusion.intervals import StepInterval
+from hasten.guidance.diffusion.linear_ag import (
     Coefficients,
     LinearAG,
     LinearRecorder,
@@ -22,7 +22,7 @@ from hasten.guidance.linear_ag import (
     alternating,
     fit,
 )
-from hasten.guided_pipelines import guided, run_key
+from hasten.pipelines.guided import guided, run_key
 
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 KINDS = pytest.mark.parametrize("case", [SD, FLUX], ids=["batched", "sequential"])

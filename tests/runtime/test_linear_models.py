@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 import hasten
-from hasten import linear_layers, measure
+from hasten.acceleration import linear_layers, measure
 
 FAMILIES = list(linear_models.CONFIGS)
 ONE_OF_EACH = ["minimax", "qwen3_next", "kimi_linear", "mamba2", "falcon_h1"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from toy_language import EOS, toy
 
-from hasten.generation import generate
-from hasten.guidance.constraints import Predicate, Regex
-from hasten.logits_processor import ConstraintLogitsProcessor
+from hasten.generation.generation import generate
+from hasten.generation.logits_processor import ConstraintLogitsProcessor
+from hasten.guidance.text.constraints import Predicate, Regex
 
 PATTERN = "b[acd]{1,6}e|cc"
 

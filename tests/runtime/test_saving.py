@@ -6,7 +6,7 @@ import transformers
 from tiny_models import build, token_ids
 
 import hasten
-from hasten import measure
+from hasten.acceleration import measure
 
 
 @pytest.fixture(

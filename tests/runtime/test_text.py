@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from hasten.guidance.constraints import JsonSchema, Predicate, Regex
-from hasten.text import BYTES, Printer, Stops, holds
+from hasten.generation.text import BYTES, Printer, Stops, holds
+from hasten.guidance.text.constraints import JsonSchema, Predicate, Regex
 
 
 def pieces(text, generator):

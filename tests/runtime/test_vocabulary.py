@@ -7,7 +7,7 @@ from tiny_models import build
 from toy_language import tokenizer, toy
 
 import hasten
-from hasten.vocabulary import vocabulary_of
+from hasten.generation.tokenizer import vocabulary_of
 
 TEXTS = ["def read(self):\n\treturn 0x1F  # größer\r\n", "naïve 日本語 🙂\x00\x7f", "a\xa0b\xad<|eos|", " "]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hasten.guidance.guide import Guide
-from hasten.guidance.sampling import sample
-from hasten.guidance.schedules import Schedule
+from hasten.guidance.diffusion.guide import Guide
+from hasten.guidance.diffusion.sampling import sample
+from hasten.guidance.diffusion.schedules import Schedule
 from hasten.models.digit_diffusion.modeling import DigitDiffusion, alpha_sigma
 
 

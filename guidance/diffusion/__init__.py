@@ -1,0 +1,1 @@
+"""Guides: how the predictions of one diffusion step are combined, and what samples with them."""

@@ -1,0 +1,1 @@
+"""The law of constrained generation: constraints, exact draws and particles."""

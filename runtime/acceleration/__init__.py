@@ -1,0 +1,1 @@
+"""Language models made faster in place: techniques, their installation, measuring and saving."""

@@ -1,0 +1,88 @@
+"""A plan: the techniques of one acceleration, as JSON that is saved with a model."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+
+from hasten.acceleration.techniques import TECHNIQUES, Technique
+from hasten.errors import SavedPlanError
+
+VERSION = 1
+
+
+class Plan(tuple):
+    """A tuple of techniques, carried out in order.
+
+    Args:
+        techniques: one technique, or several.
+
+    Raises:
+        ValueError: no technique, or the same kind twice.
+        TypeError: something that is no technique.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, techniques: Technique | Iterable[Technique]) -> "Plan":
+        techniques = (techniques,) if isinstance(techniques, Technique) else techniques
+        if not isinstance(techniques, Iterable) or isinstance(techniques, str):
+            raise TypeError(f"a plan holds techniques such as hasten.Wina(sparsity=0.5), got {techniques!r}")
+        plan = super().__new__(cls, techniques)
+        if not plan:
+            raise ValueError("a plan needs at least one technique")
+        for technique in plan:
+            if not isinstance(technique, Technique):
+                hint = f"; did you mean hasten.{technique.__name__}()?" if technique in TECHNIQUES.values() else ""
+                raise TypeError(f"a plan holds techniques such as hasten.Wina(sparsity=0.5), got {technique!r}{hint}")
+        kinds = [type(technique).__name__ for technique in plan]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"{kind} stands twice in the plan; give one {kind} a mapping of sparsities instead")
+        return plan
+
+    def to_dict(self) -> dict:
+        techniques = [{"technique": type(technique).__name__} | dataclasses.asdict(technique) for technique in self]
+        return {"version": VERSION, "techniques": techniques}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Plan":
+        """The inverse of `to_dict`.
+
+        Raises:
+            SavedPlanError: a newer version, an unknown technique or field, a value that the technique refuses.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+            raise SavedPlanError("this is no hasten plan: it has no version")
+        if data["version"] > VERSION:
+            raise SavedPlanError(
+                f"the plan is of version {data['version']}, this hasten reads up to {VERSION}: update hasten"
+            )
+        try:
+            return cls([_technique(dict(entry)) for entry in data["techniques"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SavedPlanError(f"the plan is damaged: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The inverse of `to_json`. Raises `SavedPlanError` as `from_dict`, and for text that is not JSON."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SavedPlanError(f"the plan is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def __repr__(self) -> str:
+        return f"Plan({super().__repr__()})"
+
+
+def _technique(fields: dict) -> Technique:
+    kind = fields.pop("technique")
+    if kind not in TECHNIQUES:
+        raise ValueError(f"unknown technique {kind!r}, known are {', '.join(TECHNIQUES)}")
+    known = {field.name for field in dataclasses.fields(TECHNIQUES[kind])}
+    if unknown := set(fields) - known:
+        raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}")
+    return TECHNIQUES[kind](**fields)

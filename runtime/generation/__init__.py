@@ -1,0 +1,1 @@
+"""Constrained generation with the language models of `transformers`."""

@@ -1,0 +1,1 @@
+"""Guides inside the pipelines of `diffusers`."""
