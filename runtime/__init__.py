@@ -25,7 +25,7 @@ _WHERE = {
     "guidance.diffusion.linear_ag": ("LinearAG",),
     "pipelines.guided": ("guided", "guider", "run_key"),
     "generation.logits_processor": ("ConstraintLogitsProcessor",),
-    "acceleration.measure": ("Drift", "Speed"),
+    "acceleration.measure": ("Drift", "Timing"),
     "models.digit_diffusion": ("DigitClassifier", "DigitDiffusion"),
     "models.transnormer": ("TransNormer", "TransNormerConfig"),
     "acceleration.plan": ("Plan",),
