@@ -17,8 +17,8 @@ from torch import nn
 from hasten.acceleration.edits import ReplaceForward
 from hasten.errors import UnsupportedModelError
 from hasten.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
-from hasten.kernels.delta_rule import delta_rule, delta_rule_step
-from hasten.kernels.linear_attention import linear_attention, linear_attention_step
+from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
+from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 from hasten.kernels.sequence import state_dtype
 
 

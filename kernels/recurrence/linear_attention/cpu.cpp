@@ -1,5 +1,5 @@
 // Linear attention: the recurrence without a correction.
-#include "../recurrence_bf16.h"
+#include "../bf16.h"
 
 namespace {
 

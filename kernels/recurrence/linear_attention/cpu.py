@@ -1,6 +1,7 @@
 """The compiled recurrence without a correction."""
 
-from .. import cpu, recurrence
+from ... import cpu
+from .. import cpu as recurrence
 
 _chunks = cpu.Function("linear_attention", recurrence.RecurrenceArguments)
 _step = cpu.Function("linear_attention_step", recurrence.RecurrenceArguments)

@@ -1,6 +1,7 @@
 """The compiled recurrence with the delta rule's correction."""
 
-from .. import cpu, recurrence
+from ... import cpu
+from .. import cpu as recurrence
 
 _chunks = cpu.Function("delta_rule", recurrence.RecurrenceArguments)
 _step = cpu.Function("delta_rule_step", recurrence.RecurrenceArguments)

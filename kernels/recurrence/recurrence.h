@@ -6,7 +6,7 @@
 // cancels.
 #pragma once
 #include "matrix.h"
-#include "vector_math.h"
+#include "../vector_math.h"
 
 namespace {
 

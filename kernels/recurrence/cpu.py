@@ -2,7 +2,7 @@
 
 import torch
 
-from . import cpu, storage
+from .. import cpu, storage
 
 
 class TokenStrides(cpu.Arguments):

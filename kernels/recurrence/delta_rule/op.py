@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from .. import backend, sequence
+from ... import backend, sequence
 from . import chunked, cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
@@ -50,7 +50,7 @@ def delta_rule(
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
     Raises:
-        ValueError: as `hasten.kernels.linear_attention.linear_attention`.
+        ValueError: as `hasten.kernels.recurrence.linear_attention.linear_attention`.
     """
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "initial_state": initial_state}
     tensors["cu_seqlens"] = cu_seqlens
@@ -112,7 +112,7 @@ def _cpu(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
 
 
 def _triton(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
-    from . import triton
+    from .. import triton
 
     return triton.launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds)
 
@@ -128,7 +128,7 @@ def _run_step(q, k, v, beta, state, decay, scale, l2_norm):
         return o
     implementation = cpu
     if name == "triton":
-        from . import triton as implementation
+        from .. import triton as implementation
     return implementation.step(q, k, v, beta, state, decay, scale, l2_norm)
 
 
