@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hasten.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
-from hasten.kernels.delta_rule import delta_rule, delta_rule_step
-from hasten.kernels.linear_attention import linear_attention, linear_attention_step
+from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
+from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 from hasten.kernels.sequence import state_dtype
 
 # Adapters: the names, arguments and side effects of the functions that they replace. Whatever else a layer passes must be

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import OPTIONS
+from ..triton_common import OPTIONS
 
 MAX_K = 256
 SCALAR, VECTOR = 1, 2  # kinds of decay; none at all is a scalar 0 for every head

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from .. import backend, sequence
-from . import chunked, reference
+from ... import backend, sequence
+from . import chunked, cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
@@ -126,15 +126,13 @@ def _chunked(q, k, v, decay, scale, initial_state, bounds):
 
 
 def _cpu(q, k, v, decay, scale, initial_state, bounds):
-    from . import cpu
-
     return cpu.launch(q, k, v, decay, scale, initial_state, bounds)
 
 
 def _triton(q, k, v, decay, scale, initial_state, bounds):
-    from . import triton
+    from .. import triton
 
-    return triton.launch(q, k, v, decay, scale, initial_state, bounds)
+    return triton.launch(q, k, v, None, decay, scale, initial_state, False, bounds)
 
 
 def _with_ones(q, k, v):
@@ -154,11 +152,13 @@ def _run_step(q, k, v, state, decay, scale, normalize):
         o, new = reference.linear_attention(q, k, v, decay, scale, state, normalize, None)
         state.copy_(new)
         return o
+    scale_inside = 1.0 if normalize else scale
     if name == "triton":
-        from . import triton as implementation
+        from .. import triton
+
+        o = triton.step(q, k, values, None, state, decay, scale_inside, False)
     else:
-        from . import cpu as implementation
-    o = implementation.step(q, k, values, state, decay, 1.0 if normalize else scale)
+        o = cpu.step(q, k, values, state, decay, scale_inside)
     if normalize:
         o = (scale * o[..., :V].float() / (o[..., V:].float() + reference.EPSILON)).to(v.dtype)
     return o

@@ -5,7 +5,7 @@ LION (Afzal et al. 2025, arXiv 2502.16249): three forms of one map, for training
 
 import torch
 
-from .. import sequence
+from ... import sequence
 from .op import linear_attention
 
 FORMS = ("chunked", "full", "recurrent")

@@ -2,8 +2,8 @@
 
 import torch
 
+from ...sequence import state_dtype
 from .. import chunks
-from ..sequence import state_dtype
 
 
 def linear_attention(

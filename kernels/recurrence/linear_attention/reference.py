@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from ..sequence import per_sequence, state_dtype
+from ...sequence import per_sequence, state_dtype
 
 EPSILON = 1e-6  # added to the normaliser q . z
 

@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
+from ...sequence import per_sequence, state_dtype
 from ..linear_attention.reference import factor
-from ..sequence import per_sequence, state_dtype
 
 EPSILON = 1e-6  # added to the squared length of q and k
 

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from .. import backend, sequence
-from . import chunked, reference
+from ... import backend, sequence
+from . import chunked, cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
@@ -50,7 +50,7 @@ def delta_rule(
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
     Raises:
-        ValueError: as `hasten.kernels.linear_attention.linear_attention`.
+        ValueError: as `hasten.kernels.recurrence.linear_attention.linear_attention`.
     """
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "initial_state": initial_state}
     tensors["cu_seqlens"] = cu_seqlens
@@ -108,13 +108,11 @@ def _chunked(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
 
 
 def _cpu(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
-    from . import cpu
-
     return cpu.launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds)
 
 
 def _triton(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
-    from . import triton
+    from .. import triton
 
     return triton.launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds)
 
@@ -128,10 +126,9 @@ def _run_step(q, k, v, beta, state, decay, scale, l2_norm):
         o, new = reference.delta_rule(q, k, v, beta, decay, scale, state, l2_norm, None)
         state.copy_(new)
         return o
+    implementation = cpu
     if name == "triton":
-        from . import triton as implementation
-    else:
-        from . import cpu as implementation
+        from .. import triton as implementation
     return implementation.step(q, k, v, beta, state, decay, scale, l2_norm)
 
 
