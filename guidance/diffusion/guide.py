@@ -60,6 +60,11 @@ class Step:
         """Adds to what the run's trace holds for this step: floats, or tensors that stay on their device (no copy, no wait)."""
         self.memory.setdefault(TRACE, {}).setdefault(self.index, {}).update(values)
 
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """What the run's trace holds for this step."""
+        return self.memory.get(TRACE, {}).get(self.index, {})
+
 
 @dataclass(frozen=True)
 class State(Step):

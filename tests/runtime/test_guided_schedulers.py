@@ -15,7 +15,7 @@ from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
 from hasten.guidance.diffusion.intervals import StepInterval, Within
 from hasten.pipelines.guided import guided
-from hasten.pipelines.schedulers import LEVELS, check
+from hasten.pipelines.schedulers import SAMPLERS, check
 
 # Those for Stable Diffusion, under which x0 comes out at the end; the flow is tested with the pipelines that have one.
 SETTINGS = {
@@ -46,7 +46,7 @@ def build(kind: str, **settings):
 
 
 def test_every_known_scheduler_is_tested():
-    assert set(LEVELS) == {*SETTINGS, "FlowMatchEulerDiscreteScheduler"}
+    assert set(SAMPLERS) == {*SETTINGS, "FlowMatchEulerDiscreteScheduler"}
     assert isinstance(SD3.build().scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
 
 
