@@ -12,20 +12,39 @@ namespace {
 
 constexpr int64_t CHUNK = 64;
 
-// Sizes and strides (in elements) as Python hands them over.
+// Strides in elements.
+struct TokenStrides { int64_t row, token, head, component; };
+struct StateStrides { int64_t row, head, k, v; };
+
 struct Shape {
     int64_t N, T, H, Hv, K, V;
-    int64_t q[3], k[3], v[3];        // batch row, token, head; components are contiguous
-    int64_t decay[4], beta[3];       // the same and component; 0 where a decay does not depend on it
-    int64_t state[4];                // row, head, k, v
+    TokenStrides q, k, v;      // components are contiguous
+    TokenStrides beta, decay;  // 0 where a decay does not depend on it
+    StateStrides state;
+};
+
+struct RecurrenceArguments {
+    int32_t dtype, threads;
+    void* o;
+    const void *q, *k, *v;
+    const float *beta, *decay;  // null: none
+    const float* initial;       // null: zeros
+    float* state;               // of whole sequences the final states, contiguous; of steps what they continue and change
+    const int64_t* bounds;      // null: sequence n is row n of the batch; else tokens bounds[n] to bounds[n + 1]
+    float scale;
+    int32_t unit;               // make q and k unit vectors
+    Shape shape;
 };
 
 template <class T> struct Inputs {
     const T *q, *k, *v;
-    const float *decay, *beta;  // null: none
-    const int64_t* bounds;      // null: sequence n is row n of the batch; else tokens bounds[n] to bounds[n + 1]
+    const float *decay, *beta;
+    const int64_t* bounds;
     float scale;
-    bool unit;                  // make q and k unit vectors
+    bool unit;
+    explicit Inputs(const RecurrenceArguments& in)
+        : q((const T*)in.q), k((const T*)in.k), v((const T*)in.v), decay(in.decay), beta(in.beta), bounds(in.bounds), scale(in.scale),
+          unit(in.unit != 0) {}
 };
 
 inline int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }  // a row stride that spreads over the cache's sets
@@ -77,7 +96,7 @@ template <class T, bool DELTA> struct Chunks {
         return sizeof(float) * ((rows + 2 * CHUNK) * v + 2 * CHUNK * (k + c) + (vector ? 3 * CHUNK * k : rows * c));
     }
     Chunks(const Shape& shape, const Inputs<T>& in)
-        : shape(shape), in(in), vector(shape.decay[3] != 0), wide_k(round_up(shape.K, 16)), wide_v(round_up(shape.V, 16)),
+        : shape(shape), in(in), vector(shape.decay.component != 0), wide_k(round_up(shape.K, 16)), wide_v(round_up(shape.V, 16)),
           memory(bytes(shape, vector)), unused((float*)memory.memory) {
         if (!unused) return;
         S = matrix(wide_k, wide_v);
@@ -103,15 +122,15 @@ template <class T, bool DELTA> struct Chunks {
             const int64_t count = smaller(CHUNK, end - token), rows = count <= 16 ? 16 : count <= 32 ? 32 : CHUNK;
             load_chunk(row, head, token, count, rows);
             const int64_t next = token + CHUNK, ahead = smaller(CHUNK, end - next);
-            expect(in.q + row * shape.q[0] + next * shape.q[1] + head * shape.H / shape.Hv * shape.q[2], shape.q[1], ahead, shape.K);
+            expect(in.q + row * shape.q.row + next * shape.q.token + head * shape.H / shape.Hv * shape.q.head, shape.q.token, ahead, shape.K);
             if (vector) vector_decays(rows);
             else scalar_decays(rows);
             if (DELTA) correct(rows);
             product(O, Q, S, rows, wide_v, false, [&](int64_t) { return wide_k; });
-            expect(in.k + row * shape.k[0] + next * shape.k[1] + head * shape.H / shape.Hv * shape.k[2], shape.k[1], ahead, shape.K);
+            expect(in.k + row * shape.k.row + next * shape.k.token + head * shape.H / shape.Hv * shape.k.head, shape.k.token, ahead, shape.K);
             product(O, P, U, rows, wide_v, true, [](int64_t r) { return r + TILE_ROWS; });
             for (int64_t c = 0; c < wide_k; c++) multiply(S.row(c), vector ? kept(c) : between[0] * a[0], wide_v);
-            expect(in.v + row * shape.v[0] + next * shape.v[1] + head * shape.v[2], shape.v[1], ahead, shape.V);
+            expect(in.v + row * shape.v.row + next * shape.v.token + head * shape.v.head, shape.v.token, ahead, shape.V);
             product(S, vector ? Y.transposed() : X, U, wide_k, wide_v, true, [&](int64_t) { return rows; });
             for (int64_t i = 0; i < count; i++)
                 pack(o + ((row * shape.T + token + i) * shape.Hv + head) * shape.V, O.row(i), in.scale, shape.V);
@@ -121,23 +140,23 @@ template <class T, bool DELTA> struct Chunks {
 
     void load_chunk(int64_t row, int64_t head, int64_t token, int64_t count, int64_t rows) {
         const int64_t shared = head * shape.H / shape.Hv;
-        const T* q = in.q + row * shape.q[0] + token * shape.q[1] + shared * shape.q[2];
-        const T* k = in.k + row * shape.k[0] + token * shape.k[1] + shared * shape.k[2];
-        const T* v = in.v + row * shape.v[0] + token * shape.v[1] + head * shape.v[2];
-        const float* b = in.beta + row * shape.beta[0] + token * shape.beta[1] + head * shape.beta[2];
-        const float* g = in.decay + row * shape.decay[0] + token * shape.decay[1] + head * shape.decay[2];
+        const T* q = in.q + row * shape.q.row + token * shape.q.token + shared * shape.q.head;
+        const T* k = in.k + row * shape.k.row + token * shape.k.token + shared * shape.k.head;
+        const T* v = in.v + row * shape.v.row + token * shape.v.token + head * shape.v.head;
+        const float* b = in.beta + row * shape.beta.row + token * shape.beta.token + head * shape.beta.head;
+        const float* g = in.decay + row * shape.decay.row + token * shape.decay.token + head * shape.decay.head;
         for (int64_t i = 0; i < rows; i++) {
             const bool there = i < count;
-            unpack(Q.row(i), q + i * shape.q[1], there ? shape.K : 0, wide_k);
-            unpack(K.row(i), k + i * shape.k[1], there ? shape.K : 0, wide_k);
-            unpack(U.row(i), v + i * shape.v[1], there ? shape.V : 0, wide_v);
+            unpack(Q.row(i), q + i * shape.q.token, there ? shape.K : 0, wide_k);
+            unpack(K.row(i), k + i * shape.k.token, there ? shape.K : 0, wide_k);
+            unpack(U.row(i), v + i * shape.v.token, there ? shape.V : 0, wide_v);
             if (in.unit) make_unit(Q.row(i), wide_k), make_unit(K.row(i), wide_k);
-            beta[i] = DELTA && there ? b[i * shape.beta[1]] : 0;
+            beta[i] = DELTA && there ? b[i * shape.beta.token] : 0;
             if (!vector) {
-                a[i] = in.decay && there ? __builtin_expf(g[i * shape.decay[1]]) : 1.f;
+                a[i] = in.decay && there ? __builtin_expf(g[i * shape.decay.token]) : 1.f;
                 continue;
             }
-            unpack(A.row(i), g + i * shape.decay[1], there ? shape.K : 0, wide_k);
+            unpack(A.row(i), g + i * shape.decay.token, there ? shape.K : 0, wide_k);
             for (int64_t c = 0; c < wide_k; c += WIDTH) store(A.row(i) + c, exp(load(A.row(i) + c)));
         }
     }
@@ -323,19 +342,19 @@ template <class T, bool DELTA> struct Step {
     void run(T* out, float* S, int64_t row, int64_t head) {
         const int64_t shared = head * shape.H / shape.Hv;
         for (int64_t t = 0; t < shape.T; t++) {
-            unpack(q, in.q + row * shape.q[0] + t * shape.q[1] + shared * shape.q[2], shape.K, wide_k);
-            unpack(k, in.k + row * shape.k[0] + t * shape.k[1] + shared * shape.k[2], shape.K, wide_k);
-            unpack(v, in.v + row * shape.v[0] + t * shape.v[1] + head * shape.v[2], shape.V, wide_v);
+            unpack(q, in.q + row * shape.q.row + t * shape.q.token + shared * shape.q.head, shape.K, wide_k);
+            unpack(k, in.k + row * shape.k.row + t * shape.k.token + shared * shape.k.head, shape.K, wide_k);
+            unpack(v, in.v + row * shape.v.row + t * shape.v.token + head * shape.v.head, shape.V, wide_v);
             if (in.unit) make_unit(q, wide_k), make_unit(k, wide_k);
-            const float* g = in.decay + row * shape.decay[0] + t * shape.decay[1] + head * shape.decay[2];
-            if (in.decay && shape.decay[3]) {
+            const float* g = in.decay + row * shape.decay.row + t * shape.decay.token + head * shape.decay.head;
+            if (in.decay && shape.decay.component) {
                 unpack(a, g, shape.K, wide_k);
                 for (int64_t c = 0; c < wide_k; c += WIDTH) store(a + c, exp(load(a + c)));
             } else {
                 const Vec factor = Vec{} + (in.decay ? __builtin_expf(*g) : 1.f);
                 for (int64_t c = 0; c < wide_k; c += WIDTH) store(a + c, factor);
             }
-            const float beta = DELTA ? in.beta[row * shape.beta[0] + t * shape.beta[1] + head * shape.beta[2]] : 1.f;
+            const float beta = DELTA ? in.beta[row * shape.beta.row + t * shape.beta.token + head * shape.beta.head] : 1.f;
             Vec products = {};
             for (int64_t c = 0; c < wide_k; c += WIDTH) products += load(q + c) * load(k + c);
             token(S, sum(products), beta);
@@ -344,9 +363,9 @@ template <class T, bool DELTA> struct Step {
     }
 
     void token(float* S, float kq, float beta) {
-        const int64_t stride = shape.state[2];
-        if (shape.state[3] != 1) {
-            for (int64_t j = 0; j < shape.V; j++) step_column<DELTA>(S + j * shape.state[3], a, k, q, kq, beta, v[j], o + j, shape.K);
+        const int64_t stride = shape.state.k;
+        if (shape.state.v != 1) {
+            for (int64_t j = 0; j < shape.V; j++) step_column<DELTA>(S + j * shape.state.v, a, k, q, kq, beta, v[j], o + j, shape.K);
             return;
         }
         int64_t j = 0;
@@ -377,7 +396,7 @@ template <class T, bool DELTA> int run_step(T* o, float* state, const Shape& sha
         }
         for (int64_t item = from; item < to; item++) {
             const int64_t row = item / shape.Hv, head = item % shape.Hv;
-            step.run(o, state + row * shape.state[0] + head * shape.state[1], row, head);
+            step.run(o, state + row * shape.state.row + head * shape.state.head, row, head);
         }
     });
     return failed;

@@ -92,19 +92,19 @@ struct Bf16Chunks {
         for (int64_t c = 0; c < wide_k; c++)
             unpack(S + c * stride_v, initial + c * shape.V, initial && c < shape.K ? shape.V : 0, wide_v);
         const int64_t shared = head * shape.H / shape.Hv;
-        const bf16* q = in.q + row * shape.q[0] + shared * shape.q[2];
-        const bf16* k = in.k + row * shape.k[0] + shared * shape.k[2];
-        const bf16* v = in.v + row * shape.v[0] + head * shape.v[2];
-        const float* g = in.decay + row * shape.decay[0] + head * shape.decay[2];
+        const bf16* q = in.q + row * shape.q.row + shared * shape.q.head;
+        const bf16* k = in.k + row * shape.k.row + shared * shape.k.head;
+        const bf16* v = in.v + row * shape.v.row + head * shape.v.head;
+        const float* g = in.decay + row * shape.decay.row + head * shape.decay.head;
         for (int64_t token = begin; token < end; token += CHUNK) {
             const int64_t count = smaller(CHUNK, end - token), rows = count <= PANEL ? PANEL : CHUNK;
             const int64_t next = token + CHUNK, ahead = smaller(CHUNK, end - next);
-            load_chunk(q + token * shape.q[1], k + token * shape.k[1], v + token * shape.v[1], g + token * shape.decay[1], count, rows);
-            expect(q + next * shape.q[1], shape.q[1], ahead, shape.K);
+            load_chunk(q + token * shape.q.token, k + token * shape.k.token, v + token * shape.v.token, g + token * shape.decay.token, count, rows);
+            expect(q + next * shape.q.token, shape.q.token, ahead, shape.K);
             weigh(rows);
-            expect(k + next * shape.k[1], shape.k[1], ahead, shape.K);
+            expect(k + next * shape.k.token, shape.k.token, ahead, shape.K);
             write_outputs(o + ((row * shape.T + token) * shape.Hv + head) * shape.V, count);
-            expect(v + next * shape.v[1], shape.v[1], ahead, shape.V);
+            expect(v + next * shape.v.token, shape.v.token, ahead, shape.V);
             update_state(rows);
         }
         for (int64_t c = 0; c < shape.K; c++) pack(final + c * shape.V, S + c * stride_v, 1.f, shape.V);
@@ -112,15 +112,15 @@ struct Bf16Chunks {
 
     void load_chunk(const bf16* q, const bf16* k, const bf16* v, const float* g, int64_t count, int64_t rows) {
         for (int64_t i = 0; i < rows; i++) {
-            copy(Q + i * stride_k, q + i * shape.q[1], i < count ? shape.K : 0, wide_k);
-            copy(K + i * stride_k, k + i * shape.k[1], i < count ? shape.K : 0, wide_k);
-            a[i] = in.decay && i < count ? __builtin_expf(g[i * shape.decay[1]]) : 1.f;
+            copy(Q + i * stride_k, q + i * shape.q.token, i < count ? shape.K : 0, wide_k);
+            copy(K + i * stride_k, k + i * shape.k.token, i < count ? shape.K : 0, wide_k);
+            a[i] = in.decay && i < count ? __builtin_expf(g[i * shape.decay.token]) : 1.f;
         }
         for (int64_t i = 0; i < rows; i += WIDTH)
             for (int64_t c = 0; c < wide_k / 2; c += WIDTH) transpose(KT + c * STRIDE + i, STRIDE, K + i * stride_k + c, stride_k);
         for (int64_t i = 0; i < rows; i += 2)
             for (int64_t c = 0; c < wide_v; c += WIDTH) {
-                const Bits both = paired(part(v + i * shape.v[1], c, i < count), part(v + (i + 1) * shape.v[1], c, i + 1 < count));
+                const Bits both = paired(part(v + i * shape.v.token, c, i < count), part(v + (i + 1) * shape.v.token, c, i + 1 < count));
                 memcpy(U + i / 2 * stride_v + c, &both, sizeof(both));
             }
         for (int64_t c = 0; c < wide_k; c += 2)

@@ -1,22 +1,16 @@
 // The delta rule: the recurrence with its correction.
 #include "../recurrence.h"
 
-HASTEN_EXPORT(hasten_delta_rule)
-(int dtype, void* o, const void* q, const void* k, const void* v, const float* beta, const float* decay, const float* initial, float* final,
- const int64_t* bounds, const Shape* shape, float scale, int unit, int threads) {
-    return with_dtype(dtype, [&](auto stored) {
+HASTEN_EXPORT(delta_rule, RecurrenceArguments)(const RecurrenceArguments& in) {
+    return with_dtype(in.dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;
-        const Inputs<T> in = {(const T*)q, (const T*)k, (const T*)v, decay, beta, bounds, scale, unit != 0};
-        return run_chunks<Chunks<T, true>>((T*)o, initial, final, *shape, in, threads);
+        return run_chunks<Chunks<T, true>>((T*)in.o, in.initial, in.state, in.shape, Inputs<T>(in), in.threads);
     });
 }
 
-HASTEN_EXPORT(hasten_delta_rule_step)
-(int dtype, void* o, const void* q, const void* k, const void* v, const float* beta, const float* decay, float* state, const Shape* shape,
- float scale, int unit, int threads) {
-    return with_dtype(dtype, [&](auto stored) {
+HASTEN_EXPORT(delta_rule_step, RecurrenceArguments)(const RecurrenceArguments& in) {
+    return with_dtype(in.dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;
-        const Inputs<T> in = {(const T*)q, (const T*)k, (const T*)v, decay, beta, nullptr, scale, unit != 0};
-        return run_step<T, true>((T*)o, state, *shape, in, threads);
+        return run_step<T, true>((T*)in.o, in.state, in.shape, Inputs<T>(in), in.threads);
     });
 }

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from .. import backend, sequence
-from . import chunked, reference
+from . import chunked, cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
@@ -108,8 +108,6 @@ def _chunked(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
 
 
 def _cpu(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
-    from . import cpu
-
     return cpu.launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds)
 
 
@@ -128,10 +126,9 @@ def _run_step(q, k, v, beta, state, decay, scale, l2_norm):
         o, new = reference.delta_rule(q, k, v, beta, decay, scale, state, l2_norm, None)
         state.copy_(new)
         return o
+    implementation = cpu
     if name == "triton":
         from . import triton as implementation
-    else:
-        from . import cpu as implementation
     return implementation.step(q, k, v, beta, state, decay, scale, l2_norm)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from .. import backend, sequence
-from . import chunked, reference
+from . import chunked, cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
@@ -126,8 +126,6 @@ def _chunked(q, k, v, decay, scale, initial_state, bounds):
 
 
 def _cpu(q, k, v, decay, scale, initial_state, bounds):
-    from . import cpu
-
     return cpu.launch(q, k, v, decay, scale, initial_state, bounds)
 
 
@@ -154,10 +152,9 @@ def _run_step(q, k, v, state, decay, scale, normalize):
         o, new = reference.linear_attention(q, k, v, decay, scale, state, normalize, None)
         state.copy_(new)
         return o
+    implementation = cpu
     if name == "triton":
         from . import triton as implementation
-    else:
-        from . import cpu as implementation
     o = implementation.step(q, k, values, state, decay, 1.0 if normalize else scale)
     if normalize:
         o = (scale * o[..., :V].float() / (o[..., V:].float() + reference.EPSILON)).to(v.dtype)
