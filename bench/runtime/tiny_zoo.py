@@ -5,7 +5,6 @@ lists of layers, ids inside the vocabulary), then by what `EXCEPTIONS` says of t
 transformers maps the type to. Nothing is downloaded.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -98,14 +97,116 @@ SIZES = {
     "crop_size": 16,
     "sliding_window": 32,
     "attention_chunk_size": 32,
+    "index_topk": 16,
+    "index_block_size": 8,
+    "index_topk_blocks": 2,
 }  # fmt: skip
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
 
-# What a type needs beyond the rules: values by the path of the field in the configuration.
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+AT_MOST_ONE = ("first_k_dense_replace", "num_dense_layers")
+
+# What a configuration needs beyond the rules, by its model type, or by its class where it has none. It may stand alone
+# or be a part of another.
+NGRAMS = {"ple_layer_ids": [1], "heads_per_ngram": 2, "ngram_vocab_size_base": 100, "split_ngram_parts": 2}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+MAMBA2 = {"state_size": 24, "n_groups": 2, "chunk_size": 16}
+SHARED_KEYS = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
+PER_LAYER_INPUT = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16}
+AUTOENCODER = {"base_channels": 32, "channel_multiplier": (1, 1), "num_res_blocks": 1, "latent_channels": 16}
+SAM = {"output_channels": 32, "downsample_channels": [32, WIDTH], "global_attn_indexes": [1], "window_size": 2}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 319, "IMGIMGAZ": 318, "IMGIMGBZ": 317}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+        }
+    },
+    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "deepseek_v4": {"o_lora_rank": 16, "o_groups": 2},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "dots3_note_text": {
+        "swa_num_attention_heads": HEADS,
+        "swa_num_key_value_heads": HEADS,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": HEAD + 8,
+        "swa_qk_nope_head_dim": HEAD,
+        "swa_v_head_dim": HEAD,
+        "head_dim": HEAD + 8,
+    },
+    "emu3": {"vocabulary_map": {"<image>": 319, "<|extra_200|>": 318, "<|visual token 000000|>": 317}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_theta": 500000.0, "mrope_section": [3, 3, 2]}},
+    "florence_vision": {"depths": (1, 1), "patch_size": (3, 3), "patch_stride": (2, 2), "patch_padding": (1, 1)}
+    | {"patch_prenorm": (False, True), "embed_dim": (32, 64), "num_heads": (2, 2), "num_groups": (2, 2)}
+    | {"window_size": 2},
+    "gemma3n_text": SHARED_KEYS | PER_LAYER_INPUT | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    "gemma4_text": PER_LAYER_INPUT | {"global_head_dim": 2 * HEAD},
+    "gemma4_unified_text": {"global_head_dim": 2 * HEAD},
+    "diffusion_gemma_text": {"global_head_dim": 2 * HEAD},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
+    "hunyuan_vl_vision": {"max_image_size": 64, "img_max_token_num": 64},
+    "janus_vqgan": AUTOENCODER,
+    "chameleon_vqgan": AUTOENCODER | {"resolution": 16},
+    "emu3_vqgan": AUTOENCODER,
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "longcat_flash": {"zero_expert_num": 2},
+    "mamba2": MAMBA2 | {"num_heads": 8},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "molmo2_vision": {"image_size": [16, 16], "patch_size": 4},
+    "muse_spark_audio": {"patch_sizes": (4, 2), "hidden_sizes": (32, WIDTH), "depths": (1, 1)},
+    "nemotron": {"num_key_value_heads": GROUPS},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": HEAD, "ssm_state_size": 24, "n_groups": 2, "chunk_size": 16},
+    "qwen4_exp_text": INDEXER | NGRAMS | {"hc_lowrank": 16, "eos_token_id": 2},
+    "radio": {"max_img_size": 32},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": (16, 32),
+        "axial_pos_embds_dim": (16, 48),
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "num_buckets": 4,
+        "attn_layers": ["local", "lsh"],
+    },
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 24,
+        "mamba_ngroups": 2,
+        "chunk_size": 16,
+        "adapter_rank": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 # Types that no tiny configuration builds, with the reason.
+TIMM = "its vision tower is one of timm's, which is not installed"
 IMPOSSIBLE: dict[str, str] = {}
 
 
@@ -119,62 +220,80 @@ def image_text_types() -> list[str]:
     return list(KINDS["image-text"][0])
 
 
-def configuration(model_type: str) -> PreTrainedConfig:
-    """The tiny configuration of a type."""
-    changes: dict[str, dict[str, Any]] = {}
-    for path, value in EXCEPTIONS.get(model_type, {}).items():
-        part, _, name = path.rpartition(".")
-        changes.setdefault(part, {})[name] = value
-    return _shrunk(CONFIG_MAPPING[model_type](), changes, "", {})
+def configuration(kind: str, model_type: str) -> PreTrainedConfig:
+    """The tiny configuration from which `build` makes the model: of the type, or the part that its class takes."""
+    config_class = CONFIG_MAPPING[model_type]
+    config = _shrunk(config_class, {}, {})
+    taken = KINDS[kind][1][config_class].config_class
+    if not isinstance(config, taken):
+        config = next((part for part in vars(config).values() if isinstance(part, taken)), config)
+    return config
 
 
 def build(kind: str, model_type: str, seed: int = 0) -> nn.Module:
-    """The class of a kind ("causal" or "image-text") for a type, in eval mode, in float32, with weights from `seed`."""
+    """The class of a kind ("causal" or "image-text") for a type, in eval mode, in float32, with weights from `seed`.
+
+    Raises:
+        ValueError: the type is in `IMPOSSIBLE`; the message gives the reason.
+    """
     if model_type in IMPOSSIBLE:
         raise ValueError(f"{model_type} cannot be built: {IMPOSSIBLE[model_type]}")
-    config = configuration(model_type)
+    config = configuration(kind, model_type)
     torch.manual_seed(seed)
-    model = KINDS[kind][1][type(config)](config)
+    model = KINDS[kind][1][CONFIG_MAPPING[model_type]](config)
     _randomise(model)
     return model.eval()
 
 
-def _fields(config: PreTrainedConfig) -> set[str]:
-    return set(inspect.signature(type(config).__init__).parameters) | set(type(config).__dataclass_fields__)
+def _shrunk(config_class: type, given: dict[str, Any], ids: dict[int, int]) -> PreTrainedConfig:
+    """A configuration with the rules and the exceptions applied to it and to its parts.
 
-
-def _shrunk(default: PreTrainedConfig, changes: dict[str, dict[str, Any]], path: str, ids: dict[int, int]):
-    """`default` again from its class, with the rules and `changes` applied to it and to its parts."""
-    own, known, values = changes.get(path, {}), _fields(default), {}
-    for name, value in vars(default).items():
-        part = f"{path}.{name}".lstrip(".")
-        if name not in known or name in own:
+    `given` is what it has anyway as a part of another; `ids` maps ids beyond the vocabulary to ids inside.
+    """
+    own = EXCEPTIONS.get(config_class.model_type or config_class.__name__, {})
+    default, values = config_class(**given), dict(given)
+    for name, value in _stored(default).items():
+        if name in own:
             continue
         if isinstance(value, PreTrainedConfig):
-            values[name] = _shrunk(value, changes, part, ids)
-        elif name in SIZES and isinstance(value, int):
+            values[name] = _shrunk(type(value), _given(value), ids)
+        elif (name in SIZES and type(value) is int) or name == "head_dim":
             values[name] = SIZES[name]
-        elif name.endswith(("token_id", "token_index", "_id")) and isinstance(value, int) and value >= VOCABULARY:
+        elif name in AT_MOST_ONE and value:
+            values[name] = 1
+        elif name.endswith(("token_id", "token_index", "_id")) and type(value) is int and value >= VOCABULARY:
             values[name] = ids.setdefault(value, VOCABULARY - 1 - len(ids))
         elif name == "rope_parameters" and isinstance(value, dict):
             values[name] = _rope(value)
-    heads = default.__dict__.get("num_attention_heads")
-    if heads is not None and heads == default.__dict__.get("num_key_value_heads") and "num_key_value_heads" in values:
+    stored = _stored(default)
+    if "num_key_value_heads" in values and stored["num_key_value_heads"] == stored.get("num_attention_heads"):
         values["num_key_value_heads"] = HEADS
-    values |= _layers(default, known) | own
-    return type(default)(**values)
+    return config_class(**values | _layers(stored) | own)
 
 
-def _layers(default: PreTrainedConfig, known: set[str]) -> dict[str, Any]:
+def _stored(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a configuration, under the names that its class takes."""
+    names = {name: type(config).attribute_map.get(name, name) for name in type(config).__dataclass_fields__}
+    return {name: vars(config)[stored] for name, stored in names.items() if stored in vars(config)}
+
+
+def _given(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a part of a configuration has besides the defaults of its class."""
+    plain = _stored(type(config)())
+    return {
+        name: value
+        for name, value in _stored(config).items()
+        if not isinstance(value, PreTrainedConfig) and value != plain.get(name)
+    }
+
+
+def _layers(stored: dict[str, Any]) -> dict[str, Any]:
     """A number of layers and shortened lists of their kinds, in which every kind of layer still occurs."""
-    name = next((name for name in LAYERS if isinstance(vars(default).get(name), int)), None)
-    if name is None:
-        return {}
-    count = vars(default)[name]
+    name = next((name for name in LAYERS if type(stored.get(name)) is int), None)
     lists = {
         key: value
-        for key, value in vars(default).items()
-        if isinstance(value, list | tuple) and len(value) == count and key in known and isinstance(value[0], str)
+        for key, value in stored.items()
+        if isinstance(value, list | tuple) and value and isinstance(value[0], str) and len(value) == stored.get(name)
     }
     if not lists:
         return {}
