@@ -154,14 +154,26 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "head_dim": HEAD + 8,
     },
     "emu3": {"vocabulary_map": {"<image>": 319, "<|extra_200|>": 318, "<|visual token 000000|>": 317}},
-    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_theta": 500000.0, "mrope_section": [3, 3, 2]}},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_theta": 500000.0, "mrope_section": [3, 3, 2]},
+        "moe_intermediate_size": [INNER, INNER],
+    },
     "florence_vision": {"depths": (1, 1), "patch_size": (3, 3), "patch_stride": (2, 2), "patch_padding": (1, 1)}
     | {"patch_prenorm": (False, True), "embed_dim": (32, 64), "num_heads": (2, 2), "num_groups": (2, 2)}
     | {"window_size": 2},
-    "gemma3n_text": SHARED_KEYS | PER_LAYER_INPUT | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    "gemma3n_text": SHARED_KEYS
+    | PER_LAYER_INPUT
+    | {"intermediate_size": INNER, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
     "gemma4_text": PER_LAYER_INPUT | {"global_head_dim": 2 * HEAD},
     "gemma4_unified_text": {"global_head_dim": 2 * HEAD},
-    "diffusion_gemma_text": {"global_head_dim": 2 * HEAD},
+    "diffusion_gemma_text": {
+        "global_head_dim": 2 * HEAD,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": INNER,
+    },
+    "deepseek_ocr2_sam_vision_model": SAM,
+    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0},
     "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
@@ -176,6 +188,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [16, 16], "patch_size": 4},
     "muse_spark_audio": {"patch_sizes": (4, 2), "hidden_sizes": (32, WIDTH), "depths": (1, 1)},
+    "muse_spark_text": {"moe_hidden_size": WIDTH},
     "nemotron": {"num_key_value_heads": GROUPS},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": HEAD, "ssm_state_size": 24, "n_groups": 2, "chunk_size": 16},
     "qwen4_exp_text": INDEXER | NGRAMS | {"hc_lowrank": 16, "eos_token_id": 2},
@@ -189,6 +202,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
         "attn_layers": ["local", "lsh"],
     },
+    "unlimited_ocr_sam_vision_model": SAM,
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "num_hidden_layers": 4,
@@ -207,7 +221,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 # Types that no tiny configuration builds, with the reason.
 TIMM = "its vision tower is one of timm's, which is not installed"
-IMPOSSIBLE: dict[str, str] = {}
+SHARED = "all its layers share the keys and values of another model, and transformers' own check refuses such a decoder"
+IMPOSSIBLE: dict[str, str] = {
+    "fast_vlm": TIMM,
+    "gemma3n": TIMM,
+    "gemma4_assistant": SHARED,
+    "gemma4_unified_assistant": SHARED,
+    "perception_lm": TIMM,
+}
 
 
 def causal_types() -> list[str]:
