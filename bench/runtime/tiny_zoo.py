@@ -125,7 +125,43 @@ SHARED_KEYS = {
 PER_LAYER_INPUT = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16}
 AUTOENCODER = {"base_channels": 32, "channel_multiplier": (1, 1), "num_res_blocks": 1, "latent_channels": 16}
 SAM = {"output_channels": 32, "downsample_channels": [32, WIDTH], "global_attn_indexes": [1], "window_size": 2}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+MAMBA_LAYERS = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": HEAD,
+    "mamba_d_state": 24,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 16,
+}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA_LAYERS | {"attn_layer_indices": [1], "num_hidden_layers": 3},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "falcon_h1": MAMBA_LAYERS | {"mamba_d_ssm": 8 * HEAD},
+    "glm4v_text": MROPE,
+    "glm4v_moe_text": {
+        "rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    },
+    "glm_ocr_text": MROPE,
+    "granitemoehybrid": MAMBA_LAYERS
+    | {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+        "num_local_experts": 4,
+    },
+    "hunyuan_vl_text": {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [2, 2, 2, 2]}},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    "paddleocr_vl_text": MROPE,
+    "qwen2_5_omni_text": MROPE,
+    "qwen2_5_vl_text": MROPE,
+    "qwen2_vl_text": MROPE,
+    "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 32},
+    "step3p5": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "sliding_window": 32,
+    },
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
+    "xmod": {"default_language": "en_XX"},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "chameleon": {"vocabulary_map": {"<image>": 319, "IMGIMGAZ": 318, "IMGIMGBZ": 317}},
     "cohere_compass_text": {
@@ -133,7 +169,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
         }
     },
-    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v4": {"o_lora_rank": 16, "o_groups": 2},
     "dots1": {
@@ -183,7 +219,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "emu3_vqgan": AUTOENCODER,
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
-    "longcat_flash": {"zero_expert_num": 2},
+    "longcat_flash": {"zero_expert_num": 2, "head_dim": 8},
     "mamba2": MAMBA2 | {"num_heads": 8},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [16, 16], "patch_size": 4},
@@ -200,10 +236,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 16,
         "lsh_attn_chunk_length": 16,
         "num_buckets": 4,
+        "hash_seed": 0,
         "attn_layers": ["local", "lsh"],
     },
     "unlimited_ocr_sam_vision_model": SAM,
     "zamba": {
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * HEAD,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "num_hidden_layers": 4,
     },
@@ -248,6 +287,8 @@ def configuration(kind: str, model_type: str) -> PreTrainedConfig:
     taken = KINDS[kind][1][config_class].config_class
     if not isinstance(config, taken):
         config = next((part for part in vars(config).values() if isinstance(part, taken)), config)
+    if kind == "causal" and getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True  # an encoder that is used as a decoder attends to what came before alone
     return config
 
 
