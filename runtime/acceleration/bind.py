@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from hasten.acceleration.anatomy import Anatomy, Block, Projection
-from hasten.acceleration.calibration import FIRST, Statistics, gated_mlps, progress, score_name, scored
+from hasten.acceleration.calibration import FIRST, Statistics, gated_mlps, score_name, scored
 from hasten.acceleration.edits import Edit, ReplaceModule, StoreColumnMajor
 from hasten.acceleration.modules import CatsMLP, DecodeLinear, SparseLinear, largest_union
 from hasten.acceleration.plan import Plan
 from hasten.acceleration.techniques import Cats, Technique, Wina, is_sparse
 from hasten.errors import UnsupportedModelError
+from hasten.model_facts import progress
 from hasten.sparsity.allocation import greedy
 from hasten.sparsity.scores import column_norms, cutoffs
 

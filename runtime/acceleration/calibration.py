@@ -2,20 +2,18 @@
 
 import contextlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from hasten.acceleration.anatomy import Anatomy, Block, Projection, dissect
 from hasten.acceleration.plan import Plan
 from hasten.acceleration.preflight import refuse_unready
 from hasten.acceleration.techniques import Cats, InputSparsity, Technique, Wina
 from hasten.acceleration.windows import Texts, windows
+from hasten.model_facts import longest_input, progress, vocabulary
 from hasten.sparsity.histogram import ScoreHistogram
 from hasten.sparsity.scores import column_norms
 
@@ -64,15 +62,6 @@ def calibrate(
     return gather(model, anatomy, Plan(plan), pieces)
 
 
-def vocabulary(model: nn.Module) -> int:
-    return model.get_input_embeddings().num_embeddings
-
-
-def longest_input(model: nn.Module) -> int:
-    """The number of positions that the model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
 def gather(model: nn.Module, anatomy: Anatomy, plan: Plan, pieces: list[torch.Tensor]) -> Statistics:
     """`calibrate` on an anatomy that was found and token windows that were checked."""
     statistics = Statistics()
@@ -85,12 +74,6 @@ def gather(model: nn.Module, anatomy: Anatomy, plan: Plan, pieces: list[torch.Te
             forward(model, piece[None].to(device))
             statistics.tokens += piece.numel()
     return statistics
-
-
-def progress(items, description: str, **settings):
-    """A progress bar: on a terminal only, and off with HASTEN_DISABLE_PROGRESS=1."""
-    disabled = True if os.environ.get("HASTEN_DISABLE_PROGRESS", "0") not in ("", "0") else None
-    return tqdm(items, desc=description, disable=disabled, leave=False, **settings)
 
 
 @torch.no_grad()

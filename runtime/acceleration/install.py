@@ -12,7 +12,7 @@ from torch import nn
 from hasten.acceleration import linear_layers, measure
 from hasten.acceleration.anatomy import Anatomy, Projection, dissect
 from hasten.acceleration.bind import Setting, dense_edit, left_dense, mlp_refusals, refuse_overlap, settle, sparse_edits
-from hasten.acceleration.calibration import Statistics, gather, longest_input, score_name, vocabulary
+from hasten.acceleration.calibration import Statistics, gather, score_name
 from hasten.acceleration.edits import Edit, MarkStateful, ReplaceForward, apply_all, undo_all
 from hasten.acceleration.modules import CatsMLP, DecodeLinear, SparseLinear
 from hasten.acceleration.plan import Plan
@@ -23,6 +23,7 @@ from hasten.acceleration.windows import Texts, split_heldout, windows
 from hasten.errors import HastenError, StateError
 from hasten.kernels import backend
 from hasten.kernels.linear.op import MAX_BATCH
+from hasten.model_facts import cache_of, device_of, longest_input, vocabulary
 
 logger = logging.getLogger("hasten")
 
@@ -295,7 +296,7 @@ def _self_check(model: nn.Module, edits: list[Edit]) -> float:
 
     names = {edit.name for edit in edits if not isinstance(edit, ReplaceForward)}
     layers = [edit.name for edit in edits if isinstance(edit, ReplaceForward)]
-    tokens = torch.zeros(1, SELF_CHECK_TOKENS, dtype=torch.int64, device=measure.device_of(model))
+    tokens = torch.zeros(1, SELF_CHECK_TOKENS, dtype=torch.int64, device=device_of(model))
     with torch.autocast(tokens.device.type, enabled=False):
         if layers:
             with contextlib.ExitStack() as hooks:
@@ -305,7 +306,7 @@ def _self_check(model: nn.Module, edits: list[Edit]) -> float:
             cache = model(input_ids=tokens, use_cache=True)
             with contextlib.ExitStack() as hooks:
                 layer(layers[0], hooks)  # for every layer, the whole cache would be copied
-                model(input_ids=tokens[:, :1], use_cache=True, **measure.cache_of(cache))
+                model(input_ids=tokens[:, :1], use_cache=True, **cache_of(cache))
         with contextlib.ExitStack() as hooks:
             for name, module in model.named_modules():
                 if name in names and isinstance(module, DecodeLinear | SparseLinear | CatsMLP):

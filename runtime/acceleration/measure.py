@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hasten.acceleration.anatomy import Projection
-from hasten.acceleration.calibration import longest_input, progress
 from hasten.kernels.linear.op import MAX_BATCH, linear
+from hasten.model_facts import cache_of, device_of, longest_input, progress, synchronize
 
 PREFILL_TOKENS, DECODE_TOKENS = 128, 24
 DRIFT_PREFIX, DRIFT_TOKENS = 16, 256
@@ -39,21 +39,6 @@ class Drift:
     dense_perplexity: float
     fast_perplexity: float
     tokens: int
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def cache_of(output) -> dict[str, object]:
-    """The cache in a model's output, by the name of the argument that takes it: Mamba-2 calls it `cache_params`."""
-    name = "past_key_values" if hasattr(output, "past_key_values") else "cache_params"
-    return {name: getattr(output, name)}
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import torch
 import typer
 
 import hasten
-from hasten.acceleration.calibration import progress
 from hasten.cli import picture, picture_guidance, tables
 from hasten.guidance.diffusion.adaptive import AdaptiveGuidance
 from hasten.guidance.diffusion.apg import AdaptiveProjectedGuidance
@@ -17,6 +16,7 @@ from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff
 from hasten.guidance.diffusion.guide import Guide
 from hasten.guidance.diffusion.intervals import SigmaInterval
+from hasten.model_facts import progress
 from hasten.models.digit_diffusion.classifier import contrast, saturation
 from hasten.models.digit_diffusion.drawing import draw
 

@@ -5,9 +5,8 @@ import inspect
 import torch
 from torch import nn
 
-from hasten.acceleration.calibration import longest_input
-from hasten.acceleration.measure import cache_of, device_of
 from hasten.errors import UnsupportedModelError
+from hasten.model_facts import cache_of, device_of, longest_input
 
 
 class Decoder:
