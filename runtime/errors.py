@@ -24,7 +24,11 @@ class UnsupportedModelError(HastenError):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why one part of a model cannot be changed; the fields are those of `UnsupportedModelError`, which `error` makes."""
+    """Why hasten leaves a module as it is: a record, from which the error is raised where the user asked for all or nothing.
+
+    Args:
+        name, kind, reason, remedy: as in `UnsupportedModelError`.
+    """
 
     name: str
     kind: str

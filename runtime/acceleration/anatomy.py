@@ -298,7 +298,9 @@ class _Found:
                     continue
                 inner = [_join(name, projection) for projection in names.projections]
                 refusal = next((refusals[path] for path in inner if path in refusals), None)
-                if refusal is None and all(path in projections for path in inner):
+                if refusal is None:
+                    if not all(path in projections for path in inner) or not _is_gated(names, name, projections):
+                        continue
                     mlp = _gated_mlp(name, module, names, projections)
                     refusal = mlp if isinstance(mlp, Refusal) else _unlike_gated(mlp, alike)
                     if refusal is None:
@@ -315,7 +317,7 @@ class _Found:
             kind = type(self.model).__qualname__
             raise UnsupportedModelError("", kind, "it has no language-model head", "pass the ...ForCausalLM model")
         name = next(name for name, candidate in self.model.named_modules() if candidate is module)
-        if not _is_linear(module) and not _poses_as_linear(module):
+        if not _is_linear(module) and (_is_stock(module) or not _poses_as_linear(module)):
             return None
         refusal = _unfit(name, module)
         if refusal is None and self.all_linears:
@@ -365,6 +367,9 @@ def _all_below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _linears(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The linear maps below `module`, and what has taken the place of one, with their paths."""
+    if _is_compiled(module):
+        yield name, module
+        return
     for below, child in module.named_children():
         path = _join(name, below)
         if _is_linear(child):
@@ -389,6 +394,10 @@ def _poses_as_linear(module: nn.Module) -> bool:
     )
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules
+
+
 def _is_experts(module: nn.Module) -> bool:
     if type(module).__name__ in FLAT_EXPERTS:
         return True
@@ -398,6 +407,8 @@ def _is_experts(module: nn.Module) -> bool:
 def _unfit(name: str, module: nn.Module) -> Refusal | None:
     """Why `module` is not a plain linear map over a plain floating-point tensor in memory; None if it is."""
     kind = _kind(module)
+    if _is_compiled(module):
+        return Refusal(name, kind, "it was compiled by torch.compile", "compile after hasten.accelerate")
     if any(hasattr(module, mark) for mark in QUANTISED_MARKS):
         return Refusal(name, kind, "its weight is already quantised", "load the model without quantisation")
     if hasattr(module, "parametrizations") or (_is_linear(module) and "weight" not in module._parameters):
@@ -416,9 +427,13 @@ def _unfit(name: str, module: nn.Module) -> Refusal | None:
     if not weight.is_contiguous():
         reason = f"its weight is stored with strides {tuple(weight.stride())}"
         return Refusal(name, kind, reason, "make it contiguous first")
+    if hasattr(module, "_hf_hook"):
+        reason = "hooks of accelerate move its inputs between devices"
+        return Refusal(name, kind, reason, "load the whole model into the memory of one device")
     if "forward" in vars(module):
-        reason = "its forward was replaced on the instance (hooks of accelerate do that)"
-        return Refusal(name, kind, reason, "remove the hook first")
+        return Refusal(
+            name, kind, "its forward was replaced on the instance", "put the forward of its class back first"
+        )
     return None
 
 
@@ -432,6 +447,13 @@ def _elsewhere(name: str, module: nn.Module, device: torch.device, first: str) -
 
 def _gated_names(module: nn.Module) -> GatedNames | None:
     return next((names for names in GATED_MLPS if all(name in module._modules for name in names.projections)), None)
+
+
+def _is_gated(names: GatedNames, name: str, projections: dict[str, Projection]) -> bool:
+    """Whether the shapes are those of a gate and what it multiplies; a fused one has twice as many rows as down has inputs."""
+    neurons = projections[_join(name, names.down)].weight.shape[1]
+    rows = [projections[_join(name, below)].weight.shape[0] for below in names.projections[:-1]]
+    return sum(rows) == 2 * neurons
 
 
 def _gated_mlp(
@@ -465,7 +487,8 @@ def _unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
         try:
             distance = _distance_from_gated(mlp)
         except Exception as error:
-            reason = f"its forward does not take hidden states alone ({type(error).__name__}: {error})"
+            words = str(error).partition("\n")[0]
+            reason = f"its forward does not take hidden states alone ({type(error).__name__}: {words})"
             return Refusal(mlp.name, _kind(module), reason, remedy)
         if not distance <= CHECK_LIMIT[mlp.down.weight.dtype]:
             reason = (

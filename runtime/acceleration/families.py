@@ -53,7 +53,10 @@ ROLES: dict[str, str] = (
 
 @dataclass(frozen=True, slots=True)
 class GatedNames:
-    """The names of the projections of a gated MLP, down(act(gate(x)) * up(x)): gate and up apart, or fused with the rows of gate first."""
+    """The names of the projections of a gated MLP, down(act(gate(x)) * up(x)): gate and up apart, or fused with the rows of gate first.
+
+    Names that plain MLPs have too are told apart by their shapes.
+    """
 
     down: str
     gate: str | None = None
@@ -72,6 +75,8 @@ GATED_MLPS = (
     GatedNames("wo", gate="wi_0", up="wi_1"),
     GatedNames("proj_down", gate="proj_up_gate", up="proj_up"),
     GatedNames("output_linear", gate_up="input_linear"),
+    GatedNames("Wo", gate_up="Wi"),
+    GatedNames("fc2", gate_up="fc1"),
 )
 ACTIVATIONS = ("act_fn", "activation_fn", "activation", "act")
 
