@@ -1,4 +1,4 @@
-"""The particles of constrained generation over a table of logits: no model and no transformers, and every text's law is known."""
+"""The particles of constrained generation over a table of logits: no transformers, and the law of every text is known."""
 
 import itertools
 import math
