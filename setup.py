@@ -125,7 +125,7 @@ def run(command):
 library = Extension(
     "hasten.kernels._cpu",
     sources=sorted(path.as_posix() for path in Path("kernels").rglob("cpu.cpp")),
-    depends=sorted(path.as_posix() for path in Path("kernels").glob("*.h")),
+    depends=sorted(path.as_posix() for path in Path("kernels").rglob("*.h")),
     optional=True,
 )
 

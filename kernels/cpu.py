@@ -1,42 +1,65 @@
-"""The compiled CPU kernels: one shared library with a plain C ABI, every function once per instruction set."""
+"""The compiled CPU kernels: one shared library with a plain C ABI, every function once per instruction set.
+
+Here stands what no operator owns: where the library is, which instruction sets it and this CPU have, and how a function of it is called. What a
+function takes is declared in its operator's folder, twice and alike: as a struct in `cpu.cpp` and as a `ctypes.Structure` in `cpu.py`, the same names in
+the same order. A new operator does three things. (1) Its `cpu.cpp` declares `struct MyArguments` with named fields (pointers, `int64_t` sizes, `int32_t`
+flags in pairs; nothing that needs padding) and defines `HASTEN_EXPORT(my_operator, MyArguments)(const MyArguments& in) { ... }`, which returns 0, 1 for
+a dtype that it does not know, or 2 for no memory. (2) Its `cpu.py` declares `class MyArguments(Arguments)` with `__slots__ = ()` and `_fields_` of
+POINTER, SIZE, FLAG and REAL, and `_my_operator = Function("my_operator", MyArguments)`. (3) Its launcher, in the same file, takes checked tensors, makes
+the output and calls `_my_operator(MyArguments(dtype=..., threads=torch.get_num_threads(), y=y.data_ptr(), bias=address(bias), ...))`; a field that is not
+named is 0 or null. setup.py compiles every `kernels/**/cpu.cpp`, and tests/kernels/test_cpu.py compares names, order and size of all these structs.
+"""
 
 import ctypes
 import os
 import re
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch  # noqa: F401  brings its OpenMP runtime, which the library then shares
+import torch  # its OpenMP runtime is loaded first, and the library shares it
 
 ISAS = ("avx512bf16", "avx512", "avx2", "scalar")  # best first
 LIBRARY = Path(__file__).with_name("_cpu.so")
 
-_POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_ARGUMENTS = {
-    # dtype, y, x, weight, bias, rows, N, K, threads
-    "linear": (_INT, *[_POINTER] * 4, *[_SIZE] * 3, _INT),
-    # dtype, y, x, weight, cutoff, bias, rows, N, K, threads
-    "column_sparse_linear": (_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT),
-    # dtype, y, x, weight, gate, threshold, bias, rows, N, K, threads
-    "row_sparse_linear": (_INT, *[_POINTER] * 6, *[_SIZE] * 3, _INT),
-    # dtype, y, x, weight, bias, initial, bounds, N, tokens, T, D, W, row stride, token stride, silu, threads
-    "causal_conv1d": (_INT, *[_POINTER] * 6, *[_SIZE] * 7, _INT, _INT),
-    # dtype, y, x, weight, bias, initial, bounds, N, B, T, D, W, row stride, channel stride, silu, threads
-    "causal_conv1d_by_channel": (_INT, *[_POINTER] * 6, *[_SIZE] * 7, _INT, _INT),
-    # dtype, y, x, state, weight, bias, B, D, T, S, W, silu, threads
-    "causal_conv1d_update": (_INT, *[_POINTER] * 5, *[_SIZE] * 5, _INT, _INT),
-    # dtype, o, q, k, v, decay, initial, final, bounds, shape, scale, threads
-    "linear_attention": (_INT, *[_POINTER] * 9, _FLOAT, _INT),
-    # dtype, o, q, k, v, decay, state, shape, scale, threads
-    "linear_attention_step": (_INT, *[_POINTER] * 7, _FLOAT, _INT),
-    # dtype, o, q, k, v, beta, decay, initial, final, bounds, shape, scale, l2_norm, threads
-    "delta_rule": (_INT, *[_POINTER] * 10, _FLOAT, _INT, _INT),
-    # dtype, o, q, k, v, beta, decay, state, shape, scale, l2_norm, threads
-    "delta_rule_step": (_INT, *[_POINTER] * 8, _FLOAT, _INT, _INT),
-    # order, text, N
-    "suffix_array": (_POINTER, _POINTER, _SIZE),
-}
+POINTER, SIZE, FLAG, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float  # the types of fields
+
+
+class Arguments(ctypes.Structure):
+    """What a C function takes. Slots, so that a field's misspelt name is an AttributeError."""
+
+    __slots__ = ()
+
+
+class Function:
+    """The C function `hasten_<name>_<instruction set>`, of the instruction set in use."""
+
+    def __init__(self, name: str, arguments: type[Arguments]):
+        self.name, self.arguments = name, arguments
+        self._of = {}  # by instruction set
+
+    def __call__(self, arguments: Arguments) -> None:
+        """Raises MemoryError or RuntimeError for what the function returns."""
+        name = isa()
+        found = self._of.get(name)
+        if found is None:
+            found = self._of[name] = self._find(name)
+        code = found(arguments)
+        if code:
+            raise MemoryError(f"no memory for {self.name}") if code == 2 else RuntimeError(f"{self.name}: code {code}")
+
+    def struct_size(self) -> int:
+        """Bytes that the struct of its arguments has in C."""
+        return getattr(_load(), f"hasten_{self.name}_size_{isa()}")()
+
+    def _find(self, isa: str):
+        function = getattr(_load(), f"hasten_{self.name}_{isa}")
+        function.argtypes, function.restype = [ctypes.POINTER(self.arguments)], ctypes.c_int
+        return function
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's elements begin; None, which is null, for none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 @cache
@@ -72,27 +95,6 @@ def isa() -> str:
     if wanted and wanted not in isas():
         raise ValueError(f"HASTEN_CPU_ISA={wanted!r}: this machine has {', '.join(isas()) or 'no compiled kernels'}")
     return wanted or isas()[0]
-
-
-@cache
-def functions(isa: str) -> SimpleNamespace:
-    """The C functions of one instruction set. Each returns 0, or what failed() explains."""
-    found = {}
-    for name, arguments in _ARGUMENTS.items():
-        found[name] = getattr(_load(), f"hasten_{name}_{isa}")
-        found[name].argtypes, found[name].restype = arguments, _INT
-    return SimpleNamespace(**found)
-
-
-@cache
-def kernels() -> SimpleNamespace:
-    """The C functions of the instruction set in use."""
-    return functions(isa())
-
-
-def failed(code: int) -> Exception:
-    """The error for what a C function returned."""
-    return MemoryError("no memory for a CPU kernel") if code == 2 else RuntimeError(f"CPU kernel returned {code}")
 
 
 def openmp_runtimes() -> list[str]:

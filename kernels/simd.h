@@ -12,8 +12,12 @@
 
 #define HASTEN_JOIN_(name, isa) name##_##isa
 #define HASTEN_JOIN(name, isa) HASTEN_JOIN_(name, isa)
-// int name_<isa>(...): 0, or 1 for a dtype that it does not know, or 2 when there is no memory.
-#define HASTEN_EXPORT(name) extern "C" __attribute__((visibility("default"))) int HASTEN_JOIN(name, HASTEN_ISA)
+#define HASTEN_PUBLIC extern "C" __attribute__((visibility("default")))
+// int hasten_<name>_<isa>(const Arguments&): 0, or 1 for a dtype that it does not know, or 2 when there is no memory. Beside it the size of the struct,
+// for the test that holds it equal to its twin in Python (see cpu.py).
+#define HASTEN_EXPORT(name, Arguments)                                                                    \
+    HASTEN_PUBLIC int64_t HASTEN_JOIN(hasten_##name##_size, HASTEN_ISA)() { return sizeof(Arguments); }   \
+    HASTEN_PUBLIC int HASTEN_JOIN(hasten_##name, HASTEN_ISA)
 
 namespace {
 

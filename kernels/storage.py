@@ -25,11 +25,10 @@ def is_column_major(weight: torch.Tensor) -> bool:
 
 
 def to_column_major(weight: torch.Tensor) -> torch.Tensor:
-    """A copy of weight [N, K] whose columns are contiguous."""
-    N, K = weight.shape
-    columns = torch.empty((K, N), dtype=weight.dtype, device=weight.device)
+    """A copy of weight [..., N, K] whose columns are contiguous."""
+    columns = torch.empty(weight.mT.shape, dtype=weight.dtype, device=weight.device)
     ask_for_huge_pages(columns)
-    return columns.copy_(weight.detach().t()).t()
+    return columns.copy_(weight.detach().mT).mT
 
 
 def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -14,7 +14,7 @@ from hasten.guidance.diffusion.guide import (
     CONDITIONAL,
     Guide,
     Pass,
-    State,
+    PredictedStep,
     Step,
     check_count,
     check_number,
@@ -92,16 +92,16 @@ class AdaptiveGuidance(Guide):
     def rows(self, step: Step) -> tuple[bool, ...] | None:
         return tuple(not stopped for stopped in self._stopped(step))
 
-    def __call__(self, state: State) -> torch.Tensor:
-        stopped = self._stopped(state)
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        stopped = self._stopped(step)
         if self.scale == 1 or all(stopped):
-            state.record({"scale": 1.0})
-            return state.require("conditional")[0]
-        conditional, unconditional = state.require(*BOTH)
+            step.record({"scale": 1.0})
+            return step.require("conditional")[0]
+        conditional, unconditional = step.require(*BOTH)
         if any(stopped):
             alone = per_row(torch.tensor(stopped, device=conditional.device), conditional)
             unconditional = unconditional.masked_fill(alone, torch.nan)
-        self._measure(state, conditional, unconditional)
+        self._measure(step, conditional, unconditional)
         guided = combine(conditional, unconditional, self.scale)
         return torch.where(alone, conditional, guided) if any(stopped) else guided
 
@@ -126,12 +126,12 @@ class AdaptiveGuidance(Guide):
             }
         return step.memory[_MEMORY]
 
-    def _measure(self, state, conditional, unconditional):
+    def _measure(self, step, conditional, unconditional):
         """Records cosine and norms of the step and, past the guard, which rows have agreed by now; all on the device."""
-        c, u = (self._in_space(state, prediction) for prediction in (conditional, unconditional))
+        c, u = (self._in_space(step, prediction) for prediction in (conditional, unconditional))
         measured = agreement(c, u)
-        state.record({"scale": self.scale, "space": self.space, **measured})
-        memory = self._memory(state)
+        step.record({"scale": self.scale, "space": self.space, **measured})
+        memory = self._memory(step)
         memory["guided"] += 1
         if memory["guided"] < self.min_guided_steps:
             return
@@ -141,12 +141,12 @@ class AdaptiveGuidance(Guide):
             agreed = abs(self.scale - 1) * measured["update_norm"] < self.tolerance * measured["conditional_norm"]
         memory["stopped"] = memory["stopped"] | agreed
         memory["answers"].put(
-            state.index, memory["stopped"] if self.batch == "rows" else memory["stopped"].all().expand(len(c))
+            step.index, memory["stopped"] if self.batch == "rows" else memory["stopped"].all().expand(len(c))
         )
 
-    def _in_space(self, state, prediction):
+    def _in_space(self, step, prediction):
         wide = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if self.space == "model":
             return wide
         into = noise if self.space == "epsilon" else denoised
-        return into(wide, state.sample, state.alpha, state.sigma, state.parameterization)
+        return into(wide, step.sample, step.alpha, step.sigma, step.parameterization)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.guidance.diffusion.guide import BOTH, CONDITIONAL, Guide, Pass, State, Step, check_number, per_row
+from hasten.guidance.diffusion.guide import BOTH, CONDITIONAL, Guide, Pass, PredictedStep, Step, check_number, per_row
 from hasten.guidance.diffusion.parameterization import from_denoised, to_denoised
 
 _MOMENTUM = "apg.momentum"
@@ -44,20 +44,20 @@ class AdaptiveProjectedGuidance(Guide):
     def passes(self, step: Step) -> tuple[Pass, ...]:
         return CONDITIONAL if self.scale == 1 else BOTH
 
-    def __call__(self, state: State) -> torch.Tensor:
-        state.record({"scale": self.scale})
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        step.record({"scale": self.scale})
         if self.scale == 1:
-            return state.require("conditional")[0]
-        conditional, unconditional = (to_denoised(state, prediction) for prediction in state.require(*BOTH))
+            return step.require("conditional")[0]
+        conditional, unconditional = (to_denoised(step, prediction) for prediction in step.require(*BOTH))
         update = conditional - unconditional
         if self.momentum:
-            update = update + self.momentum * state.memory.get(_MOMENTUM, torch.zeros_like(update))
-            state.memory[_MOMENTUM] = update
+            update = update + self.momentum * step.memory.get(_MOMENTUM, torch.zeros_like(update))
+            step.memory[_MOMENTUM] = update
         if self.max_norm is not None:
             norm = per_row(update.flatten(1).norm(dim=1), update)
             update = update * (self.max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
         parallel, orthogonal = project(update, conditional)
-        return from_denoised(state, conditional + (self.scale - 1) * (orthogonal + self.eta * parallel))
+        return from_denoised(step, conditional + (self.scale - 1) * (orthogonal + self.eta * parallel))
 
 
 def project(update: torch.Tensor, onto: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

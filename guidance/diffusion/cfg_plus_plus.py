@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from hasten.guidance.diffusion.classifier_free import combine
-from hasten.guidance.diffusion.guide import BOTH, CONDITIONAL, Guide, Pass, State, Step, check_count, check_number
+from hasten.guidance.diffusion.guide import (
+    BOTH,
+    CONDITIONAL,
+    Guide,
+    Pass,
+    PredictedStep,
+    Step,
+    check_count,
+    check_number,
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,9 @@ class CFGPlusPlus(Guide):
     def passes(self, step: Step) -> tuple[Pass, ...]:
         return CONDITIONAL if self.scale(step) == 1 else BOTH
 
-    def __call__(self, state: State) -> torch.Tensor:
-        scale = self.scale(state)
-        state.record({"scale": scale})
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        scale = self.scale(step)
+        step.record({"scale": scale})
         if scale == 1:
-            return state.require("conditional")[0]
-        return combine(*state.require(*BOTH), scale)
+            return step.require("conditional")[0]
+        return combine(*step.require(*BOTH), scale)

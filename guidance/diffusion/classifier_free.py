@@ -11,29 +11,13 @@ from hasten.guidance.diffusion.guide import (
     CONDITIONAL,
     Guide,
     Pass,
-    State,
+    PredictedStep,
     Step,
     check_count,
     check_number,
     per_row,
 )
 from hasten.guidance.diffusion.intervals import Interval
-
-# What is added to a scale of this convention to count it as in Imagen, off at 1.
-CONVENTIONS = {"imagen": 0.0, "diffusers": 0.0, "ho-salimans": 1.0}
-
-
-def convert_scale(scale: float, source: str, target: str = "imagen") -> float:
-    """A guidance scale of one convention in another.
-
-    "imagen", and "diffusers" after it: unconditional + scale * (conditional - unconditional), off at 1 (Saharia et al. 2022, arXiv 2205.11487).
-    "ho-salimans": conditional + scale * (conditional - unconditional), off at 0 (Ho & Salimans 2022, arXiv 2207.12598, equation 6).
-    """
-    for convention in (source, target):
-        if convention not in CONVENTIONS:
-            raise ValueError(f"unknown scale convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
-    check_number("scale", scale)
-    return scale + CONVENTIONS[source] - CONVENTIONS[target]
 
 
 def combine(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
@@ -62,7 +46,7 @@ class ClassifierFreeGuidance(Guide):
     parameterization.
 
     Args:
-        scale: off at 1; see `convert_scale`.
+        scale: off at 1, see `hasten.guidance.diffusion.guide`.
         rescale: in [0, 1], see `rescaled`; measured on the model's own predictions, as published.
         interval: guides only inside (Kynkäänniemi et al. 2024, arXiv 2404.07724); outside, the unconditional pass is not asked for. None: always.
     """
@@ -80,12 +64,12 @@ class ClassifierFreeGuidance(Guide):
     def passes(self, step: Step) -> tuple[Pass, ...]:
         return CONDITIONAL if self._scale(step) == 1 else BOTH
 
-    def __call__(self, state: State) -> torch.Tensor:
-        scale = self._scale(state)
-        state.record({"scale": scale})
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        scale = self._scale(step)
+        step.record({"scale": scale})
         if scale == 1:
-            return state.require("conditional")[0]
-        conditional, unconditional = state.require("conditional", "unconditional")
+            return step.require("conditional")[0]
+        conditional, unconditional = step.require("conditional", "unconditional")
         return rescaled(combine(conditional, unconditional, scale), conditional, self.rescale)
 
     def _scale(self, step):
@@ -108,10 +92,10 @@ class Cutoff(Guide):
     def passes(self, step: Step) -> tuple[Pass, ...]:
         return BOTH if step.index < self.steps and self.scale != 1 else CONDITIONAL
 
-    def __call__(self, state: State) -> torch.Tensor:
-        scale = self.scale if state.index < self.steps else 1.0
-        state.record({"scale": scale})
-        return combine(*state.require(*self.passes(state)), scale) if scale != 1 else state.require("conditional")[0]
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        scale = self.scale if step.index < self.steps else 1.0
+        step.record({"scale": scale})
+        return combine(*step.require(*self.passes(step)), scale) if scale != 1 else step.require("conditional")[0]
 
 
 @dataclass(frozen=True)
@@ -138,9 +122,9 @@ class TwoScaleGuidance(Guide):
             wanted.append("image")
         return tuple(wanted)
 
-    def __call__(self, state: State) -> torch.Tensor:
-        state.record({"scale": self.text_scale, "image_scale": self.image_scale})
-        predictions = dict(zip(self.passes(state), state.require(*self.passes(state)), strict=True))
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        step.record({"scale": self.text_scale, "image_scale": self.image_scale})
+        predictions = dict(zip(self.passes(step), step.require(*self.passes(step)), strict=True))
         conditional = predictions["conditional"]
         if "image" not in predictions:
             return combine(conditional, predictions.get("unconditional"), self.text_scale)

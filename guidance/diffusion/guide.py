@@ -2,9 +2,10 @@
 
 A guide is a frozen dataclass; its fields are its whole configuration, and what it carries from step to step lies in the run's `memory`. At each step
 it is asked twice: `passes(step)`, before the denoiser runs, says which predictions it needs, so that what is not needed is never computed; and
-`guide(state)` combines them into one prediction of the same parameterisation.
+`guide(step)`, with these predictions, combines them into one of the same parameterization.
 
-Guidance scales count as in Imagen and diffusers: `unconditional + scale * (conditional - unconditional)`, off at 1.
+Guidance scales count as in Imagen (Saharia et al. 2022, arXiv 2205.11487) and in diffusers: `unconditional + scale *
+(conditional - unconditional)`, off at 1. A scale w of Ho & Salimans (2022, arXiv 2207.12598, equation 6) is 1 + w here.
 """
 
 from __future__ import annotations
@@ -51,18 +52,23 @@ class Step:
         conditional: torch.Tensor,
         unconditional: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
-    ) -> State:
-        """The state that a guide combines: this step, its memory and its predictions."""
+    ) -> PredictedStep:
+        """This step with its predictions: what a guide combines."""
         step = {item.name: getattr(self, item.name) for item in fields(Step)}
-        return State(**step, conditional=conditional, unconditional=unconditional, image=image)
+        return PredictedStep(**step, conditional=conditional, unconditional=unconditional, image=image)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Adds to what the run's trace holds for this step: floats, or tensors that stay on their device (no copy, no wait)."""
         self.memory.setdefault(TRACE, {}).setdefault(self.index, {}).update(values)
 
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """What the run's trace holds for this step."""
+        return self.memory.get(TRACE, {}).get(self.index, {})
+
 
 @dataclass(frozen=True)
-class State(Step):
+class PredictedStep(Step):
     """A step with its predictions, each [B, ...] like `sample`. None: that pass was not computed.
 
     `image` is the prediction with the image condition alone, for guidance with two scales.
@@ -113,8 +119,8 @@ class Guide:
             eta: how much noise its steps, of first order, draw anew: 0 none (DDIM, Euler), 1 as Euler ancestral. None: its steps are no such steps.
         """
 
-    def __call__(self, state: State) -> torch.Tensor:
-        """One prediction [B, ...], in state.parameterization."""
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        """One prediction [B, ...], in step.parameterization."""
         raise NotImplementedError
 
 

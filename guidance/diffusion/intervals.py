@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.guidance.diffusion.guide import CONDITIONAL, Guide, Pass, State, Step, check_number
+from hasten.guidance.diffusion.guide import CONDITIONAL, Guide, Pass, PredictedStep, Step, check_number
 
 
 class Interval:
@@ -94,8 +94,8 @@ class Within(Guide):
     def rows(self, step: Step) -> tuple[bool, ...] | None:
         return self.guide.rows(step) if step in self.interval else None
 
-    def __call__(self, state: State) -> torch.Tensor:
-        if state in self.interval:
-            return self.guide(state)
-        state.record({"scale": 1.0})
-        return state.require("conditional")[0]
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        if step in self.interval:
+            return self.guide(step)
+        step.record({"scale": 1.0})
+        return step.require("conditional")[0]

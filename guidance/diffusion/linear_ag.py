@@ -20,7 +20,7 @@ from hasten.guidance.diffusion.guide import (
     Guide,
     Parameterization,
     Pass,
-    State,
+    PredictedStep,
     Step,
     check_count,
     check_number,
@@ -96,12 +96,12 @@ class LinearRecorder(Guide):
 
     trajectories: Trajectories
 
-    def __call__(self, state: State) -> torch.Tensor:
-        self.trajectories.key.check_step(state)
-        conditional, unconditional = state.require(*BOTH)
-        past = _remember(state, conditional)
-        if state.index in self.trajectories.predicted:
-            self.trajectories.add(state.index, past, unconditional)
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        self.trajectories.key.check_step(step)
+        conditional, unconditional = step.require(*BOTH)
+        past = _remember(step, conditional)
+        if step.index in self.trajectories.predicted:
+            self.trajectories.add(step.index, past, unconditional)
         else:
             past.append(unconditional)
         return combine(conditional, unconditional, self.trajectories.key.scale)
@@ -199,23 +199,23 @@ class LinearAG(Guide):
         alone = step.index >= self._stop or step.index in self.coefficients.betas or self.key.scale == 1
         return CONDITIONAL if alone else BOTH
 
-    def __call__(self, state: State) -> torch.Tensor:
-        predictions = state.require(*self.passes(state))
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        predictions = step.require(*self.passes(step))
         conditional = predictions[0]
-        if state.index >= self._stop or self.key.scale == 1:
-            state.memory.pop(_MEMORY, None)
-            state.record({"scale": 1.0})
+        if step.index >= self._stop or self.key.scale == 1:
+            step.memory.pop(_MEMORY, None)
+            step.record({"scale": 1.0})
             return conditional
-        state.record({"scale": self.key.scale})
-        if state.index > max(self.coefficients.betas, default=-1):
-            state.memory.pop(_MEMORY, None)
+        step.record({"scale": self.key.scale})
+        if step.index > max(self.coefficients.betas, default=-1):
+            step.memory.pop(_MEMORY, None)
             return combine(*predictions, self.key.scale)
-        past = _remember(state, conditional)
-        if state.index in self.coefficients.betas:
-            betas = self.coefficients.betas[state.index]
+        past = _remember(step, conditional)
+        if step.index in self.coefficients.betas:
+            betas = self.coefficients.betas[step.index]
             if len(past) != len(betas):
                 raise ValueError(
-                    f"step {state.index}: LinearAG needs the predictions of all earlier steps, {len(betas)}, and was asked at some only: {len(past)}"
+                    f"step {step.index}: LinearAG needs the predictions of all earlier steps, {len(betas)}, and was asked at some only: {len(past)}"
                 )
             weighted = zip(betas, past, strict=True)
             unconditional = sum(beta * x.to(torch.promote_types(x.dtype, torch.float32)) for beta, x in weighted)
@@ -228,9 +228,9 @@ class LinearAG(Guide):
         return self.key.steps // 2 if self.stop is None else self.stop
 
 
-def _remember(state, conditional):
+def _remember(step, conditional):
     """The run's regressors so far, this step's conditional prediction the last of them."""
-    past = state.memory.setdefault(_MEMORY, [])
+    past = step.memory.setdefault(_MEMORY, [])
     past.append(conditional)
     return past
 

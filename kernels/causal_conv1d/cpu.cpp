@@ -51,16 +51,39 @@ void convolve_channel(T* y, const T* x, const T* before, const float* weight, fl
     }
 }
 
+// x, y of B rows, T tokens, D channels, x with strides in elements; initial and bounds null or of N sequences.
+struct CausalConv1dArguments {
+    int32_t dtype, threads, silu, unused;
+    void* y;
+    const void* x;
+    const float *weight, *bias;
+    const void* initial;
+    const int64_t* bounds;
+    int64_t N, B, T, D, W, row_stride, token_stride, channel_stride;
+};
+
+// x, y [B][D][T], state [B][D][S] shifted in place, weight [D][W]
+struct CausalConv1dUpdateArguments {
+    int32_t dtype, threads, silu, unused;
+    void* y;
+    const void* x;
+    void* state;
+    const float *weight, *bias;
+    int64_t B, D, T, S, W;
+};
+
 }  // namespace
 
-// x [rows of T tokens][D] with strides in elements, y contiguous; weight [W][D], initial [N][W - 1][D]; bounds null or of N packed sequences
-HASTEN_EXPORT(hasten_causal_conv1d)
-(int dtype, void* y, const void* x, const float* weight, const float* bias, const void* initial, const int64_t* bounds, int64_t N,
- int64_t tokens, int64_t T_row, int64_t D, int64_t W, int64_t row_stride, int64_t token_stride, int activate, int threads) {
+// x with contiguous channels, y [B][T][D]; weight [W][D], initial [N][W - 1][D]
+HASTEN_EXPORT(causal_conv1d, CausalConv1dArguments)(const CausalConv1dArguments& in) {
+    const int64_t N = in.N, D = in.D, W = in.W, tokens = in.B * in.T;
+    const int64_t* const bounds = in.bounds;
+    const float *const weight = in.weight, *const bias = in.bias;
     if (W > MAX_WIDTH) return 1;
-    return with_dtype(dtype, [&](auto stored) {
+    return with_dtype(in.dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;
-        parallel(tokens, TOKENS, threads_for(tokens * D * sizeof(T), threads), [&](int64_t from, int64_t to) {
+        const T *x = (const T*)in.x, *initial = (const T*)in.initial;
+        parallel(tokens, TOKENS, threads_for(tokens * D * sizeof(T), in.threads), [&](int64_t from, int64_t to) {
             for (int64_t block = from; block < to; block += TOKENS)
                 for (int64_t d = 0; d < D; d += CHANNELS) {
                     int64_t n = 0;
@@ -70,16 +93,16 @@ HASTEN_EXPORT(hasten_causal_conv1d)
                             while (n + 1 < N && bounds[n + 1] <= token) n++;
                             begin = bounds[n];
                         } else {
-                            row = n = token / T_row;
-                            t = token % T_row;
+                            row = n = token / in.T;
+                            t = token % in.T;
                         }
                         const T* inputs[MAX_WIDTH];
                         for (int64_t w = 0; w < W; w++) {
                             const int64_t at = t - (W - 1) + w;
-                            if (at >= begin) inputs[w] = (const T*)x + row * row_stride + at * token_stride + d;
-                            else inputs[w] = initial ? (const T*)initial + (n * (W - 1) + at - begin + W - 1) * D + d : nullptr;
+                            if (at >= begin) inputs[w] = x + row * in.row_stride + at * in.token_stride + d;
+                            else inputs[w] = initial ? initial + (n * (W - 1) + at - begin + W - 1) * D + d : nullptr;
                         }
-                        convolve((T*)y + token * D + d, inputs, weight + d, D, bias ? bias + d : nullptr, W, smaller(CHANNELS, D - d), activate);
+                        convolve((T*)in.y + token * D + d, inputs, weight + d, D, bias ? bias + d : nullptr, W, smaller(CHANNELS, D - d), in.silu);
                     }
                 }
         });
@@ -87,22 +110,22 @@ HASTEN_EXPORT(hasten_causal_conv1d)
     });
 }
 
-// x [B][D][T] with strides in elements, y contiguous; weight [D][W], initial [N][D][W - 1]; bounds null or of N packed sequences
-HASTEN_EXPORT(hasten_causal_conv1d_by_channel)
-(int dtype, void* y, const void* x, const float* weight, const float* bias, const void* initial, const int64_t* bounds, int64_t N, int64_t B,
- int64_t T_row, int64_t D, int64_t W, int64_t row_stride, int64_t channel_stride, int activate, int threads) {
+// x with contiguous tokens, y [B][D][T]; weight [D][W], initial [N][D][W - 1]
+HASTEN_EXPORT(causal_conv1d_by_channel, CausalConv1dArguments)(const CausalConv1dArguments& in) {
+    const int64_t N = in.N, D = in.D, W = in.W;
+    const int64_t* const bounds = in.bounds;
     if (W > MAX_WIDTH) return 1;
-    return with_dtype(dtype, [&](auto stored) {
+    return with_dtype(in.dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;
-        parallel(B * D, 1, threads_for(B * D * T_row * sizeof(T), threads), [&](int64_t from, int64_t to) {
+        parallel(in.B * D, 1, threads_for(in.B * D * in.T * sizeof(T), in.threads), [&](int64_t from, int64_t to) {
             for (int64_t channel = from; channel < to; channel++) {
                 const int64_t b = channel / D, d = channel % D;
-                const T* inputs = (const T*)x + b * row_stride + d * channel_stride;
+                const T* inputs = (const T*)in.x + b * in.row_stride + d * in.channel_stride;
                 for (int64_t n = bounds ? 0 : b; n < (bounds ? N : b + 1); n++) {
-                    const int64_t begin = bounds ? bounds[n] : 0, end = bounds ? bounds[n + 1] : T_row;
-                    const T* before = initial ? (const T*)initial + (n * D + d) * (W - 1) : nullptr;
-                    convolve_channel((T*)y + channel * T_row + begin, inputs + begin, before, weight + d * W, bias ? bias[d] : 0, W,
-                                     end - begin, activate);
+                    const int64_t begin = bounds ? bounds[n] : 0, end = bounds ? bounds[n + 1] : in.T;
+                    const T* before = in.initial ? (const T*)in.initial + (n * D + d) * (W - 1) : nullptr;
+                    convolve_channel((T*)in.y + channel * in.T + begin, inputs + begin, before, in.weight + d * W, in.bias ? in.bias[d] : 0, W,
+                                     end - begin, in.silu);
                 }
             }
         });
@@ -110,17 +133,17 @@ HASTEN_EXPORT(hasten_causal_conv1d_by_channel)
     });
 }
 
-// x, y [B][D][T], state [B][D][S] shifted in place, weight [D][W]
-HASTEN_EXPORT(hasten_causal_conv1d_update)
-(int dtype, void* y, const void* x, void* state, const float* weight, const float* bias, int64_t B, int64_t D, int64_t T_new, int64_t S,
- int64_t W, int activate, int threads) {
-    return with_dtype(dtype, [&](auto stored) {
+HASTEN_EXPORT(causal_conv1d_update, CausalConv1dUpdateArguments)(const CausalConv1dUpdateArguments& in) {
+    const int64_t D = in.D, T_new = in.T, S = in.S, W = in.W;
+    const float *const weight = in.weight, *const bias = in.bias;
+    return with_dtype(in.dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;
-        parallel(B * D, WIDTH, threads_for(B * D * (S + T_new) * sizeof(T), threads), [&](int64_t from, int64_t to) {
+        T *state = (T*)in.state, *y = (T*)in.y;
+        parallel(in.B * D, WIDTH, threads_for(in.B * D * (S + T_new) * sizeof(T), in.threads), [&](int64_t from, int64_t to) {
             for (int64_t first = from; first < to; first += WIDTH) {
                 const int64_t count = smaller(WIDTH, to - first);
-                T* states = (T*)state + first * S;
-                const T* inputs = (const T*)x + first * T_new;
+                T* states = state + first * S;
+                const T* inputs = (const T*)in.x + first * T_new;
                 for (int64_t t = 0; t < T_new; t++) {
                     alignas(64) float sums[WIDTH] = {};
                     for (int64_t c = 0; c < count; c++) {
@@ -133,8 +156,8 @@ HASTEN_EXPORT(hasten_causal_conv1d_update)
                         sums[c] = sum;
                     }
                     Vec out = load(sums);
-                    if (activate) out = silu(out);
-                    for (int64_t c = 0; c < count; c++) from_float(out[c], ((T*)y)[(first + c) * T_new + t]);
+                    if (in.silu) out = silu(out);
+                    for (int64_t c = 0; c < count; c++) from_float(out[c], y[(first + c) * T_new + t]);
                 }
                 for (int64_t c = 0; c < count; c++) {
                     const int64_t kept = T_new < S ? S - T_new : 0, added = S - kept;

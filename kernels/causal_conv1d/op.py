@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import torch
 
-from .. import backend, cpu, sequence, storage
-from . import reference
+from .. import backend, sequence
+from . import cpu, reference
 
 MAX_WIDTH = 8
 ACTIVATIONS = (None, "silu", "swish")
@@ -41,7 +41,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, T = 0, an unknown activation, or an input that requires grad (see
-            `hasten.kernels.linear_attention.linear_attention`).
+            `hasten.kernels.recurrence.linear_attention.linear_attention`).
     """
     silu = _is_silu(activation)
     tensors = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
@@ -125,7 +125,7 @@ def _run(x, weight, bias, silu, initial_state, cu_seqlens):
 
         y = triton.launch(x, weight, bias, silu, initial_state, bounds)
     else:
-        y = _cpu(x, weight, bias, silu, initial_state, bounds)
+        y = cpu.launch(x, weight, bias, silu, initial_state, bounds)
     return y, _last_inputs(x, weight.shape[1] - 1, initial_state, bounds)
 
 
@@ -142,63 +142,12 @@ def _last_inputs(x, count, initial_state, bounds) -> torch.Tensor:
     return torch.cat(states).contiguous()
 
 
-def _cpu(x, weight, bias, silu, initial_state, bounds):
-    if x.stride(1) != 1 and x.stride(2) != 1:
-        x = x.contiguous()
-    by_token = x.stride(1) == 1
-    B, D, T = x.shape
-    weights = weight.float().t().contiguous() if by_token else weight.float().contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    initial = initial_state.transpose(1, 2) if by_token and initial_state is not None else initial_state
-    initial = None if initial is None else initial.contiguous()
-    packed = None if bounds is None else torch.tensor(bounds)
-    N = B if bounds is None else len(bounds) - 1
-    y = x.new_empty(B, T, D).transpose(1, 2) if by_token else x.new_empty(B, D, T)
-    arguments = (
-        storage.DTYPE_CODES[x.dtype],
-        y.data_ptr(),
-        x.data_ptr(),
-        weights.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if initial is None else initial.data_ptr(),
-        None if packed is None else packed.data_ptr(),
-        N,
-    )
-    end = (T, D, weight.shape[1], x.stride(0), x.stride(2) if by_token else x.stride(1), silu, torch.get_num_threads())
-    if by_token:
-        code = cpu.kernels().causal_conv1d(*arguments, B * T, *end)
-    else:
-        code = cpu.kernels().causal_conv1d_by_channel(*arguments, B, *end)
-    if code:
-        raise cpu.failed(code)
-    return y
-
-
 def _run_update(x, state, weight, bias, silu):
     _check_update(x, state, weight, bias)
     name = backend.choose(x)
     W = weight.shape[1]
     if name == "cpu" and state.is_contiguous():
-        x = x.contiguous()
-        weight = weight.float().contiguous()
-        bias = None if bias is None else bias.float().contiguous()
-        y = x.new_empty(x.shape)
-        code = cpu.kernels().causal_conv1d_update(
-            storage.DTYPE_CODES[x.dtype],
-            y.data_ptr(),
-            x.data_ptr(),
-            state.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            *x.shape,
-            state.shape[2],
-            W,
-            silu,
-            torch.get_num_threads(),
-        )
-        if code:
-            raise cpu.failed(code)
-        return y
+        return cpu.update(x, state, weight, bias, silu)
     if name == "triton":
         from . import triton
 

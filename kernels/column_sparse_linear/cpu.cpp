@@ -81,24 +81,31 @@ template <class T, int ROWS> struct PartialSums : Scratch {
     Vec* at(int64_t part, int64_t line) const { return (Vec*)memory + (part * lines + line) * (ROWS * VECTORS<T>); }
 };
 
+// x [rows, K], weight [K][N] in memory, cutoff [K] or null, bias [N] or null, y [rows, N]; 1 <= rows <= 8
+struct ColumnSparseLinearArguments {
+    int32_t dtype, threads;
+    void* y;
+    const void *x, *weight, *bias;
+    const float* cutoff;
+    int64_t rows, N, K;
+};
+
 }  // namespace
 
-// x [rows, K], weight [K][N] in memory, cutoff [K] or null, bias [N] or null, y [rows, N]; 1 <= rows <= 8
-HASTEN_EXPORT(hasten_column_sparse_linear)
-(int dtype, void* y_, const void* x_, const void* weight_, const float* cutoff, const void* bias_, int64_t rows, int64_t N, int64_t K,
- int threads) {
-    return with_dtype(dtype, [&](auto* type) {
+HASTEN_EXPORT(column_sparse_linear, ColumnSparseLinearArguments)(const ColumnSparseLinearArguments& in) {
+    const int64_t rows = in.rows, N = in.N, K = in.K;
+    return with_dtype(in.dtype, [&](auto* type) {
         return with_rows(rows, [&](auto width) {
             using T = typename Pointed<decltype(type)>::type;
             constexpr int ROWS = decltype(width)::value;
             constexpr int PARTS = PartialSums<T, ROWS>::PARTS;
             constexpr int64_t TILE = TILE_BYTES / (sizeof(float) * ROWS);
-            T* y = (T*)y_;
-            const T *weight = (const T*)weight_, *bias = (const T*)bias_;
-            const ActiveColumns<T, ROWS> active((const T*)x_, cutoff, rows, K);
+            T* y = (T*)in.y;
+            const T *weight = (const T*)in.weight, *bias = (const T*)in.bias;
+            const ActiveColumns<T, ROWS> active((const T*)in.x, in.cutoff, rows, K);
             const PartialSums<T, ROWS> sums(N);
             if (!active.list.memory || !active.packed.memory || !sums.memory) return 2;
-            threads = threads_for(active.groups * GROUP * N * sizeof(T), threads);
+            const int threads = threads_for(active.groups * GROUP * N * sizeof(T), in.threads);
 
             const int64_t tiles = (N + TILE - 1) / TILE, groups = (active.groups + PARTS - 1) / PARTS;
             parallel(tiles * PARTS, 1, threads, [&](int64_t job, int64_t end) {

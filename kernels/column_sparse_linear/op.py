@@ -6,8 +6,8 @@ on |x_j| * norm_j into cutoff_j = t / norm_j.
 
 import torch
 
-from .. import backend, cpu, storage
-from . import reference
+from .. import backend, storage
+from . import cpu, reference
 
 MAX_BATCH = 8  # rows; the union of what more rows need is nearly everything
 
@@ -56,22 +56,7 @@ def _run(x, weight, cutoff=None, bias=None):
         return triton.launch(x.view(rows, K), weight, cutoff, bias).view(*x.shape[:-1], N)
     cutoff = None if cutoff is None else cutoff.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = x.new_empty(*x.shape[:-1], N)
-    code = cpu.kernels().column_sparse_linear(
-        storage.DTYPE_CODES[x.dtype],
-        y.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if cutoff is None else cutoff.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        rows,
-        N,
-        K,
-        torch.get_num_threads(),
-    )
-    if code:
-        raise cpu.failed(code)
-    return y
+    return cpu.launch(x, weight, cutoff, bias)
 
 
 def _fake(x, weight, cutoff=None, bias=None):

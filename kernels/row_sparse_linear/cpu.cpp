@@ -2,23 +2,34 @@
 #include "../active.h"
 #include "../rows.h"
 
+namespace {
+
 // x [rows, K], weight [N, K], gate and y [rows, N], threshold [1], bias [N] or null; 1 <= rows <= 8
-HASTEN_EXPORT(hasten_row_sparse_linear)
-(int dtype, void* y_, const void* x_, const void* weight_, const void* gate_, const float* threshold, const void* bias_, int64_t rows,
- int64_t N, int64_t K, int threads) {
-    return with_dtype(dtype, [&](auto* type) {
+struct RowSparseLinearArguments {
+    int32_t dtype, threads;
+    void* y;
+    const void *x, *weight, *gate, *bias;
+    const float* threshold;
+    int64_t rows, N, K;
+};
+
+}  // namespace
+
+HASTEN_EXPORT(row_sparse_linear, RowSparseLinearArguments)(const RowSparseLinearArguments& in) {
+    const int64_t rows = in.rows, N = in.N, K = in.K;
+    return with_dtype(in.dtype, [&](auto* type) {
         return with_rows(rows, [&](auto width) {
             using T = typename Pointed<decltype(type)>::type;
             constexpr int ROWS = decltype(width)::value;
-            T* y = (T*)y_;
-            const T *weight = (const T*)weight_, *gate = (const T*)gate_, *bias = (const T*)bias_;
-            const PackedRows<T> x((const T*)x_, rows, ROWS, K);
+            T* y = (T*)in.y;
+            const T *weight = (const T*)in.weight, *gate = (const T*)in.gate, *bias = (const T*)in.bias;
+            const PackedRows<T> x((const T*)in.x, rows, ROWS, K);
             const ActiveList list(N);
             const int32_t* active = list.data();
             if (!x.data() || !active) return 2;
-            const int64_t found = find_active(list.data(), gate, threshold, true, rows, N);
+            const int64_t found = find_active(list.data(), gate, in.threshold, true, rows, N);
             memset((void*)y, 0, sizeof(T) * rows * N);
-            parallel(found, 4, threads_for(found * K * sizeof(T), threads), [&](int64_t begin, int64_t end) {
+            parallel(found, 4, threads_for(found * K * sizeof(T), in.threads), [&](int64_t begin, int64_t end) {
                 const auto row = [&](int64_t i) { return weight + active[i] * K; };
                 for_each_row<T, ROWS>(begin, end, K, x, row, [&](int64_t i, const float* sums) {
                     const int64_t n = active[i];

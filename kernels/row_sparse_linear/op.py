@@ -5,8 +5,8 @@ The up projection of CATS (Lee et al. 2024): gate = act(gate_proj(x)).
 
 import torch
 
-from .. import backend, cpu, storage
-from . import reference
+from .. import backend, storage
+from . import cpu, reference
 
 MAX_BATCH = 8  # rows; the union of what more rows need is nearly everything
 
@@ -65,23 +65,7 @@ def _run(x, weight, gate, threshold, bias=None):
         y = triton.launch(x.view(rows, K), weight, gate.view(rows, N), threshold, bias)
         return y.view(*x.shape[:-1], N)
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty_like(gate)
-    code = cpu.kernels().row_sparse_linear(
-        storage.DTYPE_CODES[x.dtype],
-        y.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        gate.data_ptr(),
-        threshold.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        rows,
-        N,
-        K,
-        torch.get_num_threads(),
-    )
-    if code:
-        raise cpu.failed(code)
-    return y
+    return cpu.launch(x, weight, gate, threshold, bias)
 
 
 def _fake(x, weight, gate, threshold, bias=None):

@@ -130,7 +130,17 @@ static bool sort_suffixes(const Char* text, int32_t* order, int64_t count, int64
     return true;
 }
 
+namespace {
+
 // text [count] -> order [count]
-HASTEN_EXPORT(hasten_suffix_array)(int32_t* order, const uint8_t* text, int64_t count) {
-    return sort_suffixes(text, order, count, 256) ? 0 : 2;
+struct SuffixArrayArguments {
+    int32_t* order;
+    const uint8_t* text;
+    int64_t count;
+};
+
+}  // namespace
+
+HASTEN_EXPORT(suffix_array, SuffixArrayArguments)(const SuffixArrayArguments& in) {
+    return sort_suffixes(in.text, in.order, in.count, 256) ? 0 : 2;
 }

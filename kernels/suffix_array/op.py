@@ -5,8 +5,8 @@ SA-IS, linear in the text's length: Nong, Zhang and Chan 2009, "Linear Suffix Ar
 
 import torch
 
-from .. import backend, cpu
-from . import reference
+from .. import backend
+from . import cpu, reference
 
 LONGEST = 2**31 - 1
 
@@ -26,10 +26,6 @@ def suffix_array(text: torch.Tensor) -> torch.Tensor:
         )
     if text.numel() > LONGEST:
         raise ValueError(f"text: expected at most {LONGEST} bytes, got {text.numel()}")
-    if backend.is_reference() or cpu.reason():
+    if backend.is_reference() or backend.available()["cpu"]:
         return reference.suffix_array(text)
-    order = torch.empty(text.numel(), dtype=torch.int32)
-    code = cpu.kernels().suffix_array(order.data_ptr(), text.data_ptr(), text.numel())
-    if code:
-        raise cpu.failed(code)
-    return order
+    return cpu.launch(text)

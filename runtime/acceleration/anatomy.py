@@ -175,6 +175,11 @@ class Anatomy:
             if type(module).__name__ in classes and _is_stock(module)
         }
 
+    def refuse(self, refusal: Refusal) -> None:
+        """Adds what a technique finds that it cannot change."""
+        self._found.refusals.setdefault("techniques", []).append(refusal)
+        self._asked.setdefault("techniques")
+
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """Why modules are not among the parts that were asked for so far."""

@@ -6,7 +6,7 @@ from hasten.errors import StateError, UnsupportedModelError
 
 
 def refuse_unready(model: nn.Module) -> None:
-    """Refuses what is no plain model in eval mode without gradients, and what is accelerated already.
+    """Refuses what is no plain model in eval mode, and what is accelerated already.
 
     Raises:
         TypeError, UnsupportedModelError, StateError: as `hasten.accelerate`.
@@ -23,8 +23,3 @@ def refuse_unready(model: nn.Module) -> None:
             raise StateError(f"{name or 'the model'} is accelerated already: call hasten.revert on it first")
     if model.training:
         raise StateError("the model is in training mode: call model.eval() first")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            raise StateError(
-                f"{name} requires grad, and hasten's kernels have no gradients: call model.requires_grad_(False) first"
-            )

@@ -87,8 +87,8 @@ def start(schedule, batch=4, d=6, seed=5):
     return schedule.sigmas[0] * torch.randn(batch, d, dtype=torch.float64, generator=generator)
 
 
-def state_at(schedule, index, kind, model=None, batch=4, memory=None):
-    """A state in the middle of a run, with all three predictions of the mixture."""
+def step_at(schedule, index, kind, model=None, batch=4, memory=None):
+    """A step in the middle of a run, with all three predictions of the mixture."""
     model = mixture() if model is None else model
     step = schedule.step(index, start(schedule, batch), kind, {} if memory is None else memory)
     names = ("conditional", "unconditional", "image")

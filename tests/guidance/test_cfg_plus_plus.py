@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
+from mixture import KINDS, SCHEDULES, Counting, mixture, start, step_at
 
 from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.diffusion.cfg_plus_plus_samplers import ancestral, ddim, dpmpp_2m, invert
@@ -228,7 +228,7 @@ def test_bad_input_is_refused():
     for guide in (CFGPlusPlus(eta=1.0), Within(CFGPlusPlus(eta=1.0), StepInterval())):
         with pytest.raises(ValueError, match=r"another sampler than DDIM: here it must be CFGPlusPlus\(eta=0\)"):
             sample(guide, mixture().denoiser("epsilon"), schedule, start(schedule), "epsilon")
-    state = state_at(schedule, 3, "epsilon")
-    still = type(state)(**{**state.__dict__, "next_alpha": state.alpha, "next_sigma": state.sigma})
+    step = step_at(schedule, 3, "epsilon")
+    still = type(step)(**{**step.__dict__, "next_alpha": step.alpha, "next_sigma": step.sigma})
     with pytest.raises(ValueError, match="step 3: CFG\\+\\+ needs sigma / alpha to fall"):
         CFGPlusPlus()(still)

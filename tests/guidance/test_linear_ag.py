@@ -236,9 +236,9 @@ def test_predictions_are_kept_up_to_the_last_predicted_step():
     schedule, last, kept = SCHEDULES["vp"](N), max(alternating(N)), []
 
     class Watched(LinearAG):
-        def __call__(self, state):
-            guided = super().__call__(state)
-            kept.append(len(state.memory.get("linear_ag", [])))
+        def __call__(self, step):
+            guided = super().__call__(step)
+            kept.append(len(step.memory.get("linear_ag", [])))
             return guided
 
     result = sample(

@@ -18,8 +18,7 @@ def isa(request, monkeypatch):
         pytest.skip(cpu.reason())
     if request.param not in cpu.isas():
         pytest.skip(f"this CPU has no {request.param}")
-    functions = cpu.functions(request.param)
-    monkeypatch.setattr(cpu, "kernels", lambda: functions)
+    monkeypatch.setattr(cpu, "isa", lambda: request.param)
     return request.param
 
 

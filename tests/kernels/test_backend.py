@@ -26,7 +26,7 @@ def python(code, **environment):
 def no_library(monkeypatch, tmp_path):
     """As if nothing had been built."""
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.so")
-    caches = (cpu._load, cpu.reason, cpu.isas, cpu.isa, cpu.functions, cpu.kernels)
+    caches = (cpu._load, cpu.reason, cpu.isas, cpu.isa)
     for cached in caches:
         cached.cache_clear()
     yield tmp_path
@@ -54,7 +54,7 @@ def test_use_holds_within_the_block_and_the_thread():
 
 
 def test_use_reference_changes_what_runs(monkeypatch):
-    monkeypatch.setattr(cpu, "kernels", lambda: pytest.fail("the compiled kernel ran"))
+    monkeypatch.setattr(cpu.Function, "__call__", lambda *arguments: pytest.fail("the compiled kernel ran"))
     with backend.use("reference"):
         assert linear(torch.ones(1, 3), torch.ones(2, 3)).tolist() == [[3, 3]]
 
@@ -114,9 +114,3 @@ def test_a_second_openmp_runtime_is_seen(monkeypatch):
     maps = "7f00-7f01 r-xp 0 0 1 /a/torch/lib/libgomp.so.1\n7f02-7f03 r-xp 0 0 1 /b/libiomp5.so\n"
     monkeypatch.setattr(cpu.Path, "read_text", lambda path: maps)
     assert cpu.openmp_runtimes() == ["/a/torch/lib/libgomp.so.1", "/b/libiomp5.so"]
-
-
-@needs_library
-def test_what_a_kernel_returns_becomes_an_error():
-    assert cpu.kernels().linear(99, None, None, None, None, 1, 1, 1, 1) == 1
-    assert isinstance(cpu.failed(1), RuntimeError) and isinstance(cpu.failed(2), MemoryError)

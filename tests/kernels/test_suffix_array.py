@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hasten.kernels import backend, cpu
+from hasten.kernels.suffix_array import cpu as room
 from hasten.kernels.suffix_array import suffix_array
 
 FIBONACCI = ["b", "a"]
@@ -70,12 +71,7 @@ def test_wrong_texts(text):
 def test_without_memory(monkeypatch):
     if cpu.reason():
         pytest.skip(cpu.reason())
-
-    class NoMemory:
-        @staticmethod
-        def suffix_array(*arguments):
-            return 2
-
-    monkeypatch.setattr(cpu, "kernels", lambda: NoMemory)
-    with pytest.raises(MemoryError):
+    monkeypatch.setattr(cpu.Function, "_find", lambda function, isa: lambda arguments: 2)
+    monkeypatch.setattr(room, "_suffix_array", cpu.Function("suffix_array", room.SuffixArrayArguments))
+    with pytest.raises(MemoryError, match="no memory for suffix_array"):
         suffix_array(tensor(b"ab"))
