@@ -8,19 +8,20 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hasten.acceleration.experts import layout_of, why_not
 from hasten.acceleration.families import (
     ACTIVATIONS,
-    EXPERTS_MARK,
-    FLAT_EXPERTS,
     GATED_MLPS,
     LINEARS,
     NEVER_CALLED,
+    NOT_PICKED,
     QUANTISED_MARKS,
     ROLES,
     GatedNames,
 )
 from hasten.errors import Refusal, UnsupportedModelError
 
+PARTS = ("linears", "shared", "gated_mlps", "experts", "head")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Where a gated MLP is compared with its definition: the size of its inputs, of which the largest is past the limits that models clip gates at, and
 # the relative distance that rounding makes.
@@ -141,9 +142,11 @@ class Anatomy:
 
     @property
     def with_shared(self) -> tuple[Projection, ...]:
-        """`projections`, and those that share their weight: for what is exact and leaves the weight as it is stored."""
+        """`projections`, and those that share their weight: for what is exact and leaves the weight as it is stored. A module with several paths
+        appears once, under the first."""
         self._ask("linears")
-        return self._kept(self._found.all_linears)
+        first = {projection.module: projection for projection in reversed(self._found.all_linears)}
+        return self._kept(p for p in self._found.all_linears if first[p.module] is p)
 
     @property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
@@ -153,7 +156,8 @@ class Anatomy:
 
     @property
     def experts(self) -> tuple[Experts, ...]:
-        """Every fused mixture of experts."""
+        """Every fused mixture of experts whose layout hasten knows, without those that share a weight."""
+        self._ask("experts")
         return self._kept(experts for block in self._found.experts.values() for experts in block)
 
     @property
@@ -203,7 +207,7 @@ class _Found:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.refusals: dict[str, list[Refusal]] = {part: [] for part in ("linears", "shared", "gated_mlps", "head")}
+        self.refusals: dict[str, list[Refusal]] = {part: [] for part in PARTS}
 
     @cached_property
     def chain(self) -> list[tuple[str, nn.Module]]:
@@ -257,16 +261,24 @@ class _Found:
         return tuple(projection for block in self.linears.values() for projection in block)
 
     @cached_property
+    def owners(self) -> dict[int, list[str]]:
+        """By the address of a weight: the paths of all projections, all experts and all other modules that hold it."""
+        owners: dict[int, list[str]] = {}
+        parts = [*self.all_linears, *(experts for block in self.fused.values() for experts in block)]
+        for part in parts:
+            for parameter in part.module.parameters():
+                owners.setdefault(parameter.data_ptr(), []).append(part.name)
+        inside = {module for part in parts for module in part.module.modules()}
+        for name, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                if module not in inside and parameter.data_ptr() in owners:
+                    owners[parameter.data_ptr()].append(name)
+        return owners
+
+    @cached_property
     def shared(self) -> dict[str, Refusal]:
         """Why the projections that share their weight are refused by what changes it, by their paths."""
-        mine = {projection.module for projection in self.all_linears}
-        owners: dict[int, list[str]] = {}
-        for projection in self.all_linears:
-            owners.setdefault(projection.weight.data_ptr(), []).append(projection.name)
-        for name, module in self.model.named_modules():
-            for parameter in module._parameters.values():
-                if module not in mine and parameter is not None and parameter.data_ptr() in owners:
-                    owners[parameter.data_ptr()].append(name)
+        owners = self.owners
         shared, first = {}, {}
         for projection in self.all_linears:
             name, others = projection.name, owners[projection.weight.data_ptr()]
@@ -279,11 +291,40 @@ class _Found:
         return shared
 
     @cached_property
-    def experts(self) -> dict[str, tuple[Experts, ...]]:
+    def fused(self) -> dict[str, tuple[Experts, ...]]:
+        """The fused experts of every layer, whatever their layout, by the layer's path."""
         return {
-            name: tuple(Experts(path, module) for path, module in _all_below(name, layer) if _is_experts(module))
+            name: tuple(
+                Experts(path, module)
+                for path, module in _all_below(name, layer)
+                if (layout_of(module) or why_not(module)) and type(module).__name__ not in NOT_PICKED
+            )
             for name, layer in self.layers.items()
         }
+
+    @cached_property
+    def experts(self) -> dict[str, tuple[Experts, ...]]:
+        found = {}
+        for name, fused in self.fused.items():
+            kept = []
+            for experts in fused:
+                if refusal := self._unfit_experts(experts):
+                    self.refusals["experts"].append(refusal)
+                else:
+                    kept.append(experts)
+            found[name] = tuple(kept)
+        return found
+
+    def _unfit_experts(self, experts: Experts) -> Refusal | None:
+        kind = _kind(experts.module)
+        if reason := why_not(experts.module):
+            return Refusal(experts.name, kind, reason, "leave it to transformers with strict=False")
+        for parameter in experts.module.parameters():
+            other = next((owner for owner in self.owners[parameter.data_ptr()] if owner != experts.name), None)
+            if other:
+                reason = f"it shares a weight with {other}"
+                return Refusal(experts.name, kind, reason, "give each module its own weights")
+        return None
 
     @cached_property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
@@ -396,12 +437,6 @@ def _poses_as_linear(module: nn.Module) -> bool:
 
 def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules
-
-
-def _is_experts(module: nn.Module) -> bool:
-    if type(module).__name__ in FLAT_EXPERTS:
-        return True
-    return EXPERTS_MARK in type(module).__name__ and any(p.dim() == 3 for p in module.parameters(recurse=False))
 
 
 def _unfit(name: str, module: nn.Module) -> Refusal | None:

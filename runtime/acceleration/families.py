@@ -91,9 +91,8 @@ NEVER_CALLED = {
     "LongcatFlashTopkRouter": ("classifier",),
 }
 
-# Fused experts: modules with this in the name of their class that hold parameters of three dimensions, and these, which hold two.
-EXPERTS_MARK = "Experts"
-FLAT_EXPERTS = ("DbrxExperts",)
+# Classes of fused experts that every token goes through, none of which is picked.
+NOT_PICKED = ("InklingSharedExperts",)
 
 # Attributes of modules whose weight is quantised, in the libraries that transformers loads them with.
 QUANTISED_MARKS = ("quant_state", "qweight", "weight_scale", "weight_scale_inv", "qtype", "weight_qtype", "ggml_type")

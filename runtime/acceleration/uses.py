@@ -36,10 +36,14 @@ def uses(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Use]:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module) -> Iterator[dict[str, Use]]:
-    """Counts uses in every forward pass of `model` inside the `with` block; the dictionary that it gives is filled when the block ends."""
+def watched(model: nn.Module, target: nn.Module | None = None) -> Iterator[dict[str, Use]]:
+    """Counts uses in every forward pass inside the `with` block; the dictionary that it gives is filled when the block ends.
+
+    Args:
+        target: the module below `model` whose calls are the passes, such as the language model of a multimodal one; by default `model`.
+    """
     found: dict[str, Use] = {}
-    watch = _Watch(model)
+    watch = _Watch(model, target or model)
     try:
         with contextlib.ExitStack() as stack:
             for handle in watch.hooks():
@@ -73,9 +77,9 @@ def refused_uses(projections: Iterable[Projection], found: Mapping[str, Use], ca
 class _Watch(TorchDispatchMode):
     """Looks at the arguments of every operation for the weights of modules that are not being called."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, target: nn.Module):
         super().__init__()
-        self.model = model
+        self.target = target
         self.holders: dict[str, nn.Module] = {}
         # By the address of a storage: where in it the weights lie, and who holds them.
         self.weights: dict[int, list[tuple[range, str]]] = defaultdict(list)
@@ -91,7 +95,7 @@ class _Watch(TorchDispatchMode):
         self.running: Counter[nn.Module] = Counter()
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        yield self.model.register_forward_pre_hook(lambda *_: self.end_pass())
+        yield self.target.register_forward_pre_hook(lambda *_: self.end_pass())
         names: dict[nn.Module, list[str]] = defaultdict(list)
         for name, module in self.holders.items():
             names[module].append(name)
