@@ -22,7 +22,7 @@ from hasten.acceleration.techniques import DenseDecode, FastLinearAttention, Tec
 from hasten.acceleration.windows import Texts, split_heldout, windows
 from hasten.errors import HastenError, StateError
 from hasten.kernels import backend
-from hasten.kernels.linear.op import MAX_BATCH
+from hasten.kernels.storage import MAX_BATCH
 
 logger = logging.getLogger("hasten")
 

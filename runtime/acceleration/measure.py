@@ -13,7 +13,8 @@ from torch import nn
 
 from hasten.acceleration.anatomy import Projection
 from hasten.acceleration.calibration import longest_input, progress
-from hasten.kernels.linear.op import MAX_BATCH, linear
+from hasten.kernels.linear import linear
+from hasten.kernels.storage import MAX_BATCH
 
 PREFILL_TOKENS, DECODE_TOKENS = 128, 24
 DRIFT_PREFIX, DRIFT_TOKENS = 16, 256
