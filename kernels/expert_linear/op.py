@@ -1,5 +1,6 @@
-"""Linear layers of a mixture of experts for a few tokens (decoding): each expert's weights are read once for all rows that
-picked it. With a cutoff the columns whose inputs are nearly zero are not read, as in hasten.kernels.column_sparse_linear.
+"""Linear layers of a mixture of experts for a few tokens (decoding): an expert is read once for all that picked it.
+
+With a cutoff the columns whose inputs are nearly zero are not read, as in hasten.kernels.column_sparse_linear.
 """
 
 import torch
@@ -25,16 +26,16 @@ def expert_linear(
 ) -> torch.Tensor:
     """x [T, K] (a row per token) or [T, P, K] (a row per pick), weight [E, N, K], ids int64 [T, P] -> [T, P, N].
 
-    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P of E experts each; bias [E, N] or
-    None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
+    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P of E experts each; bias [E, N]
+    or None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
 
-    cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked e (a
-    NaN is active). Those rows use all active columns of e, and the others are not read, for which every expert has to be
-    column-major (hasten.kernels.storage.to_column_major). Without a cutoff every column is active, and the experts may be
-    row-major or column-major.
+    cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked
+    e (a NaN is active). Those rows use all active columns of e, and the others are not read, for which every expert has
+    to be column-major (hasten.kernels.storage.to_column_major). Without a cutoff every column is active, and the
+    experts may be row-major or column-major.
 
-    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH tokens run as our own kernel, more as
-    the reference.
+    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH tokens run as our own kernel,
+    more as the reference.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
