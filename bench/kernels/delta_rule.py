@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from hasten.kernels.delta_rule import chunked, delta_rule, delta_rule_step
+from hasten.kernels.recurrence.delta_rule import chunked, delta_rule, delta_rule_step
 
 from ..runner import OURS, Case
 from .linear_attention import (

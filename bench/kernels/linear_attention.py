@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.kernels.linear_attention import chunked, linear_attention, linear_attention_step
+from hasten.kernels.recurrence.linear_attention import chunked, linear_attention, linear_attention_step
 
 from ..runner import COLD_BYTES, OURS, Case, copies
 

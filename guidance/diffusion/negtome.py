@@ -1,4 +1,6 @@
-"""Negative token merging (Singh et al. 2024, arXiv 2412.01339): pushes the tokens of an image away from their best matches in a reference."""
+"""Negative token merging (Singh et al. 2024, arXiv 2412.01339): pushes the tokens of an image away from their best
+matches in a reference.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ def negative_token_merging(
     reference: torch.Tensor | None = None,
     alpha: float = 0.9,
     threshold: float = 0.65,
-    published_matching: bool = False,
 ) -> torch.Tensor:
-    """x_i + alpha * (x_i - r_j), r_j the reference token of the largest cosine with x_i, wherever that cosine is above the threshold (section 3.2).
+    """x_i + alpha * (x_i - r_j), r_j the reference token of the largest cosine with x_i, wherever that cosine is above
+    the threshold (section 3.2). The published implementation takes its argmax over the image's own tokens instead, and
+    indexes the reference with the result.
 
     It makes the images of a batch differ; it saves nothing, and it makes every image depend on the reference.
 
@@ -23,8 +26,6 @@ def negative_token_merging(
         reference: [M, C]; None: the tokens of the first image, which therefore stays as it is.
         alpha: strength; negative values pull.
         threshold: in [-1, 1].
-        published_matching: as the published implementation matches: the argmax runs over the image's own tokens rather than the reference's, and
-            its result is used to index the reference. Needs M = N.
     """
     check_number("alpha", alpha)
     check_number("threshold", threshold, -1, 1)
@@ -33,12 +34,8 @@ def negative_token_merging(
         raise ValueError(
             f"expected tokens [B, N, C] and reference [M, C], got {tuple(tokens.shape)} and {tuple(reference.shape)}"
         )
-    if published_matching and len(reference) != tokens.shape[1]:
-        raise ValueError(
-            f"published_matching needs as many reference tokens as tokens, got {len(reference)} and {tokens.shape[1]}"
-        )
     unit = torch.nn.functional.normalize
     cosines = unit(tokens, dim=-1) @ unit(reference, dim=-1).T  # [B, N, M]
-    best = cosines.max(dim=-2 if published_matching else -1)
+    best = cosines.max(dim=-1)
     pushed = tokens + alpha * (tokens - reference[best.indices])
     return torch.where((best.values > threshold)[..., None], pushed, tokens)

@@ -41,7 +41,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, T = 0, an unknown activation, or an input that requires grad (see
-            `hasten.kernels.linear_attention.linear_attention`).
+            `hasten.kernels.recurrence.linear_attention.linear_attention`).
     """
     silu = _is_silu(activation)
     tensors = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state, "cu_seqlens": cu_seqlens}

@@ -27,9 +27,9 @@ _column_sparse_linear = cpu.Function("column_sparse_linear", ColumnSparseLinearA
 def launch(
     x: torch.Tensor, weight: torch.Tensor, cutoff: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x [B, K], weight [N, K] with contiguous weight.t(), cutoff [K] fp32 or None, bias [N] or None -> [B, N]."""
-    (B, K), N = x.shape, weight.shape[0]
-    y = x.new_empty(B, N)
+    """x [..., K] of 1 to 8 rows, weight [N, K] with contiguous weight.t(), cutoff [K] fp32 or None, bias [N] or None -> [..., N]."""
+    N, K = weight.shape
+    y = x.new_empty(*x.shape[:-1], N)
     _column_sparse_linear(
         ColumnSparseLinearArguments(
             dtype=storage.DTYPE_CODES[x.dtype],
@@ -39,7 +39,7 @@ def launch(
             weight=weight.data_ptr(),
             bias=cpu.address(bias),
             cutoff=cpu.address(cutoff),
-            rows=B,
+            rows=x.numel() // K,
             N=N,
             K=K,
         )

@@ -56,7 +56,7 @@ def _run(x, weight, cutoff=None, bias=None):
         return triton.launch(x.view(rows, K), weight, cutoff, bias).view(*x.shape[:-1], N)
     cutoff = None if cutoff is None else cutoff.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return cpu.launch(x.view(rows, K), weight, cutoff, bias).view(*x.shape[:-1], N)
+    return cpu.launch(x, weight, cutoff, bias)
 
 
 def _fake(x, weight, cutoff=None, bias=None):

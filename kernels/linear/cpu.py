@@ -24,9 +24,9 @@ _linear = cpu.Function("linear", LinearArguments)
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [B, K], weight [N, K], bias [N] or None, all contiguous, 1 <= B <= 8 -> [B, N] in x's dtype."""
-    (B, K), N = x.shape, weight.shape[0]
-    y = x.new_empty(B, N)
+    """x [..., K] of 1 to 8 rows, weight [N, K], bias [N] or None, all contiguous -> [..., N] in x's dtype."""
+    N, K = weight.shape
+    y = x.new_empty(*x.shape[:-1], N)
     _linear(
         LinearArguments(
             dtype=storage.DTYPE_CODES[x.dtype],
@@ -35,7 +35,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             x=x.data_ptr(),
             weight=weight.data_ptr(),
             bias=cpu.address(bias),
-            rows=B,
+            rows=x.numel() // K,
             N=N,
             K=K,
         )

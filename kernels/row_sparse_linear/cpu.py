@@ -28,8 +28,8 @@ _row_sparse_linear = cpu.Function("row_sparse_linear", RowSparseLinearArguments)
 def launch(
     x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, threshold: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x [B, K], weight [N, K], gate [B, N], threshold [] fp32, bias [N] or None, contiguous, 1 <= B <= 8 -> [B, N]."""
-    (B, K), N = x.shape, weight.shape[0]
+    """x [..., K] of 1 to 8 rows, weight [N, K], gate [..., N], threshold [] fp32, bias [N] or None, contiguous -> [..., N]."""
+    N, K = weight.shape
     y = torch.empty_like(gate)
     _row_sparse_linear(
         RowSparseLinearArguments(
@@ -41,7 +41,7 @@ def launch(
             gate=gate.data_ptr(),
             bias=cpu.address(bias),
             threshold=threshold.data_ptr(),
-            rows=B,
+            rows=x.numel() // K,
             N=N,
             K=K,
         )

@@ -65,7 +65,7 @@ def _run(x, weight, gate, threshold, bias=None):
         y = triton.launch(x.view(rows, K), weight, gate.view(rows, N), threshold, bias)
         return y.view(*x.shape[:-1], N)
     bias = None if bias is None else bias.contiguous()
-    return cpu.launch(x.view(rows, K), weight, gate.view(rows, N), threshold, bias).view(*x.shape[:-1], N)
+    return cpu.launch(x, weight, gate, threshold, bias)
 
 
 def _fake(x, weight, gate, threshold, bias=None):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hasten.kernels import backend
-from hasten.kernels.linear_attention import bidirectional, bidirectional_linear_attention
-from hasten.kernels.linear_attention.features import elu_plus_one
+from hasten.kernels.recurrence.linear_attention import bidirectional, bidirectional_linear_attention
+from hasten.kernels.recurrence.linear_attention.features import elu_plus_one
 
 LENGTHS = (1, 63, 64, 65, 130)
 DECAYS = ("none", "per head", "per token", "-50", "0", "-inf", "-inf among others")

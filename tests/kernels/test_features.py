@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hasten.kernels.linear_attention import features, linear_attention
+from hasten.kernels.recurrence.linear_attention import features, linear_attention
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ pytestmark = [
 
 import test_recurrences as shared  # noqa: E402 (after the skips)
 
-from hasten.kernels import backend, triton_recurrence  # noqa: E402
+from hasten.kernels import backend  # noqa: E402
+from hasten.kernels.recurrence import triton as triton_recurrence  # noqa: E402
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SIZES = (

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hasten.kernels import backend
-from hasten.kernels.delta_rule import chunked as delta_chunked
-from hasten.kernels.delta_rule import delta_rule, delta_rule_step
-from hasten.kernels.linear_attention import chunked as linear_chunked
-from hasten.kernels.linear_attention import linear_attention, linear_attention_step
+from hasten.kernels.recurrence.delta_rule import chunked as delta_chunked
+from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
+from hasten.kernels.recurrence.linear_attention import chunked as linear_chunked
+from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 
 H, HV = 2, 4
 SIZES = [(1, 24, 17), (63, 17, 40), (64, 16, 16), (65, 40, 33), (500, 24, 17)]  # T, K, V

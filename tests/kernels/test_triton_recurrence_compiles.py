@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import test_triton_compiles as shared  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402 (after the skips)
 
-from hasten.kernels import triton_common, triton_recurrence  # noqa: E402
+from hasten.kernels import triton_common  # noqa: E402
+from hasten.kernels.recurrence import triton as triton_recurrence  # noqa: E402
 
 INPUTS = ("p_o", "p_q", "p_k", "p_v")
 INT64 = ("p_bounds",)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import hasten
-from hasten.kernels.linear_attention.features import alibi_slopes
+from hasten.kernels.recurrence.linear_attention.features import alibi_slopes
 from hasten.models.transnormer import TransNormerCache, TransNormerModel
 
 SIZES = {

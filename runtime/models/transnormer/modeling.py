@@ -14,8 +14,8 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hasten.kernels import backend
-from hasten.kernels.linear_attention import linear_attention, linear_attention_step
-from hasten.kernels.linear_attention.features import lightning_decay, lrpe, lrpe_theta
+from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
+from hasten.kernels.recurrence.linear_attention.features import lightning_decay, lrpe, lrpe_theta
 
 from .cache import TransNormerCache
 from .configuration import TransNormerConfig
