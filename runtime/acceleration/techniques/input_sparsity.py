@@ -19,7 +19,7 @@ from hasten.acceleration.techniques.base import Settings, Technique
 from hasten.acceleration.techniques.dense_decode import DenseDecode
 from hasten.errors import SavedPlanError, UnsupportedModelError
 from hasten.kernels.column_sparse_linear import column_sparse_linear
-from hasten.kernels.linear.op import MAX_BATCH
+from hasten.kernels.storage import MAX_BATCH
 from hasten.model_facts import progress
 from hasten.sparsity.allocation import HIGHEST, Sparsity, checked, greedy, spread
 from hasten.sparsity.histogram import ScoreHistogram
