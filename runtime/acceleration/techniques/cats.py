@@ -17,8 +17,8 @@ from hasten.acceleration.techniques.input_sparsity import refused_methods
 from hasten.errors import SavedPlanError, UnsupportedModelError
 from hasten.kernels import backend
 from hasten.kernels.column_sparse_linear import column_sparse_linear
-from hasten.kernels.storage import MAX_BATCH
 from hasten.kernels.row_sparse_linear import row_sparse_linear
+from hasten.kernels.storage import MAX_BATCH
 from hasten.sparsity.allocation import Sparsity, checked, spread
 from hasten.sparsity.cats import cats
 from hasten.sparsity.histogram import ScoreHistogram
