@@ -25,9 +25,9 @@ CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 # Attributes in which models remember something of their last inputs, with what stands there before the first.
 REMEMBERED = {"rope_deltas": None}
 # Inputs that have a value for each token, besides those of the ids' own shape: masks over images.
-ROWS = ("cross_attention_mask", "image_attention_mask", "image_embeds_position_mask")
+ROWS = ("cross_attention_mask", "image_attention_mask")
 # Inputs that a step needs again, by model type.
-EVERY_STEP = {"idefics": ("pixel_values",)}
+EVERY_STEP = {"idefics": ("pixel_values",), "kosmos-2": ("pixel_values", "image_embeds")}
 # Model types that make positions of their own, of other lengths than their input.
 OWN_POSITIONS = ("reformer", "xlnet")
 # Beginnings of the names of tokens that stand for something else than text, in configurations.
@@ -89,12 +89,13 @@ class Inference:
         """Runs the example, to find out how the target takes and returns its cache."""
         parameters = inspect.signature(self.target.forward).parameters
         self.parameters = parameters.keys()
-        self.encodes = "decoder_input_ids" in parameters
+        self.encodes = "decoder_input_ids" in parameters and self.target.config.is_encoder_decoder
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes_flag = anything or "use_cache" in parameters
         for makes_cache in (False, True) if self.takes_flag else ():
             self.has_cache, self.makes_cache = True, makes_cache
-            with contextlib.suppress(UnsupportedModelError), undisturbed(self.model):
+            # An AttributeError is a configuration's from which transformers cannot make a cache.
+            with contextlib.suppress(UnsupportedModelError, AttributeError), undisturbed(self.model):
                 _, reading = self.prefill(example)
                 if any(map(_is_filled, reading.cache.values())):
                     self.step(reading, reading.ids[:, -1:])
@@ -151,6 +152,9 @@ class Inference:
         if reading.mask is not None:
             reading.mask = torch.cat([reading.mask, reading.mask.new_ones(ids.shape)], 1)
         new = ids.shape[1] if reading.cache else reading.ids.shape[1]
+        for name, value in () if reading.cache or self.encodes else reading.along.items():
+            if _is_of_tokens(name, value, reading.ids[:, : -ids.shape[1]]):
+                reading.along[name] = torch.cat([value, value[:, -1:].expand(-1, ids.shape[1], *value.shape[2:])], 1)
         arguments = reading.along | reading.cache | self._text(reading, new)
         if self.takes_flag:
             arguments["use_cache"] = bool(reading.cache)
@@ -200,12 +204,7 @@ class Inference:
         ids = self.token_ids(inputs)
         if self.encodes:
             return inputs | {"decoder_input_ids": ids[:, :tokens]}
-        return {
-            name: value[:, :tokens]
-            if isinstance(value, torch.Tensor) and (value.shape == ids.shape or name in ROWS)
-            else value
-            for name, value in inputs.items()
-        }
+        return {name: value[:, :tokens] if _is_of_tokens(name, value, ids) else value for name, value in inputs.items()}
 
     def random_prompt(self, tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
         """Token ids [batch, tokens] from a seed, for measuring time."""
@@ -235,7 +234,7 @@ class Inference:
                 given.pop("input_ids", None)
                 if not given.keys() & {main, "encoder_outputs"}:
                     raise self._refusal(inputs, f"its encoder reads {main}")
-        reading.along = {name: value for name, value in given.items() if not self._is_of_tokens(name, value, ids)}
+        reading.along = {name: value for name, value in given.items() if name != names[0]}
         return given | self._text(reading, ids.shape[1]), reading
 
     def _text(self, reading: Reading, tokens: int) -> dict[str, Any]:
@@ -257,12 +256,6 @@ class Inference:
                 positions = torch.arange(reading.ids.shape[1], device=reading.ids.device)[None]
             arguments["position_ids"] = positions[:, -tokens:]
         return arguments
-
-    def _is_of_tokens(self, name: str, value: object, ids: torch.Tensor) -> bool:
-        """Whether an input has a value for each token that the decoder reads, so that a step cannot take it whole."""
-        if self.encodes:
-            return name.startswith("decoder_")
-        return name in ROWS or (isinstance(value, torch.Tensor) and value.shape[-2:] == ids.shape)
 
     def _for_each_step(self, arguments: dict[str, Any], output) -> dict[str, Any]:
         """What a step takes besides its tokens and the cache."""
@@ -333,15 +326,10 @@ def inner_language_model(model: nn.Module) -> nn.Module | None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A block in which the model is run as if it had read nothing before, and after which it remembers what it did.
 
-    Plain attributes and buffers that runs replace, such as `rope_deltas` of multimodal rotary positions, are put back.
-    Not for blocks that change the model itself.
+    Put back are buffers that a run replaces, and attributes that are tensors or numbers, such as `rope_deltas` of
+    multimodal rotary positions. Not for blocks that change the model itself.
     """
-    own = vars(nn.Module()).keys()
-    kept = [
-        (module, {name: value for name, value in vars(module).items() if name not in own}, dict(module._buffers))
-        for module in model.modules()
-        if not type(module).__module__.startswith("hasten.acceleration")
-    ]
+    kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
     try:
         for module, attributes, _ in kept:
             for name in REMEMBERED.keys() & attributes.keys():
@@ -349,15 +337,29 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes, buffers in kept:
-            for name in vars(module).keys() - own - attributes.keys():
+            for name in _memory(module).keys() - attributes.keys():
                 delattr(module, name)
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
 
 
+def _memory(module: nn.Module) -> dict[str, object]:
+    """The attributes of a module that may hold something of its last inputs; flags and private ones are its own state."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (value is None or type(value) in (int, float) or torch.is_tensor(value))
+    }
+
+
 def _on(value: object, device: torch.device) -> object:
     return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _is_of_tokens(name: str, value: object, ids: torch.Tensor) -> bool:
+    """Whether an input has a value for each token of `ids` [B, T]."""
+    return name in ROWS or (isinstance(value, torch.Tensor) and value.shape == ids.shape)
 
 
 def _caches(output) -> dict[str, object]:
