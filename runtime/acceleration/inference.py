@@ -129,6 +129,10 @@ class Inference:
             UnsupportedModelError: the model raised an error.
         """
         arguments, reading = self._arguments(inputs)
+        if self.encodes and reading.text_only:
+            encoder = {name: arguments[name] for name in ("input_ids", "attention_mask") if name in arguments}
+            arguments["encoder_outputs"] = self._call(self.target.get_encoder(), encoder)
+            del arguments["input_ids"]
         if self.takes_flag:
             arguments["use_cache"] = self.has_cache
         if self.makes_cache:
@@ -221,11 +225,11 @@ class Inference:
         ids = next((inputs[name] for name in names if name in inputs), None)
         if ids is None:
             raise self._refusal(given, f"no {' nor '.join(names)} among what it was given")
-        ids = (ids if ids.dim() > 1 else ids[None]).clamp(min=0)
+        ids = torch.atleast_2d(ids)
+        ids = ids[:, (ids >= 0).all(0)]  # labels are -100 at padding
         mask = given.pop("decoder_attention_mask" if self.encodes else "attention_mask", None)
         mask = None if mask is None or mask.bool().all() else mask
-        text_only = not given.keys() - {"input_ids"}
-        reading = Reading(ids, mask, text_only)
+        reading = Reading(ids, mask, text_only=not given.keys() - {"input_ids", "attention_mask", "decoder_input_ids"})
         if self.encodes:
             main = self.target.main_input_name
             if "input_ids" in given and main == "input_ids":
@@ -259,14 +263,13 @@ class Inference:
 
     def _for_each_step(self, arguments: dict[str, Any], output) -> dict[str, Any]:
         """What a step takes besides its tokens and the cache."""
+        again = (
+            ("encoder_outputs", "attention_mask") if self.encodes else EVERY_STEP.get(self.target.config.model_type, ())
+        )
         along = {name: arguments[name][:, -1:] for name in ROWS if name in arguments}
-        along |= {
-            name: arguments[name] for name in EVERY_STEP.get(self.target.config.model_type, ()) if name in arguments
-        }
-        if self.encodes:
-            encoded = getattr(output, "encoder_last_hidden_state", None)
-            along |= {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded)} if encoded is not None else {}
-            along |= {name: arguments[name] for name in ("attention_mask",) if name in arguments}
+        along |= {name: arguments[name] for name in again if name in arguments}
+        if self.encodes and (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
+            along.setdefault("encoder_outputs", BaseModelOutput(last_hidden_state=encoded))
         return along
 
     def _new_cache(self) -> object:
@@ -277,13 +280,7 @@ class Inference:
 
     def _run(self, arguments: dict[str, Any]):
         """The target's output, with logits."""
-        try:
-            output = self.target(**arguments)
-        except (HastenError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            raise self._refusal(arguments, f"{type(error).__name__}: {lines[0]}") from error
+        output = self._call(self.target, arguments)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor):
             raise self._refusal(arguments, "its output has no logits")
@@ -291,6 +288,16 @@ class Inference:
         if not arguments.keys() - TEXT and logits.shape[1] not in (1, ids.shape[1]):
             raise self._refusal(arguments, f"its logits {list(logits.shape)} are not one row for each token")
         return output
+
+    def _call(self, module: nn.Module, arguments: dict[str, Any]):
+        """The output of the target or of its encoder."""
+        try:
+            return module(**arguments)
+        except (HastenError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            raise self._refusal(arguments, f"{type(error).__name__}: {lines[0]}") from error
 
     def _refusal(self, arguments: dict[str, Any], reason: str) -> UnsupportedModelError:
         given = ", ".join(
@@ -359,6 +366,8 @@ def _on(value: object, device: torch.device) -> object:
 
 def _is_of_tokens(name: str, value: object, ids: torch.Tensor) -> bool:
     """Whether an input has a value for each token of `ids` [B, T]."""
+    if name.startswith("qformer"):  # the tokens of another model, which reads the prompt alone
+        return False
     return name in ROWS or (isinstance(value, torch.Tensor) and value.shape == ids.shape)
 
 
