@@ -32,6 +32,8 @@ EVERY_STEP = {"idefics": ("pixel_values",), "kosmos-2": ("pixel_values", "image_
 OWN_POSITIONS = ("reformer", "xlnet")
 # Beginnings of the names of tokens that stand for something else than text, in configurations.
 PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
+# Inputs that are not 0 at such tokens.
+KINDS_OF_TOKENS = {"mm_token_type_ids", "image_embeds_position_mask"}
 # What a processor returns besides, and no forward takes.
 NOT_FORWARDED = ("labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
 EXAMPLE_TOKENS = 4
@@ -196,8 +198,8 @@ class Inference:
         for name, value in vars(self.target.config).items():
             if name.startswith(PLACEHOLDERS) and isinstance(value, int):
                 stands |= ids == value
-        if isinstance(kinds := inputs.get("mm_token_type_ids"), torch.Tensor):
-            stands |= kinds.to(ids.device) != 0
+        for name in KINDS_OF_TOKENS & inputs.keys():
+            stands |= inputs[name].to(ids.device) != 0
         return max(1, int(stands.any(0).nonzero().max()) + 1) if stands.any() else 1
 
     def cut(self, inputs: Inputs, tokens: int) -> Inputs:
