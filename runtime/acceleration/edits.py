@@ -46,7 +46,10 @@ class Edit:
         raise NotImplementedError
 
     def check(self, model: nn.Module) -> None:
-        """Raises `StateError` where `undo` would restore the wrong thing, or the weights are not those it was made for."""
+        """Raises `StateError` where `undo` would restore the wrong thing."""
+
+    def check_weights(self) -> None:
+        """Raises `StateError` where the weights are not those that it was made for."""
 
     def undo(self, model: nn.Module) -> None:
         """Undoes `apply`, also one that was interrupted; may be repeated."""
@@ -97,6 +100,10 @@ class ReplaceForward(Edit):
             raise StateError(
                 f"the forward of {self.name} was replaced after hasten.accelerate: undo that, then hasten.revert(model)"
             )
+
+    def check_weights(self) -> None:
+        if self.forward.watch is not None:
+            self.forward.watch.check(self.forward.weights(), thorough=True)
 
     def undo(self, model: nn.Module) -> None:
         if self.module is not None:
