@@ -1,5 +1,6 @@
 """What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the structure; names are in `families`."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -538,14 +539,20 @@ def _unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
 def _distance_from_gated(mlp: GatedMLP) -> float:
     """The largest relative distance of what the module computes from down(act(gate(x)) * up(x)), over rows of small and large inputs."""
     linear = nn.functional.linear
-    weights = [p.weight for p in (mlp.gate, mlp.up, mlp.gate_up) if p]
-    biases = [p.bias for p in (mlp.gate, mlp.up, mlp.gate_up) if p]
+    if mlp.gate_up:
+        weights, bias = mlp.gate_up.weight.chunk(2), mlp.gate_up.bias
+        biases = (None, None) if bias is None else bias.chunk(2)
+    else:
+        weights, biases = (mlp.gate.weight, mlp.up.weight), (mlp.gate.bias, mlp.up.bias)
     rows = torch.randn(len(CHECK_SCALES), weights[0].shape[1], generator=torch.Generator().manual_seed(0))
     rows = rows.to(weights[0].device, weights[0].dtype)
-    sizes = torch.stack([linear(rows, weight).abs().amax(-1) for weight in weights]).amax(0)
-    rows = rows / sizes[:, None] * torch.tensor(CHECK_SCALES, device=rows.device, dtype=rows.dtype)[:, None]
-    projected = [linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+    # Of gates and what they multiply, the smaller reach the scale.
+    sizes = torch.stack([linear(rows, weight).abs().amax(-1) for weight in weights]).amin(0)
+    scales = torch.tensor(CHECK_SCALES, device=rows.device, dtype=rows.dtype) / sizes.masked_fill(sizes == 0, 1)
+    rows = rows * scales[:, None]
+    gate, up = (linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     expected = linear(getattr(mlp.module, mlp.activation)(gate) * up, mlp.down.weight, mlp.down.bias).float()
     output = type(mlp.module).forward(mlp.module, rows[None])[0].float()
-    return float(((output - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
+    finite = expected.isfinite().all(-1)  # the largest row can overflow
+    distances = (output - expected)[finite].norm(dim=-1) / expected[finite].norm(dim=-1).clamp(min=1e-30)
+    return float(distances.max()) if len(distances) else math.inf

@@ -214,6 +214,14 @@ def test_gated_mlps_compute_what_they_say(name, dtype):
     assert [block.gated_mlp for block in anatomy.blocks] == list(anatomy.gated_mlps)
 
 
+def test_gated_mlps_of_zeros_and_of_huge_weights_are_taken():
+    model = build("llama", torch.float16)
+    zeros, huge = (layer.mlp for layer in model.model.layers)
+    zeros.gate_proj.weight.zero_(), zeros.up_proj.weight.zero_()
+    huge.down_proj.weight.fill_(1000)
+    assert len(Anatomy(model).gated_mlps) == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "model_type", "words"),
     [
@@ -240,6 +248,7 @@ def _five_times(mlp):
 
 
 def _clipped(mlp):
+    mlp.gate_proj.weight.mul_(0.1)
     stock = type(mlp)
     mlp.__class__ = type(
         "ClippedMLP",
