@@ -1,7 +1,8 @@
-"""Sequential Monte Carlo (SMC): weighted particles that together stand for a law, and an unbiased estimate of its normaliser.
+"""Sequential Monte Carlo (SMC): weighted particles that stand for a law, and an unbiased estimate of its normaliser.
 
-Source: Del Moral, Doucet and Jasra, "Sequential Monte Carlo samplers" (2006), with resampling where the effective sample size falls; for language models
-Lew et al., "Sequential Monte Carlo steering" (2023). Resampling schemes: Douc, Cappe and Moulines (2005). Without resampling this is importance sampling.
+Source: Del Moral, Doucet and Jasra, "Sequential Monte Carlo samplers" (2006), with resampling where the effective
+sample size falls; for language models Lew et al., "Sequential Monte Carlo steering" (2023). Resampling schemes: Douc,
+Cappe and Moulines (2005). Without resampling this is importance sampling.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from hasten.guidance.text.categorical import Generators, uniforms
+from hasten.guidance.inverse_cdf import Generators, inverse_cdf, uniforms
 
 Scheme = Literal["systematic", "stratified", "multinomial", "residual"]
 
@@ -18,7 +19,7 @@ SCHEMES = ("systematic", "stratified", "multinomial", "residual")
 
 
 def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
-    """(sum w)^2 / sum w^2 over the last dimension of log weights [..., N]: between 1 and N, and 0 where every weight is 0."""
+    """(sum w)^2 / sum w^2 over the last dimension of log weights [..., N]: between 1 and N, 0 where all weights are 0."""
     scaled = _scaled(log_weights)
     return scaled.sum(-1).square() / scaled.square().sum(-1).clamp(min=torch.finfo(scaled.dtype).tiny)
 
@@ -29,12 +30,18 @@ def log_mean_weight(log_weights: torch.Tensor) -> torch.Tensor:
 
 
 def systematic(log_weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Systematic resampling of log weights [P, N] by one uniform number a row, float64 [P, 1], on any device: int64 [P, N]. Particle i is continued floor
-    or ceil of N w_i / sum w times.
+    """Systematic resampling: particle i is continued floor or ceil of N w_i / sum w times.
+
+    Args:
+        log_weights: [P, N], any float dtype and device.
+        uniform: float64 [P, 1] in [0, 1], one number a row.
+
+    Returns:
+        int64 [P, N], the ancestor of each particle.
     """
     count = log_weights.shape[1]
     slots = torch.arange(count, dtype=torch.float64, device=log_weights.device)
-    return _inverse(_normalised(log_weights.double()), (slots + uniform) / count)
+    return inverse_cdf(_normalised(log_weights.double()), (slots + uniform) / count)
 
 
 def ancestors(log_weights: torch.Tensor, scheme: Scheme, generator: Generators) -> torch.Tensor:
@@ -42,8 +49,8 @@ def ancestors(log_weights: torch.Tensor, scheme: Scheme, generator: Generators) 
 
     Args:
         log_weights: float64 [P, N] on the CPU, in each row at least one above -inf.
-        scheme: "systematic" (one uniform number a row), "stratified" (one per particle, each in its stratum), "multinomial" (independent), "residual"
-            (floor(N w_i / sum w) certain copies, the others independent).
+        scheme: "systematic" (one uniform number a row), "stratified" (one per particle, each in its stratum),
+            "multinomial" (independent), "residual" (floor(N w_i / sum w) certain copies, the others independent).
         generator: on the CPU, one or a sequence of P.
 
     Returns:
@@ -58,13 +65,13 @@ def ancestors(log_weights: torch.Tensor, scheme: Scheme, generator: Generators) 
     weights = _normalised(log_weights)
     slots = torch.arange(count, dtype=torch.float64)
     if scheme == "stratified":
-        return _inverse(weights, (slots + uniforms(rows, count, generator)) / count)
+        return inverse_cdf(weights, (slots + uniforms(rows, count, generator)) / count)
     if scheme == "multinomial":
-        return _inverse(weights, uniforms(rows, count, generator))
+        return inverse_cdf(weights, uniforms(rows, count, generator))
     if scheme == "residual":
         copies = (count * weights).floor()
         certain = copies.cumsum(-1)
-        others = _inverse(count * weights - copies, uniforms(rows, count, generator))
+        others = inverse_cdf(count * weights - copies, uniforms(rows, count, generator))
         copied = torch.searchsorted(certain, slots.expand(rows, -1).contiguous(), right=True)
         return torch.where(slots < certain[:, -1:], copied, others)
     raise ValueError(f"resampling must be one of {', '.join(SCHEMES)}, got {scheme!r}")
@@ -73,11 +80,11 @@ def ancestors(log_weights: torch.Tensor, scheme: Scheme, generator: Generators) 
 class Population:
     """The weights of P independent populations of N particles.
 
-    The mean weight of a population estimates the normaliser of its law without bias, after every step, resampled or not; where a critic is used, after
-    the critic has scored the complete texts.
+    The mean weight of a population estimates the normaliser of its law without bias, after every step, resampled or
+    not; where a critic is used, after the critic has scored the complete texts.
 
     Attributes:
-        log_weights: float64 [P, N] on the CPU; -inf is a dead particle, which stays dead until another takes its place.
+        log_weights: float64 [P, N] on the CPU; a particle at -inf is dead until another takes its place.
     """
 
     def __init__(self, populations: int, particles: int):
@@ -92,8 +99,8 @@ class Population:
     def twist(self, scores: torch.Tensor) -> None:
         """Weighs by a critic: the log scores [P, N] of the present texts take the place of those given before.
 
-        Scores of prefixes steer which particles survive and leave the law alone, since the next scores replace them; the scores of the last call, of
-        the complete texts, are factors of the law. A score of -inf kills.
+        Scores of prefixes steer which particles survive and leave the law alone, since the next scores replace them;
+        the scores of the last call, of the complete texts, are factors of the law. A score of -inf kills.
         """
         self.reweight(scores.double() - self._twists)
         self._twists = scores.double().masked_fill(self.log_weights == -torch.inf, 0.0)
@@ -109,15 +116,15 @@ class Population:
     def resample(
         self, threshold: float, scheme: Scheme, generator: Generators, going_on: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Resamples the populations whose effective sample size is below threshold * N; their weights become their mean.
+        """Resamples populations whose effective sample size is below threshold * N; their weights become their mean.
 
         Args:
             threshold: 0 never resamples, 1 does whenever the weights differ.
             going_on: bool [P], populations that may be resampled; finished ones only lose by it. None: all.
 
         Returns:
-            int64 [P, N], the ancestor of each particle; a particle's own index where its population was not resampled. A population in which all are
-            dead is never resampled.
+            int64 [P, N], the ancestor of each particle; a particle's own index where its population was not resampled.
+            A population in which all are dead is never resampled.
         """
         count = self.log_weights.shape[1]
         chosen = (self.effective_sample_size() < threshold * count * (1 - 1e-12)) & self.log_weights.isfinite().any(-1)
@@ -143,12 +150,3 @@ def _scaled(log_weights: torch.Tensor) -> torch.Tensor:
 def _normalised(log_weights: torch.Tensor) -> torch.Tensor:
     weights = _scaled(log_weights)
     return weights / weights.sum(-1, keepdim=True)
-
-
-def _inverse(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """The inverse CDF of weights [P, N] at points [P, M] in (0, 1]; never an index of weight 0 where any other is above 0."""
-    cdf = weights.cumsum(-1)
-    total = cdf[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    found = torch.searchsorted(cdf, torch.minimum(points * total, below).clamp(min=0.0), right=True)
-    return found.clamp(max=weights.shape[1] - 1)

@@ -1,5 +1,7 @@
 """The errors of hasten. Wrong values of arguments are `ValueError` and `TypeError`; these are about models and their state."""
 
+from dataclasses import dataclass
+
 
 class HastenError(RuntimeError):
     """Something about the model or a saved folder stops hasten; the message names it and says what to do."""
@@ -18,6 +20,23 @@ class UnsupportedModelError(HastenError):
     def __init__(self, name: str, kind: str, reason: str, remedy: str):
         self.name, self.kind, self.reason, self.remedy = name, kind, reason, remedy
         super().__init__(f"{name or 'the model'} ({kind}): {reason}; {remedy}")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why hasten leaves a module as it is: a record, from which the error is raised where the user asked for all or nothing.
+
+    Args:
+        name, kind, reason, remedy: as in `UnsupportedModelError`.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    remedy: str
+
+    def error(self) -> UnsupportedModelError:
+        return UnsupportedModelError(self.name, self.kind, self.reason, self.remedy)
 
 
 class StateError(HastenError):

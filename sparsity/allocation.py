@@ -1,9 +1,63 @@
-"""How a block's sparsity is shared among its projections."""
+"""How sparsity is shared among projections: as the user names them, or greedily inside a block."""
 
-from collections.abc import Callable, Mapping
+import difflib
+import fnmatch
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 
 STEP = 0.05
 HIGHEST = 0.95
+
+Sparsity = float | Mapping[str, float]
+
+
+def checked(sparsity: Sparsity) -> Sparsity:
+    """`sparsity` with its numbers as floats.
+
+    Raises:
+        TypeError, ValueError: it is no number in [0, 1), nor a mapping from names to such numbers.
+    """
+    if isinstance(sparsity, Mapping):
+        if not sparsity:
+            raise ValueError("sparsity is an empty mapping: name at least one module")
+        for name in sparsity:
+            if not isinstance(name, str):
+                raise TypeError(f"sparsity maps module names to numbers, got the name {name!r}")
+        return {name: _checked_number(f"sparsity[{name!r}]", value) for name, value in sparsity.items()}
+    return _checked_number("sparsity", sparsity)
+
+
+def _checked_number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
+    if math.isnan(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return float(value)
+
+
+def spread(sparsity: Sparsity, names: Sequence[str]) -> dict[str, float]:
+    """One sparsity per name, from one number or from a mapping of names, endings of names, or fnmatch patterns; the last match counts.
+
+    Raises:
+        ValueError: a pattern that matches nothing; the nearest name is suggested.
+    """
+    if not isinstance(sparsity, Mapping):
+        return dict.fromkeys(names, sparsity)
+    result = dict.fromkeys(names, 0.0)
+    for pattern, value in sparsity.items():
+        matching = [
+            name
+            for name in names
+            if name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
+        ]
+        if not matching:
+            endings = dict.fromkeys(ending for name in names for ending in (name, name.rsplit(".", 1)[-1]))
+            nearest = difflib.get_close_matches(pattern, endings, n=1, cutoff=0)
+            hint = f"; the nearest name is {nearest[0]!r}" if nearest else ""
+            raise ValueError(f"sparsity names {pattern!r}, which is no module that can be made sparse here{hint}")
+        result |= dict.fromkeys(matching, value)
+    return result
 
 
 def greedy(

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hasten
-from hasten.acceleration.calibration import progress
-from hasten.acceleration.measure import device_of, seconds
+from hasten.acceleration.measure import seconds
 from hasten.bench.runner import bandwidth
 from hasten.kernels import backend
+from hasten.model_facts import device_of, progress
 
 logger = logging.getLogger("hasten.bench")
 

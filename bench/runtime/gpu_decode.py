@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hasten
-from hasten.acceleration.calibration import progress
 from hasten.bench.runner import bandwidth
 from hasten.bench.runtime.decode import PROMPT_TOKENS, bytes_read, random_model, records_of, shared_copy
+from hasten.model_facts import progress
 
 CACHE_TOKENS = 256
 CALIBRATION_TOKENS = 1024

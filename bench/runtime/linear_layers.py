@@ -25,7 +25,7 @@ from transformers.models.minimax import modeling_minimax
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from hasten.acceleration import linear_layers
-from hasten.acceleration.calibration import progress
+from hasten.model_facts import progress
 
 logger = logging.getLogger("hasten.bench")
 

@@ -1,4 +1,6 @@
-"""Classifier-free guidance and what differs from it only in when it guides: intervals, a fixed cutoff, and two scales at once."""
+"""Classifier-free guidance and what differs from it only in when it guides: intervals, a fixed cutoff, and two scales
+at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from hasten.guidance.diffusion.guide import (
     CONDITIONAL,
     Guide,
     Pass,
-    State,
+    PredictedStep,
     Step,
     check_count,
     check_number,
@@ -19,31 +21,18 @@ from hasten.guidance.diffusion.guide import (
 )
 from hasten.guidance.diffusion.intervals import Interval
 
-# What is added to a scale of this convention to count it as in Imagen, off at 1.
-CONVENTIONS = {"imagen": 0.0, "diffusers": 0.0, "ho-salimans": 1.0}
-
-
-def convert_scale(scale: float, source: str, target: str = "imagen") -> float:
-    """A guidance scale of one convention in another.
-
-    "imagen", and "diffusers" after it: unconditional + scale * (conditional - unconditional), off at 1 (Saharia et al. 2022, arXiv 2205.11487).
-    "ho-salimans": conditional + scale * (conditional - unconditional), off at 0 (Ho & Salimans 2022, arXiv 2207.12598, equation 6).
-    """
-    for convention in (source, target):
-        if convention not in CONVENTIONS:
-            raise ValueError(f"unknown scale convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
-    check_number("scale", scale)
-    return scale + CONVENTIONS[source] - CONVENTIONS[target]
-
 
 def combine(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
-    """unconditional + scale * (conditional - unconditional), in any parameterization; at scale 1 the conditional prediction bit for bit."""
+    """unconditional + scale * (conditional - unconditional), in any parameterization; at scale 1 the conditional
+    prediction bit for bit.
+    """
     return conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
 
 
 def rescaled(prediction: torch.Tensor, conditional: torch.Tensor, rescale: float) -> torch.Tensor:
-    """The prediction [B, ...] with its standard deviation over all but the batch drawn towards the conditional's (Lin et al. 2023, arXiv 2305.08891,
-    equations 15 and 16), by the fraction `rescale`. It depends on the parameterization that it is measured in.
+    """The prediction [B, ...] with its standard deviation over all but the batch drawn towards the conditional's (Lin
+    et al. 2023, arXiv 2305.08891, equations 15 and 16), by the fraction `rescale`. It depends on the parameterization
+    that it is measured in.
     """
     if rescale == 0 or prediction is conditional:
         return prediction
@@ -58,13 +47,14 @@ def _deviation(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance(Guide):
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): an affine combination whose weights sum to 1, hence the same in every
-    parameterization.
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): an affine combination whose weights sum to 1,
+    hence the same in every parameterization.
 
     Args:
-        scale: off at 1; see `convert_scale`.
+        scale: off at 1, see `hasten.guidance.diffusion.guide`.
         rescale: in [0, 1], see `rescaled`; measured on the model's own predictions, as published.
-        interval: guides only inside (Kynkäänniemi et al. 2024, arXiv 2404.07724); outside, the unconditional pass is not asked for. None: always.
+        interval: guides only inside (Kynkäänniemi et al. 2024, arXiv 2404.07724); outside, the unconditional pass is
+            not asked for. None: always.
     """
 
     scale: float = 7.5
@@ -80,12 +70,12 @@ class ClassifierFreeGuidance(Guide):
     def passes(self, step: Step) -> tuple[Pass, ...]:
         return CONDITIONAL if self._scale(step) == 1 else BOTH
 
-    def __call__(self, state: State) -> torch.Tensor:
-        scale = self._scale(state)
-        state.record({"scale": scale})
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        scale = self._scale(step)
+        step.record({"scale": scale})
         if scale == 1:
-            return state.require("conditional")[0]
-        conditional, unconditional = state.require("conditional", "unconditional")
+            return step.require("conditional")[0]
+        conditional, unconditional = step.require("conditional", "unconditional")
         return rescaled(combine(conditional, unconditional, scale), conditional, self.rescale)
 
     def _scale(self, step):
@@ -94,8 +84,8 @@ class ClassifierFreeGuidance(Guide):
 
 @dataclass(frozen=True)
 class Cutoff(Guide):
-    """Classifier-free guidance at the first `steps` steps, the conditional prediction alone at the others: 2 * steps + (N - steps) evaluations. The
-    fixed stop (Step AG, arXiv 2506.08351) that an adaptive one has to beat.
+    """Classifier-free guidance at the first `steps` steps, the conditional prediction alone at the others: 2 * steps +
+    (N - steps) evaluations. The fixed stop (Step AG, arXiv 2506.08351) that an adaptive one has to beat.
     """
 
     scale: float = 7.5
@@ -108,10 +98,10 @@ class Cutoff(Guide):
     def passes(self, step: Step) -> tuple[Pass, ...]:
         return BOTH if step.index < self.steps and self.scale != 1 else CONDITIONAL
 
-    def __call__(self, state: State) -> torch.Tensor:
-        scale = self.scale if state.index < self.steps else 1.0
-        state.record({"scale": scale})
-        return combine(*state.require(*self.passes(state)), scale) if scale != 1 else state.require("conditional")[0]
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        scale = self.scale if step.index < self.steps else 1.0
+        step.record({"scale": scale})
+        return combine(*step.require(*self.passes(step)), scale) if scale != 1 else step.require("conditional")[0]
 
 
 @dataclass(frozen=True)
@@ -119,8 +109,8 @@ class TwoScaleGuidance(Guide):
     """Guidance by an image and a text at once (Brooks et al. 2022, arXiv 2211.09800, equation 3):
     unconditional + image_scale * (image - unconditional) + text_scale * (conditional - image).
 
-    conditional has both conditions, image the image alone. The sum telescopes: at equal scales the image pass cancels, at image_scale 1 the
-    unconditional one, at text_scale = image_scale = 1 both; what cancels is not asked for.
+    conditional has both conditions, image the image alone. The sum telescopes: at equal scales the image pass cancels,
+    at image_scale 1 the unconditional one, at text_scale = image_scale = 1 both; what cancels is not asked for.
     """
 
     image_scale: float = 1.6
@@ -138,9 +128,9 @@ class TwoScaleGuidance(Guide):
             wanted.append("image")
         return tuple(wanted)
 
-    def __call__(self, state: State) -> torch.Tensor:
-        state.record({"scale": self.text_scale, "image_scale": self.image_scale})
-        predictions = dict(zip(self.passes(state), state.require(*self.passes(state)), strict=True))
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        step.record({"scale": self.text_scale, "image_scale": self.image_scale})
+        predictions = dict(zip(self.passes(step), step.require(*self.passes(step)), strict=True))
         conditional = predictions["conditional"]
         if "image" not in predictions:
             return combine(conditional, predictions.get("unconditional"), self.text_scale)

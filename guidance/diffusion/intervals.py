@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.guidance.diffusion.guide import CONDITIONAL, Guide, Pass, State, Step, check_number
+from hasten.guidance.diffusion.guide import CONDITIONAL, Guide, Pass, PredictedStep, Step, check_number
 
 
 class Interval:
@@ -22,8 +22,8 @@ class Interval:
 class SigmaInterval(Interval):
     """Steps whose noise level lies in (low, high], as in Kynkäänniemi et al. 2024 (arXiv 2404.07724).
 
-    The level is that of EDM and of variance-exploding schedules, sigma / alpha of the step, whatever the schedule: it keeps its meaning when the
-    number of steps or the shift changes. It is infinite at pure noise.
+    The level is that of EDM and of variance-exploding schedules, sigma / alpha of the step, whatever the schedule: it
+    keeps its meaning when the number of steps or the shift changes. It is infinite at pure noise.
     """
 
     low: float
@@ -43,7 +43,9 @@ class SigmaInterval(Interval):
 
 @dataclass(frozen=True)
 class StepInterval(Interval):
-    """Steps int(start * N) <= index < int(stop * N) of N, the rule of the guiders of diffusers: fractions of the run, in [0, 1]."""
+    """Steps int(start * N) <= index < int(stop * N) of N, the rule of the guiders of diffusers: fractions of the run,
+    in [0, 1].
+    """
 
     start: float = 0.0
     stop: float = 1.0
@@ -76,7 +78,9 @@ class StepSet(Interval):
 
 @dataclass(frozen=True)
 class Within(Guide):
-    """Another guide inside an interval, the conditional prediction alone outside: `Within(AdaptiveProjectedGuidance(...), SigmaInterval(0.28, 5.42))`."""
+    """Another guide inside an interval, the conditional prediction alone outside:
+    `Within(AdaptiveProjectedGuidance(...), SigmaInterval(0.28, 5.42))`.
+    """
 
     guide: Guide
     interval: Interval
@@ -94,8 +98,8 @@ class Within(Guide):
     def rows(self, step: Step) -> tuple[bool, ...] | None:
         return self.guide.rows(step) if step in self.interval else None
 
-    def __call__(self, state: State) -> torch.Tensor:
-        if state in self.interval:
-            return self.guide(state)
-        state.record({"scale": 1.0})
-        return state.require("conditional")[0]
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        if step in self.interval:
+            return self.guide(step)
+        step.record({"scale": 1.0})
+        return step.require("conditional")[0]

@@ -1,7 +1,9 @@
-"""LinearAG (Castillo et al. 2023, arXiv 2312.12487, section 6): unconditional predictions estimated from what the run has already computed.
+"""LinearAG (Castillo et al. 2023, arXiv 2312.12487, section 6): unconditional predictions estimated from what the run
+has already computed.
 
-At a predicted step t the unconditional prediction is taken to be a linear combination of the conditional predictions of steps 0 to t and of the
-computed unconditional ones before t, with one scalar each. Estimates themselves are no regressors: being combinations of these, they add nothing.
+At a predicted step t the unconditional prediction is taken to be a linear combination of the conditional predictions of
+steps 0 to t and of the computed unconditional ones before t, with one scalar each. Estimates themselves are no
+regressors: being combinations of these, they add nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from hasten.guidance.diffusion.guide import (
     Guide,
     Parameterization,
     Pass,
-    State,
+    PredictedStep,
     Step,
     check_count,
     check_number,
@@ -33,7 +35,9 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class RunKey:
-    """The runs that coefficients belong to. shape is that of one sample, [...] without the batch; scheduler names schedule and sampler."""
+    """The runs that coefficients belong to. shape is that of one sample, [...] without the batch; scheduler names
+    schedule and sampler.
+    """
 
     model: str
     scheduler: str
@@ -72,8 +76,9 @@ def alternating(steps: int) -> tuple[int, ...]:
 
 @dataclass
 class Trajectories:
-    """What the fit needs of recorded runs: at each predicted step the Gram matrix [K + 2, K + 2] of the K regressors, the target and a row of ones, in
-    float64, summed over all elements of all samples. Runs add to it one after the other; none is kept.
+    """What the fit needs of recorded runs: at each predicted step the Gram matrix [K + 2, K + 2] of the K regressors,
+    the target and a row of ones, in float64, summed over all elements of all samples. Runs add to it one after the
+    other; none is kept.
     """
 
     key: RunKey
@@ -92,16 +97,18 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class LinearRecorder(Guide):
-    """Classifier-free guidance at every step that adds what it sees to `trajectories`: run it over some two hundred samples, then `fit`."""
+    """Classifier-free guidance at every step that adds what it sees to `trajectories`: run it over some two hundred
+    samples, then `fit`.
+    """
 
     trajectories: Trajectories
 
-    def __call__(self, state: State) -> torch.Tensor:
-        self.trajectories.key.check_step(state)
-        conditional, unconditional = state.require(*BOTH)
-        past = _remember(state, conditional)
-        if state.index in self.trajectories.predicted:
-            self.trajectories.add(state.index, past, unconditional)
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        self.trajectories.key.check_step(step)
+        conditional, unconditional = step.require(*BOTH)
+        past = _remember(step, conditional)
+        if step.index in self.trajectories.predicted:
+            self.trajectories.add(step.index, past, unconditional)
         else:
             past.append(unconditional)
         return combine(conditional, unconditional, self.trajectories.key.scale)
@@ -109,11 +116,12 @@ class LinearRecorder(Guide):
 
 @dataclass(frozen=True)
 class Coefficients:
-    """One scalar per regressor for each predicted step, in the order in which a run computes them: the conditional before the unconditional
-    prediction of a step.
+    """One scalar per regressor for each predicted step, in the order in which a run computes them: the conditional
+    before the unconditional prediction of a step.
 
-    r2: the share of the held-out target's variance that is explained, per predicted step. r2_over_conditional: the same against taking the
-    conditional prediction in its place; 0 means that the fit is no better than not guiding, and errors are amplified by scale - 1.
+    r2: the share of the held-out target's variance that is explained, per predicted step. r2_over_conditional: the same
+    against taking the conditional prediction in its place; 0 means that the fit is no better than not guiding, and
+    errors are amplified by scale - 1.
     """
 
     key: RunKey
@@ -134,7 +142,9 @@ class Coefficients:
 
     @classmethod
     def load(cls, path: str | Path, key: RunKey) -> Coefficients:
-        """Reads JSON that `save` wrote for runs of this key; a ValueError names both keys if they differ, or the file if it is no such JSON."""
+        """Reads JSON that `save` wrote for runs of this key; a ValueError names both keys if they differ, or the file
+        if it is no such JSON.
+        """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
             if document.pop("version") != _VERSION:
@@ -154,7 +164,9 @@ class Coefficients:
 
 
 def fit(trajectories: Trajectories, held_out: Trajectories, ridge: float = 1e-10) -> Coefficients:
-    """Least squares with a ridge penalty of `ridge` times the regressors' mean square, scored on other runs than those fitted."""
+    """Least squares with a ridge penalty of `ridge` times the regressors' mean square, scored on other runs than those
+    fitted.
+    """
     check_number("ridge", ridge, low=0)
     trajectories.key.check(held_out.key)
     for name, runs in (("trajectories", trajectories), ("held_out", held_out)):
@@ -174,8 +186,9 @@ def fit(trajectories: Trajectories, held_out: Trajectories, ridge: float = 1e-10
 
 @dataclass(frozen=True)
 class LinearAG(Guide):
-    """Classifier-free guidance whose unconditional prediction is estimated at the steps that the coefficients know, computed at the others before
-    `stop`, and no longer needed from `stop` on: with the published choice, N + N / 4 evaluations rather than 2 N.
+    """Classifier-free guidance whose unconditional prediction is estimated at the steps that the coefficients know,
+    computed at the others before `stop`, and no longer needed from `stop` on: with the published choice, N + N / 4
+    evaluations rather than 2 N.
 
     It keeps the predictions of the run up to its last predicted step in memory.
 
@@ -199,23 +212,24 @@ class LinearAG(Guide):
         alone = step.index >= self._stop or step.index in self.coefficients.betas or self.key.scale == 1
         return CONDITIONAL if alone else BOTH
 
-    def __call__(self, state: State) -> torch.Tensor:
-        predictions = state.require(*self.passes(state))
+    def __call__(self, step: PredictedStep) -> torch.Tensor:
+        predictions = step.require(*self.passes(step))
         conditional = predictions[0]
-        if state.index >= self._stop or self.key.scale == 1:
-            state.memory.pop(_MEMORY, None)
-            state.record({"scale": 1.0})
+        if step.index >= self._stop or self.key.scale == 1:
+            step.memory.pop(_MEMORY, None)
+            step.record({"scale": 1.0})
             return conditional
-        state.record({"scale": self.key.scale})
-        if state.index > max(self.coefficients.betas, default=-1):
-            state.memory.pop(_MEMORY, None)
+        step.record({"scale": self.key.scale})
+        if step.index > max(self.coefficients.betas, default=-1):
+            step.memory.pop(_MEMORY, None)
             return combine(*predictions, self.key.scale)
-        past = _remember(state, conditional)
-        if state.index in self.coefficients.betas:
-            betas = self.coefficients.betas[state.index]
+        past = _remember(step, conditional)
+        if step.index in self.coefficients.betas:
+            betas = self.coefficients.betas[step.index]
             if len(past) != len(betas):
                 raise ValueError(
-                    f"step {state.index}: LinearAG needs the predictions of all earlier steps, {len(betas)}, and was asked at some only: {len(past)}"
+                    f"step {step.index}: LinearAG needs the predictions of all earlier steps, {len(betas)}, "
+                    f"and was asked at some only: {len(past)}"
                 )
             weighted = zip(betas, past, strict=True)
             unconditional = sum(beta * x.to(torch.promote_types(x.dtype, torch.float32)) for beta, x in weighted)
@@ -228,15 +242,17 @@ class LinearAG(Guide):
         return self.key.steps // 2 if self.stop is None else self.stop
 
 
-def _remember(state, conditional):
+def _remember(step, conditional):
     """The run's regressors so far, this step's conditional prediction the last of them."""
-    past = state.memory.setdefault(_MEMORY, [])
+    past = step.memory.setdefault(_MEMORY, [])
     past.append(conditional)
     return past
 
 
 def _solve(gram, products, ridge):
-    """(gram + ridge * mean diagonal)^-1 products through the eigenvectors: regressors of neighbouring steps are nearly the same."""
+    """(gram + ridge * mean diagonal)^-1 products through the eigenvectors: regressors of neighbouring steps are nearly
+    the same.
+    """
     values, vectors = torch.linalg.eigh(gram)
     damped = values.clamp_min(0) + ridge * gram.diagonal().mean()
     inverse = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))
@@ -244,7 +260,9 @@ def _solve(gram, products, ridge):
 
 
 def _scores(gram, beta):
-    """1 - residual / baseline, the baseline the target's mean and the last regressor but the target: the step's conditional prediction."""
+    """1 - residual / baseline, the baseline the target's mean and the last regressor but the target: the step's
+    conditional prediction.
+    """
     ones, target = gram[-1, -1], gram[-2, -2]
 
     def residual(weights):

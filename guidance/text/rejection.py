@@ -1,11 +1,12 @@
-"""Adaptive weighted rejection sampling (AWRS): an exact draw from a constrained next-token law, with an unbiased weight.
+"""Adaptive weighted rejection sampling (AWRS): exact draws from a constrained next-token law, with unbiased weights.
 
-The law p of the next token is restricted to the tokens that a check v(x) in {0, 1} accepts. Tokens are drawn without replacement and checked one by
-one; the first that is accepted is an exact draw from p(x) v(x) / Z, where Z = sum_x p(x) v(x). A few checks more give a weight w with
-E[w * 1{x = t}] = p(t) v(t) for every token t, hence E[w] = Z.
+The law p of the next token is restricted to the tokens that a check v(x) in {0, 1} accepts. Tokens are drawn without
+replacement and checked one by one; the first that is accepted is an exact draw from p(x) v(x) / Z, where Z = sum_x p(x)
+v(x). A few checks more give a weight w with E[w * 1{x = t}] = p(t) v(t) for every token t, hence E[w] = Z.
 
-Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted Rejection Sampling" (2025), its recursive estimator in
-closed form: with x_1, x_2, ... in the order of the draws, k the first that is accepted and R_j = sum_{i >= j} p(x_i),
+Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted Rejection Sampling"
+(2025), its recursive estimator in closed form: with x_1, x_2, ... in the order of the draws, k the first that is
+accepted and R_j = sum_{i >= j} p(x_i),
 
     w = p(x_k) + R_{k+1} v(x_{k+1})
 
@@ -22,9 +23,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from hasten.guidance.text.categorical import FIRST_BLOCK, Block, Generators, LazyOrder, sample, uniforms
+from hasten.guidance.inverse_cdf import Generators, uniforms
+from hasten.guidance.text import bitmask
+from hasten.guidance.text.categorical import FIRST_SIZE, GumbelRace, LazyOrder, sample
 
-Status = Literal["accepted", "no_support", "budget_spent"]
+End = Literal["accepted", "no_support", "budget_spent"]
 
 MASK_AFTER = 16
 
@@ -33,16 +36,19 @@ MASK_AFTER = 16
 class Draw:
     """One token for each of R rows.
 
-    token: int64 [R], -1 where there is none. log_weight: float64 [R], -inf where there is no token. checks: int64 [R], calls of `is_valid`.
-    masked: bool [R], whether a mask took over. status: R of "accepted", "no_support" (no token of positive probability is valid) and
-    "budget_spent" (max_checks tokens were checked and none was valid; others may be).
+    token: int64 [R], -1 where there is none.
+    log_weight: float64 [R], -inf where there is no token.
+    checks: int64 [R], calls of `is_valid`.
+    masked: bool [R], whether a mask took over.
+    end: R of "accepted", "no_support" (no token of positive probability is valid) and "budget_spent" (max_checks tokens
+        were checked and none was valid; others may be).
     """
 
     token: torch.Tensor
     log_weight: torch.Tensor
     checks: torch.Tensor
     masked: torch.Tensor
-    status: tuple[Status, ...]
+    end: tuple[End, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Walk:
 
     tokens: list[int]
     valid: list[bool]
-    end: Literal["accepted", "no_support", "budget_spent", "mask"]
+    end: End | Literal["mask"]
 
 
 def walk(
@@ -61,9 +67,9 @@ def walk(
     extra_checks: int = 0,
     mask_after: int | None = None,
 ) -> Walk:
-    """Checks tokens in the order of their draws: up to the first valid one, then 1 + extra_checks more, and never more than max_checks.
+    """Checks tokens in the order of their draws: up to the first valid one, then 1 + extra_checks more.
 
-    Ends with "mask" when mask_after tokens were refused in a row from the start.
+    Never checks more than max_checks. Ends with "mask" when mask_after tokens were refused in a row from the start.
     """
     tokens: list[int] = []
     valid: list[bool] = []
@@ -87,10 +93,11 @@ def walk(
 
 
 def weight(probabilities: Sequence, valid: Sequence[bool], untested):
-    """The weight of a walk that found a valid token: what was found valid, and all that was not tested if the last token was valid.
+    """The weight of a walk that found a valid token: the valid mass, and all that is untested if its last token is
+    valid.
 
-    With one token after the first valid one this is the closed form above; where max_checks left none after it, it is R_k; with more of them it is
-    the last of Des Raj's estimates (1956), exact when nothing is left untested.
+    With one token after the first valid one this is the closed form above; where max_checks left none after it, it is
+    R_k; with more of them it is the last of Des Raj's estimates (1956), exact when nothing is left untested.
 
     Args:
         probabilities: p of the tested tokens in their order; any numbers, fractions too.
@@ -120,20 +127,22 @@ def draw(
     Args:
         logits: [R, V], any float dtype and device; -inf for tokens outside the law.
         is_valid: `is_valid(row, token)`, the check. None: every token is valid, and the log weight is 0.
-        generator: on the CPU; one for all rows, or a sequence of R of them (the same object may stand for several rows).
-        max_checks: at most so many checks a row. The weight stays unbiased; a row without a valid token among them has weight 0.
+        generator: on the CPU; one for all rows, or R of them (the same object may stand for several rows).
+        max_checks: at most so many checks a row. The weight stays unbiased; a row without a valid token among them has
+            weight 0.
         extra_checks: so many checks beyond the one that the closed form needs; they lower the variance of the weight.
-        fill_masks: for each row a function that sets bit t % 32 of word t // 32 of an int32 array [ceil(V / 32)] of zeros for every valid token t, or
+        fill_masks: for each row a function that adds every valid token to an empty mask (`bitmask`, [ceil(V / 32)]), or
             None where nothing can. It must agree with `is_valid`.
-        mask_after: so many refused tokens before the row's mask takes over, which makes the weight exact: log_weight = log Z. A sequence: one for each
-            row; chosen by what was drawn before, they leave the weights unbiased.
-        greedy: the likeliest valid token instead of a draw (temperature 0). There is no law then, and log_weight is NaN.
+        mask_after: so many refused tokens before the row's mask takes over, and the weight is exact: log_weight = log
+            Z. A sequence: one for each row; chosen by what was drawn before, they leave the weights unbiased.
+        greedy: the likeliest valid token instead of a draw (temperature 0). There is no law, and log_weight is NaN.
 
     Returns:
         A `Draw`. A refused token is never returned.
 
     Raises:
-        ValueError: logits of another shape or dtype, with NaN or +inf; counts that are too small; another number of fill_masks than rows.
+        ValueError: logits of another shape or dtype, with NaN or +inf; counts that are too small; another number of
+            fill_masks than rows.
     """
     _check(logits, generator, max_checks, extra_checks, mask_after, fill_masks)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -147,44 +156,45 @@ def draw(
     patience = [mask_after] * rows if isinstance(mask_after, int) else mask_after
     patience = [None if filler is None else after for filler, after in zip(fillers, patience, strict=True)]
     walking = [row for row in range(rows) if patience[row] != 0]
-    outcomes = [_Outcome() for _ in range(rows)]
+    drawn = [_Row() for _ in range(rows)]
     log_norm = np.empty(rows)
     if walking:
         every = len(walking) == rows
         walked_logits = logits if every else logits[walking]
-        block = Block(walked_logits, FIRST_BLOCK, generator if every else [generators[row] for row in walking], greedy)
-        log_norm[walking] = block.log_norm
+        own = generator if every else [generators[row] for row in walking]
+        race = GumbelRace(walked_logits, FIRST_SIZE, own, greedy)
+        log_norm[walking] = race.log_norm
     if len(walking) < rows:
         others = [row for row in range(rows) if patience[row] == 0]
         log_norm[others] = _log_norm(logits[others])
     _refuse_bad_norm(log_norm)
     for place, row in enumerate(walking):
-        order = LazyOrder(walked_logits[place : place + 1], block, place, generators[row], greedy)
+        order = LazyOrder(walked_logits[place : place + 1], race, place, generators[row], greedy)
         walked = walk(order, lambda token, row=row: is_valid(row, token), max_checks, extra_checks, patience[row])
-        outcomes[row] = _Outcome.of(walked, order, greedy)
+        drawn[row] = _Row.of(walked, order, greedy)
     for row in range(rows):
-        if outcomes[row].masked:
-            _draw_by_mask(outcomes[row], logits[row], log_norm[row], fillers[row], generators[row], greedy)
-    return _collect(outcomes, logits.device)
+        if drawn[row].masked:
+            _draw_by_mask(drawn[row], logits[row], log_norm[row], fillers[row], generators[row], greedy)
+    return _collect(drawn, logits.device)
 
 
 @dataclass(slots=True)
-class _Outcome:
-    """What became of one row; as it stands, that its mask has to draw."""
+class _Row:
+    """One row of a `Draw`; as it stands, one that its mask has to draw."""
 
     token: int = -1
     log_weight: float = -math.inf
     checks: int = 0
-    status: Status = "no_support"
+    end: End = "no_support"
     masked: bool = True
 
     @classmethod
-    def of(cls, walked: Walk, order: LazyOrder, greedy: bool) -> _Outcome:
+    def of(cls, walked: Walk, order: LazyOrder, greedy: bool) -> _Row:
         checks = len(walked.tokens)
         if walked.end == "mask":
             return cls(checks=checks)
         if walked.end != "accepted":
-            return cls(checks=checks, status=walked.end, masked=False)
+            return cls(checks=checks, end=walked.end, masked=False)
         token = walked.tokens[walked.valid.index(True)]
         log_weight = math.nan if greedy else log_weight_of(order, walked.valid)
         return cls(token, log_weight, checks, "accepted", masked=False)
@@ -200,34 +210,26 @@ def log_weight_of(order: LazyOrder, valid: Sequence[bool]) -> float:
 
 
 def _draw_by_mask(
-    outcome: _Outcome,
+    row: _Row,
     logits: torch.Tensor,
     log_norm: float,
     fill_mask: FillMask,
     generator: torch.Generator,
     greedy: bool,
 ) -> None:
-    """Makes the outcome of a row with logits [V] a draw among all tokens that its mask allows; the weight is Z.
+    """Makes a row with logits [V] a draw among all tokens that its mask allows; the weight is Z.
 
-    Given the tokens that were refused, the first valid one of the order has the law p v / Z, and so has a fresh draw from it.
+    Given the tokens that were refused, the first valid one of the order has the law p v / Z, and so has a fresh draw
+    from it.
     """
-    width = len(logits)
-    mask = np.zeros(-(-width // 32), dtype=np.int32)
+    mask = bitmask.allocate(len(logits))
     fill_mask(mask)
-    ids = torch.from_numpy(_allowed_ids(mask, width))
+    ids = torch.from_numpy(bitmask.members(mask, len(logits)))
     allowed = logits[ids.to(logits.device)].double()
     log_mass = float(allowed.logsumexp(-1)) - log_norm if len(ids) else -math.inf
     if log_mass > -math.inf:
-        outcome.token, outcome.status = int(ids[_pick(allowed[None], generator, greedy)]), "accepted"
-        outcome.log_weight = math.nan if greedy else log_mass
-
-
-def _allowed_ids(mask: np.ndarray, width: int) -> np.ndarray:
-    """The set bits of an int32 mask [ceil(width / 32)] below width, ascending."""
-    words = np.flatnonzero(mask)
-    bits = np.unpackbits(mask[words].view(np.uint8), bitorder="little").view(bool).nonzero()[0]
-    ids = 32 * words[bits >> 5] + (bits & 31)
-    return ids[: np.searchsorted(ids, width)]
+        row.token, row.end = int(ids[_pick(allowed[None], generator, greedy)]), "accepted"
+        row.log_weight = math.nan if greedy else log_mass
 
 
 def _log_norm(logits: torch.Tensor) -> np.ndarray:
@@ -235,12 +237,6 @@ def _log_norm(logits: torch.Tensor) -> np.ndarray:
     top = logits.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, 0.0)
     return (top[:, 0].double() + (logits - top).exp_().sum(-1, dtype=torch.float64).log()).cpu().numpy()
-
-
-def unpack_mask(mask: torch.Tensor, width: int) -> torch.Tensor:
-    """bool [R, width] from an int32 bitmask [R, ceil(width / 32)], the low bit first."""
-    bits = mask[..., None] >> torch.arange(32, dtype=torch.int32, device=mask.device)
-    return (bits & 1).bool().flatten(-2)[:, :width]
 
 
 def _pick(logits: torch.Tensor, generator: Generators, greedy: bool) -> torch.Tensor:
@@ -262,18 +258,18 @@ def _unconstrained(logits: torch.Tensor, generator: Generators, greedy: bool) ->
     if greedy:
         log_weight[living] = torch.nan
     none = torch.zeros(len(logits), dtype=torch.int64)
-    status = tuple("accepted" if alive else "no_support" for alive in living.tolist())
+    end = tuple("accepted" if alive else "no_support" for alive in living.tolist())
     device = logits.device
-    return Draw(tokens.to(device), log_weight.to(device), none.to(device), none.bool().to(device), status)
+    return Draw(tokens.to(device), log_weight.to(device), none.to(device), none.bool().to(device), end)
 
 
-def _collect(outcomes: list[_Outcome], device: torch.device) -> Draw:
+def _collect(rows: list[_Row], device: torch.device) -> Draw:
     return Draw(
-        torch.tensor([outcome.token for outcome in outcomes], dtype=torch.int64, device=device),
-        torch.tensor([outcome.log_weight for outcome in outcomes], dtype=torch.float64, device=device),
-        torch.tensor([outcome.checks for outcome in outcomes], dtype=torch.int64, device=device),
-        torch.tensor([outcome.masked for outcome in outcomes], dtype=torch.bool, device=device),
-        tuple(outcome.status for outcome in outcomes),
+        torch.tensor([row.token for row in rows], dtype=torch.int64, device=device),
+        torch.tensor([row.log_weight for row in rows], dtype=torch.float64, device=device),
+        torch.tensor([row.checks for row in rows], dtype=torch.int64, device=device),
+        torch.tensor([row.masked for row in rows], dtype=torch.bool, device=device),
+        tuple(row.end for row in rows),
     )
 
 

@@ -12,10 +12,10 @@ class Vocabulary:
     """What constraints know of a tokenizer.
 
     Args:
-        tokens: the bytes of each token id, as they stand in the text: " the" and not "Ġthe", one byte for a byte-fallback token, b"" for an id
-            without a token.
+        tokens: the bytes of each token id, as they stand in the text: " the" and not "Ġthe", one byte for a
+            byte-fallback token, b"" for an id without a token.
         eos: the ids that end a generation, at least one.
-        special: the ids of control tokens. They are never text; so are ids of `eos`, whether they are named here or not.
+        special: the ids of control tokens. They are never text, and neither are those of `eos`.
 
     Raises:
         ValueError: no EOS id, or an id outside the tokens.
@@ -37,7 +37,7 @@ class Vocabulary:
 
     @cached_property
     def texts(self) -> list[bytes | None]:
-        """The bytes of each id, None where the id can never be part of a text: special, EOS, empty, or with a byte that UTF-8 does not have."""
+        """The bytes of each id; None for what is never text: special, EOS, empty, or with a byte that UTF-8 has not."""
         return [
             None if token in self.special or not text or NEVER_UTF8.intersection(text) else bytes(text)
             for token, text in enumerate(self.tokens)
@@ -62,6 +62,10 @@ class Vocabulary:
     def llguidance(self) -> LLTokenizer:
         """The tokenizer object of llguidance. Ids that are never text have no bytes there, and it takes none of them."""
         return LLTokenizer(TokenizerWrapper(_Tokens(self)), n_vocab=len(self), eos_token=[self.eos[0]])
+
+
+# Every byte is a token, and 256 is EOS: a constraint over it can be asked about any text, however tokens would cut it.
+BYTES = Vocabulary([*(bytes([byte]) for byte in range(256)), b""], eos=(256,))
 
 
 class _Tokens:

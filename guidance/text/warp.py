@@ -1,4 +1,4 @@
-"""What changes a next-token law before anything is drawn from it: repetition penalty, temperature, top-k and top-p, in this order."""
+"""Changes of a next-token law before the draw: repetition penalty, temperature, top-k and top-p, in this order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 
-def check_warp(temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float) -> None:
+def check_warp(*, temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float) -> None:
     """Refuses settings that are no law.
 
     Raises:
@@ -39,7 +39,8 @@ def warp(
         temperature: divides the logits; 0 leaves them as they are, for a greedy choice.
         top_k: keep the k largest and those equal to the k-th.
         top_p: keep the smallest set of likeliest tokens with at least this probability (Holtzman et al., 2020).
-        repetition_penalty: logits of seen tokens are divided by it where positive and multiplied where negative (Keskar et al., 2019).
+        repetition_penalty: logits of seen tokens are divided by it where positive and multiplied where negative (Keskar
+            et al., 2019).
         seen: bool [R, V], the tokens of the texts so far. Needed with a repetition penalty.
 
     Returns:

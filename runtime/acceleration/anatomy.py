@@ -1,283 +1,577 @@
-"""What hasten finds in a model: decoder layers and their projections. The one place that knows model families, which are data here."""
+"""What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the structure; names are in `families`."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from hasten.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Where a family of decoders keeps the projections of a layer, as paths below the layer.
-
-    Roles: `q k v` or the fused `qkv`, `o`; `gate up down` or the fused `gate_up down` of a gated MLP (gate rows first); `up down` of a plain one.
-    """
-
-    projections: dict[str, str]
-    mlp: str | None = None
-    activation: str | None = None
-
-
-_SEPARATE_ATTENTION = {role: f"self_attn.{role}_proj" for role in "qkvo"}
-_LLAMA = Family(
-    _SEPARATE_ATTENTION | {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")},
-    mlp="mlp",
-    activation="mlp.act_fn",
+from hasten.acceleration.experts import layout_of, why_not
+from hasten.acceleration.families import (
+    ACTIVATIONS,
+    GATED_MLPS,
+    LINEARS,
+    NEVER_CALLED,
+    NOT_PICKED,
+    QUANTISED_MARKS,
+    ROLES,
+    GatedNames,
 )
-_PHI3 = Family(
-    {
-        "qkv": "self_attn.qkv_proj",
-        "o": "self_attn.o_proj",
-        "gate_up": "mlp.gate_up_proj",
-        "down": "mlp.down_proj",
-    },
-    mlp="mlp",
-    activation="mlp.activation_fn",
-)
-_GPT_NEOX = Family(
-    {
-        "qkv": "attention.query_key_value",
-        "o": "attention.dense",
-        "up": "mlp.dense_h_to_4h",
-        "down": "mlp.dense_4h_to_h",
-    }
-)
-_OPT = Family(_SEPARATE_ATTENTION | {"o": "self_attn.out_proj", "up": "fc1", "down": "fc2"})
+from hasten.acceleration.uses import Use
+from hasten.errors import Refusal, UnsupportedModelError
 
-# By the `model_type` of the text decoder's own config, which is also what a multimodal wrapper holds.
-_LLAMA_LIKE = (
-    "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text",
-    "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "granite", "smollm3",
-)  # fmt: skip
-FAMILIES: dict[str, Family] = dict.fromkeys(_LLAMA_LIKE, _LLAMA) | {
-    "phi3": _PHI3,
-    "gpt_neox": _GPT_NEOX,
-    "opt": _OPT,
-}
+PARTS = ("linears", "shared", "repeated", "gated_mlps", "experts", "head")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Where a gated MLP is compared with its definition: the size of its inputs, of which the largest is past the limits that models clip gates at, and
+# the relative distance that rounding makes.
+CHECK_SCALES = (0.1, 1.0, 50.0)
+CHECK_LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One linear map of the model, [N, K]. `name` is its path in the model."""
+    """One linear map of the model, [N, K]. `name` is its path in the model; `role` is what `families` calls it there, None where it is not known."""
 
     name: str
-    role: str
-    module: nn.Linear
+    role: str | None
+    module: nn.Linear | Conv1D
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N, K]: a view of what the module holds."""
+        weight = self.module.weight
+        return weight.t() if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.module.bias
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """A module that computes down(act(gate(x)) * up(x)), with gate and up apart, or fused in `gate_up` with the rows of gate first. `activation` is
+    the name of the module's attribute."""
+
+    name: str
+    module: nn.Module
+    activation: str
+    down: Projection
+    gate: Projection | None = None
+    up: Projection | None = None
+    gate_up: Projection | None = None
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return tuple(projection for projection in (self.gate, self.up, self.gate_up, self.down) if projection)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A fused mixture of experts: a module whose weights [E, ...] are picked per token."""
+
+    name: str
+    module: nn.Module
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One decoder layer. `mlp_name` and `activation_name` are paths in the model, None where the family has no gated MLP; `mlp_refusal` says why
-    the MLP as a whole cannot be replaced, None if it can."""
+    """One decoder layer. `gated_mlps` are all that it has (shared experts too), `gated_mlp` is the first of them."""
 
     name: str
     module: nn.Module
     projections: tuple[Projection, ...]
-    mlp_name: str | None
-    activation_name: str | None
-    mlp_refusal: UnsupportedModelError | None = None
+    gated_mlps: tuple[GatedMLP, ...]
+    experts: tuple[Experts, ...]
 
-    def projection(self, role: str) -> Projection | None:
-        return next((projection for projection in self.projections if projection.role == role), None)
+    @property
+    def gated_mlp(self) -> GatedMLP | None:
+        return next(iter(self.gated_mlps), None)
 
 
-@dataclass(frozen=True, slots=True)
 class Anatomy:
-    """The decoder found in a model: `model_type` of its family, its layers in order, the head that makes logits, if there is one, and what was
-    left out because hasten cannot change it."""
+    """What hasten found in a model. Every part is found when it is asked for, and only then its refusals are collected.
 
-    model_type: str
-    blocks: tuple[Block, ...]
-    head: Projection | None
-    skipped: tuple[UnsupportedModelError, ...] = ()
-
-    def projections(self) -> Iterator[Projection]:
-        """Every projection of every layer, without the head."""
-        for block in self.blocks:
-            yield from block.projections
-
-
-def dissect(model: nn.Module, strict: bool = True) -> Anatomy:
-    """Finds the text decoder of a `transformers` model, also inside a multimodal wrapper.
-
-    Args:
-        strict: False leaves out modules that cannot be changed, and lists them in `skipped`.
-
-    Raises:
-        UnsupportedModelError: no decoder of a known family, several of them, or (with `strict`, or if nothing else is left) a module that hasten
-            cannot read or replace: a mixture of experts, quantised, offloaded or meta weights, a module whose class or forward was replaced.
+    Attributes:
+        model: the model.
+        uses: how a pass of the model calls its modules, from `hasten.acceleration.uses`; without, every projection passes
+            for one that is called once.
     """
-    decoders = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and _model_type(module) in FAMILIES
-    ]
-    if len(decoders) != 1:
-        raise _not_one_decoder(model, [name for name, _ in decoders])
-    decoder_name, decoder = decoders[0]
-    family = FAMILIES[_model_type(decoder)]
-    prefix = f"{decoder_name}." if decoder_name else ""
-    skipped: list[UnsupportedModelError] = []
-    blocks = tuple(_block(f"{prefix}layers.{i}", layer, family, skipped) for i, layer in enumerate(decoder.layers))
-    head = _head(model, skipped)
-    if head is None and not skipped:
-        raise UnsupportedModelError(
-            "", type(model).__qualname__, "it has no language-model head", "pass the ...ForCausalLM model"
-        )
-    if skipped and (strict or not any(block.projections for block in blocks)):
-        raise skipped[0]
-    anatomy = Anatomy(_model_type(decoder), blocks, head, tuple(skipped))
-    _one_device(anatomy)
-    _nothing_shared(anatomy)
-    return anatomy
 
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use] | None = None):
+        self.model = model
+        self._found = _Found(model, uses or {})
+        self._asked: dict[str, None] = {}
+        self._left_out: frozenset[str] = frozenset()
 
-def _model_type(module: nn.Module) -> str | None:
-    return getattr(getattr(module, "config", None), "model_type", None)
+    def without(self, names: Collection[str]) -> "Anatomy":
+        """The same anatomy with these projections, experts, gated MLPs or this head taken out, and what is made of them."""
+        other = Anatomy.__new__(Anatomy)
+        other.model, other._found, other._asked = self.model, self._found, self._asked
+        other._left_out = self._left_out | frozenset(names)
+        return other
 
+    @property
+    def model_type(self) -> str:
+        """That of the text decoder, or of the model where the decoder has none."""
+        config = getattr(self._found.decoder[1], "config", None) or getattr(self.model, "config", None)
+        return str(getattr(config, "model_type", None))
 
-def _block(name: str, layer: nn.Module, family: Family, skipped: list[UnsupportedModelError]) -> Block:
-    def path(below: str | None) -> str | None:
-        return f"{name}.{below}" if below else None
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The decoder layers, in order.
 
-    projections = []
-    for role, below in family.projections.items():
-        try:
-            module = layer.get_submodule(below)
-        except AttributeError:
-            skipped.append(_missing(name, layer, below))
-            continue
-        if refusal := _refusal(path(below), module):
-            skipped.append(refusal)
-        else:
-            projections.append(Projection(path(below), role, module))
-    refusal = _mlp_refusal(path(family.mlp), layer.get_submodule(family.mlp), projections) if family.mlp else None
-    return Block(name, layer, tuple(projections), path(family.mlp), path(family.activation), refusal)
-
-
-def _mlp_refusal(name: str, mlp: nn.Module, projections: list[Projection]) -> UnsupportedModelError | None:
-    """Why a gated MLP cannot be replaced as a whole: it computes something of its own, or something listens inside."""
-    kind = f"{type(mlp).__module__}.{type(mlp).__qualname__}"
-    inner = {p.role: p.module for p in projections if p.name.startswith(f"{name}.")}
-    if not (inner.keys() >= {"gate", "up", "down"} or inner.keys() >= {"gate_up", "down"}):
-        return UnsupportedModelError(
-            name, kind, "not all of its projections can be changed", "see the reasons for those"
-        )
-    if not type(mlp).__module__.startswith("transformers.models.") or "forward" in vars(mlp):
-        return UnsupportedModelError(
-            name, kind, "its forward is not the stock one of the family", "use hasten.Wina or hasten.Teal"
-        )
-    for role, module in inner.items():
-        if role != "gate" and (module._forward_hooks or module._forward_pre_hooks):
-            return UnsupportedModelError(
-                name, kind, f"its {role} projection has forward hooks, which would not run", "remove them first"
+        Raises:
+            UnsupportedModelError: the model has none.
+        """
+        self._ask("linears", "shared")
+        return tuple(
+            Block(
+                name,
+                module,
+                self._kept(p for p in self._found.linears[name] if p.name not in self._found.shared),
+                self._kept_mlps(mlp for mlp in self._found.gated_mlps if f"{mlp.name}.".startswith(f"{name}.")),
+                self._kept(self._found.experts[name]),
             )
-    return None
+            for name, module in self._found.layers.items()
+        )
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Every projection of every layer, without the head, and without those that share their weight with another module."""
+        self._ask("linears", "shared")
+        return self._kept(p for p in self._found.all_linears if p.name not in self._found.shared)
+
+    @property
+    def called_once(self) -> tuple[Projection, ...]:
+        """`projections` without those that a pass of the model calls several times: for what depends on the distribution of
+        their inputs."""
+        self._ask("repeated")
+        return tuple(p for p in self.projections if p.name not in self._found.repeated)
+
+    @property
+    def with_shared(self) -> tuple[Projection, ...]:
+        """`projections`, and those that share their weight: for what is exact and leaves the weight as it is stored. A module with several paths
+        appears once, under the first."""
+        self._ask("linears")
+        first = {projection.module: projection for projection in reversed(self._found.all_linears)}
+        return self._kept(p for p in self._found.all_linears if first[p.module] is p)
+
+    @property
+    def gated_mlps(self) -> tuple[GatedMLP, ...]:
+        """Every gated MLP whose forward is down(act(gate(x)) * up(x)), which is tried on a few rows."""
+        self._ask("gated_mlps")
+        return self._kept_mlps(self._found.gated_mlps)
+
+    @property
+    def experts(self) -> tuple[Experts, ...]:
+        """Every fused mixture of experts whose layout hasten knows, without those that share a weight."""
+        self._ask("experts")
+        return self._kept(experts for block in self._found.experts.values() for experts in block)
+
+    @property
+    def head(self) -> Projection | None:
+        """What makes logits of hidden states; None if that is not one linear map, or refused.
+
+        Raises:
+            UnsupportedModelError: the model has no head.
+        """
+        self._ask("head")
+        head = self._found.head
+        return None if head is None or head.name in self._left_out else head
+
+    def modules(self, classes: Collection[str]) -> dict[str, nn.Module]:
+        """The modules of transformers' own `classes` (of names without their module), by their paths, in order."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if type(module).__name__ in classes and _is_stock(module)
+        }
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Adds what a technique finds that it cannot change."""
+        self._found.refusals.setdefault("techniques", []).append(refusal)
+        self._asked.setdefault("techniques")
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Why modules are not among the parts that were asked for so far."""
+        refusals = (refusal for part in self._asked for refusal in self._found.refusals[part])
+        return tuple(dict.fromkeys(refusal for refusal in refusals if refusal.name not in self._left_out))
+
+    def _ask(self, *parts: str) -> None:
+        for part in parts:
+            getattr(self._found, part)
+            self._asked.setdefault(part)
+
+    def _kept(self, parts: Iterable) -> tuple:
+        return tuple(part for part in parts if part.name not in self._left_out)
+
+    def _kept_mlps(self, mlps: Iterable[GatedMLP]) -> tuple[GatedMLP, ...]:
+        return tuple(mlp for mlp in self._kept(mlps) if not self._left_out & {p.name for p in mlp.projections})
 
 
-def _head(model: nn.Module, skipped: list[UnsupportedModelError]) -> Projection | None:
-    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if module is None:
-        return None
-    name = next(name for name, candidate in model.named_modules() if candidate is module)
-    if refusal := _refusal(name, module):
-        skipped.append(refusal)
-        return None
-    return Projection(name, "head", module)
+class _Found:
+    """The parts of a model and the refusals of each, found once."""
 
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use]):
+        self.model, self.uses = model, uses
+        self.refusals: dict[str, list[Refusal]] = {part: [] for part in PARTS}
 
-def _refusal(name: str, module: nn.Module) -> UnsupportedModelError | None:
-    """Why `module` is not a plain `nn.Linear` over a plain floating-point tensor in memory; None if it is."""
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if type(module) is not nn.Linear:
-        if any(hasattr(module, mark) for mark in ("quant_state", "qweight", "weight_scale", "qtype", "weight_qtype")):
-            return UnsupportedModelError(
-                name, kind, "its weight is already quantised", "load the model without quantisation"
+    @cached_property
+    def chain(self) -> list[tuple[str, nn.Module]]:
+        """The model, its text decoder, the decoder of that, and so on, with their paths."""
+        names = {module: name for name, module in self.model.named_modules()}
+        chain = [self.model]
+        while hasattr(chain[-1], "get_decoder") and (inner := chain[-1].get_decoder()) in names and inner not in chain:
+            chain.append(inner)
+        return [(names[module], module) for module in chain]
+
+    @cached_property
+    def decoder(self) -> tuple[str, nn.Module]:
+        """The innermost module of the chain that holds decoder layers, and its path."""
+        for name, module in reversed(self.chain):
+            if _layer_lists(module):
+                return name, module
+        kind, config = type(self.model).__qualname__, getattr(self.model, "config", None)
+        reason = f"it has no list of decoder layers (its model_type is {getattr(config, 'model_type', None)!r})"
+        raise UnsupportedModelError("", kind, reason, "pass a transformers model that makes text, as ...ForCausalLM")
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Module]:
+        name, decoder = self.decoder
+        return {
+            _join(name, below, str(i)): layer
+            for below, layers in _layer_lists(decoder).items()
+            for i, layer in enumerate(layers)
+        }
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[Projection, ...]]:
+        """The projections of every layer that hasten can read and replace, by the layer's path."""
+        found: dict[str, tuple[Projection, ...]] = {}
+        device: tuple[torch.device, str] | None = None
+        for name, layer in self.layers.items():
+            kept = []
+            for path, module in _linears(name, layer):
+                refusal = _unfit(path, module)
+                if refusal is None:
+                    device = device or (module.weight.device, path)
+                    refusal = _elsewhere(path, module, *device)
+                if refusal is None and path in self.uses and self.uses[path].bypasses:
+                    reason = "the model reads its weight without calling it, and so would pass by what takes its place"
+                    refusal = Refusal(path, _kind(module), reason, "leave it as it is with strict=False")
+                if refusal is None:
+                    kept.append(Projection(path, ROLES.get(path.removeprefix(f"{name}.")), module))
+                else:
+                    self.refusals["linears"].append(refusal)
+            found[name] = tuple(kept)
+        return found
+
+    @cached_property
+    def repeated(self) -> dict[str, Refusal]:
+        """Why projections that are called several times in one pass cannot be calibrated, by their paths."""
+        repeated = {}
+        for projection in self.all_linears:
+            calls = self.uses[projection.name].calls if projection.name in self.uses else 1
+            if calls > 1 and projection.name not in self.shared:
+                reason = f"it is called {calls} times in one forward pass, on inputs of different kinds"
+                remedy = "use hasten.DenseDecode, or strict=False"
+                repeated[projection.name] = Refusal(projection.name, _kind(projection.module), reason, remedy)
+        self.refusals["repeated"] += repeated.values()
+        return repeated
+
+    @cached_property
+    def all_linears(self) -> tuple[Projection, ...]:
+        return tuple(projection for block in self.linears.values() for projection in block)
+
+    @cached_property
+    def owners(self) -> dict[int, list[str]]:
+        """By the address of a weight: the paths of all projections, all experts and all other modules that hold it."""
+        owners: dict[int, list[str]] = {}
+        parts = [*self.all_linears, *(experts for block in self.fused.values() for experts in block)]
+        for part in parts:
+            for parameter in part.module.parameters():
+                owners.setdefault(parameter.data_ptr(), []).append(part.name)
+        inside = {module for part in parts for module in part.module.modules()}
+        for name, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                if module not in inside and parameter.data_ptr() in owners:
+                    owners[parameter.data_ptr()].append(name)
+        return owners
+
+    @cached_property
+    def shared(self) -> dict[str, Refusal]:
+        """Why the projections that share their weight are refused by what changes it, by their paths."""
+        owners = self.owners
+        shared, first = {}, {}
+        for projection in self.all_linears:
+            name, others = projection.name, owners[projection.weight.data_ptr()]
+            if len(others) > 1:
+                other = next(other for other in others if other != name)
+                reason = f"it shares its weight with {other}"
+                shared[name] = Refusal(name, _kind(projection.module), reason, "give each module its own weights")
+                first[name] = others[0] == name
+        self.refusals["shared"] += sorted(shared.values(), key=lambda refusal: first[refusal.name])
+        return shared
+
+    @cached_property
+    def fused(self) -> dict[str, tuple[Experts, ...]]:
+        """The fused experts of every layer, whatever their layout, by the layer's path."""
+        return {
+            name: tuple(
+                Experts(path, module)
+                for path, module in _all_below(name, layer)
+                if (layout_of(module) or why_not(module)) and type(module).__name__ not in NOT_PICKED
             )
-        remedy = "merge or unload adapters and other wrappers before hasten.accelerate"
-        return UnsupportedModelError(name, kind, "it is not a plain torch.nn.Linear", remedy)
-    weight = module.weight
-    if "weight" not in module._parameters:
+            for name, layer in self.layers.items()
+        }
+
+    @cached_property
+    def experts(self) -> dict[str, tuple[Experts, ...]]:
+        found = {}
+        for name, fused in self.fused.items():
+            kept = []
+            for experts in fused:
+                if refusal := self._unfit_experts(experts):
+                    self.refusals["experts"].append(refusal)
+                else:
+                    kept.append(experts)
+            found[name] = tuple(kept)
+        return found
+
+    def _unfit_experts(self, experts: Experts) -> Refusal | None:
+        kind = _kind(experts.module)
+        if reason := why_not(experts.module):
+            return Refusal(experts.name, kind, reason, "leave it to transformers with strict=False")
+        for parameter in experts.module.parameters():
+            other = next((owner for owner in self.owners[parameter.data_ptr()] if owner != experts.name), None)
+            if other:
+                reason = f"it shares a weight with {other}"
+                return Refusal(experts.name, kind, reason, "give each module its own weights")
+        return None
+
+    @cached_property
+    def gated_mlps(self) -> tuple[GatedMLP, ...]:
+        projections = {p.name: p for p in self.all_linears if p.name not in self.shared}
+        refusals = {r.name: r for r in self.refusals["linears"]} | self.shared
+        alike: set[tuple] = set()
+        found = []
+        for layer_name, layer in self.layers.items():
+            for name, module in _all_below(layer_name, layer):
+                names = _gated_names(module)
+                if names is None:
+                    continue
+                inner = [_join(name, projection) for projection in names.projections]
+                refusal = next((refusals[path] for path in inner if path in refusals), None)
+                if refusal is None:
+                    if not all(path in projections for path in inner) or not _is_gated(names, name, projections):
+                        continue
+                    mlp = _gated_mlp(name, module, names, projections)
+                    refusal = mlp if isinstance(mlp, Refusal) else _unlike_gated(mlp, alike)
+                    if refusal is None:
+                        found.append(mlp)
+                if refusal is not None:
+                    self.refusals["gated_mlps"].append(refusal)
+        return tuple(found)
+
+    @cached_property
+    def head(self) -> Projection | None:
+        candidates = (m.get_output_embeddings() for _, m in self.chain if hasattr(m, "get_output_embeddings"))
+        module = next((module for module in candidates if module is not None), None)
+        if module is None:
+            kind = type(self.model).__qualname__
+            raise UnsupportedModelError("", kind, "it has no language-model head", "pass the ...ForCausalLM model")
+        name = next(name for name, candidate in self.model.named_modules() if candidate is module)
+        if not _is_linear(module) and (_is_stock(module) or not _poses_as_linear(module)):
+            return None
+        refusal = _unfit(name, module)
+        if refusal is None and self.all_linears:
+            first = self.all_linears[0]
+            refusal = _elsewhere(name, module, first.module.weight.device, first.name)
+        if refusal is not None:
+            self.refusals["head"].append(refusal)
+            return None
+        return Projection(name, "head", module)
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether its class is one of the models in transformers."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
+def _layer_lists(decoder: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of layers that `decoder` holds itself: the outermost, for those deeper down are experts, or belong to an encoder of something else."""
+    lists = {
+        name: module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and any(_is_layer(item) for item in module)
+    }
+    depth = min((name.count(".") for name in lists), default=0)
+    return {name: module for name, module in lists.items() if name.count(".") == depth}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is made of modules with weights, unlike an embedding, a norm or a lone projection."""
+    children = (tensor for child in module.children() for tensor in (*child.parameters(), *child.buffers()))
+    return any(tensor.dim() >= 2 for tensor in children)
+
+
+def _all_below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`module` and every module below it, with their paths, of which one module can have several."""
+    for below, inner in module.named_modules(remove_duplicate=False):
+        yield _join(name, below), inner
+
+
+def _linears(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear maps below `module`, and what has taken the place of one, with their paths."""
+    if _is_compiled(module):
+        yield name, module
+        return
+    for below, child in module.named_children():
+        path = _join(name, below)
+        if _is_linear(child):
+            if below not in NEVER_CALLED.get(type(module).__name__, ()):
+                yield path, child
+        elif not _poses_as_linear(child):
+            yield from _linears(path, child)
+        elif not _is_stock(child) and not type(child).__module__.startswith("torch.nn.modules."):
+            yield path, child
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Conv1D) or (_is_stock(module) and type(module).__name__ in LINEARS)
+
+
+def _poses_as_linear(module: nn.Module) -> bool:
+    """Whether it is a subclass of a linear map, quantised, or wrapped around one."""
+    return (
+        isinstance(module, nn.Linear | Conv1D)
+        or any(hasattr(module, mark) for mark in ("base_layer", *QUANTISED_MARKS))
+        or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules
+
+
+def _unfit(name: str, module: nn.Module) -> Refusal | None:
+    """Why `module` is not a plain linear map over a plain floating-point tensor in memory; None if it is."""
+    kind = _kind(module)
+    if _is_compiled(module):
+        return Refusal(name, kind, "it was compiled by torch.compile", "compile after hasten.accelerate")
+    if any(hasattr(module, mark) for mark in QUANTISED_MARKS):
+        return Refusal(name, kind, "its weight is already quantised", "load the model without quantisation")
+    if hasattr(module, "parametrizations") or (_is_linear(module) and "weight" not in module._parameters):
         reason = "its weight is computed (a parametrisation, or torch.nn.utils.prune)"
-        return UnsupportedModelError(name, kind, reason, "make it permanent first, e.g. torch.nn.utils.prune.remove")
+        return Refusal(name, kind, reason, "make it permanent first, e.g. torch.nn.utils.prune.remove")
+    if not _is_linear(module):
+        remedy = "merge or unload adapters and other wrappers before hasten.accelerate"
+        return Refusal(name, kind, "it is not a plain torch.nn.Linear", remedy)
+    weight = module.weight
     if weight.device.type == "meta" or getattr(getattr(module, "_hf_hook", None), "offload", False):
         remedy = "load the whole model into the memory of one device"
-        return UnsupportedModelError(name, kind, "its weight is offloaded or on the meta device", remedy)
-    if type(weight.data) is not torch.Tensor or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return Refusal(name, kind, "its weight is offloaded or on the meta device", remedy)
+    if type(weight.data) is not torch.Tensor or weight.dtype not in DTYPES:
         reason = f"its weight is a {type(weight.data).__name__} of {weight.dtype}: quantised, or of a kind that hasten does not know"
-        return UnsupportedModelError(name, kind, reason, "load the model in float32, float16 or bfloat16")
+        return Refusal(name, kind, reason, "load the model in float32, float16 or bfloat16")
     if not weight.is_contiguous():
         reason = f"its weight is stored with strides {tuple(weight.stride())}"
-        return UnsupportedModelError(name, kind, reason, "make it contiguous first")
+        return Refusal(name, kind, reason, "make it contiguous first")
+    if hasattr(module, "_hf_hook"):
+        reason = "hooks of accelerate move its inputs between devices"
+        return Refusal(name, kind, reason, "load the whole model into the memory of one device")
     if "forward" in vars(module):
-        reason = "its forward was replaced on the instance (hooks of accelerate do that)"
-        return UnsupportedModelError(name, kind, reason, "remove the hook first")
+        return Refusal(
+            name, kind, "its forward was replaced on the instance", "put the forward of its class back first"
+        )
     return None
 
 
-def _one_device(anatomy: Anatomy) -> None:
-    everything = [*anatomy.projections(), *([anatomy.head] if anatomy.head else [])]
-    first = everything[0]
-    for projection in everything:
-        if projection.module.weight.device != first.module.weight.device:
-            raise UnsupportedModelError(
-                projection.name,
-                type(projection.module).__qualname__,
-                f"it is on {projection.module.weight.device}, {first.name} is on {first.module.weight.device}",
-                "move the model to one device",
+def _elsewhere(name: str, module: nn.Module, device: torch.device, first: str) -> Refusal | None:
+    """Why a linear map on another device than the first one is refused."""
+    if module.weight.device == device:
+        return None
+    reason = f"it is on {module.weight.device}, {first} is on {device}"
+    return Refusal(name, _kind(module), reason, "move the model to one device")
+
+
+def _gated_names(module: nn.Module) -> GatedNames | None:
+    return next((names for names in GATED_MLPS if all(name in module._modules for name in names.projections)), None)
+
+
+def _is_gated(names: GatedNames, name: str, projections: dict[str, Projection]) -> bool:
+    """Whether the shapes are those of a gate and what it multiplies; a fused one has twice as many rows as down has inputs."""
+    neurons = projections[_join(name, names.down)].weight.shape[1]
+    rows = [projections[_join(name, below)].weight.shape[0] for below in names.projections[:-1]]
+    return sum(rows) == 2 * neurons
+
+
+def _gated_mlp(
+    name: str, module: nn.Module, names: GatedNames, projections: dict[str, Projection]
+) -> GatedMLP | Refusal:
+    activation = next((a for a in ACTIVATIONS if isinstance(getattr(module, a, None), nn.Module)), None)
+    if activation is None:
+        return Refusal(name, _kind(module), "its activation is no module of its own", "use hasten.Wina or hasten.Teal")
+    parts = {
+        field: projections[_join(name, below)]
+        for field in ("down", "gate", "up", "gate_up")
+        if (below := getattr(names, field)) is not None
+    }
+    return GatedMLP(name, module, activation, **parts)
+
+
+def _unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
+    """Why a gated MLP cannot be replaced as a whole: it computes something of its own, or something listens inside. `alike` keeps what was tried."""
+    module, remedy = mlp.module, "use hasten.Wina or hasten.Teal"
+    if "forward" in vars(module):
+        return Refusal(mlp.name, _kind(module), "its forward is not the stock one of its class", remedy)
+    for field in ("up", "gate_up", "down"):
+        projection = getattr(mlp, field)
+        if projection and (projection.module._forward_hooks or projection.module._forward_pre_hooks):
+            reason = f"its {field} projection has forward hooks, which would not run"
+            return Refusal(mlp.name, _kind(module), reason, "remove them first")
+    constants = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
+    activation = getattr(module, mlp.activation)
+    signature = (type(module), type(activation), tuple(sorted(constants.items(), key=str)))
+    if signature not in alike:
+        try:
+            distance = _distance_from_gated(mlp)
+        except Exception as error:
+            words = str(error).partition("\n")[0]
+            reason = f"its forward does not take hidden states alone ({type(error).__name__}: {words})"
+            return Refusal(mlp.name, _kind(module), reason, remedy)
+        if not distance <= CHECK_LIMIT[mlp.down.weight.dtype]:
+            reason = (
+                f"its forward is not the stock one, down(act(gate(x)) * up(x)): it is {distance:.2g} away (relative)"
             )
-
-
-def _nothing_shared(anatomy: Anatomy) -> None:
-    owners: dict[int, str] = {}
-    for projection in anatomy.projections():
-        owner = owners.setdefault(id(projection.module.weight), projection.name)
-        if owner != projection.name:
-            kind, reason = type(projection.module).__qualname__, f"it shares its weight with {owner}"
-            raise UnsupportedModelError(projection.name, kind, reason, "give each layer its own weights")
-
-
-def _missing(name: str, layer: nn.Module, below: str) -> UnsupportedModelError:
-    experts = _experts(layer)
-    if experts:
-        inner, module = experts
-        return UnsupportedModelError(
-            f"{name}.{inner}",
-            type(module).__qualname__,
-            "it is a mixture of experts, whose weights are picked per token",
-            "hasten supports dense MLPs only",
-        )
-    return UnsupportedModelError(
-        name, type(layer).__qualname__, f"it has no {below}", "only the stock layers of the family are known"
-    )
-
-
-def _experts(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first module below `module` that looks like a mixture of experts, the most telling class names first."""
-    for mark in ("moeblock", "experts", "moe"):
-        for name, child in module.named_modules():
-            if name and mark in type(child).__name__.lower():
-                return name, child
+            return Refusal(mlp.name, _kind(module), reason, remedy)
+        alike.add(signature)
     return None
 
 
-def _not_one_decoder(model: nn.Module, found: list[str]) -> UnsupportedModelError:
-    kind = type(model).__qualname__
-    if found:
-        return UnsupportedModelError("", kind, f"it has several decoders: {', '.join(found)}", "pass one of them")
-    experts = _experts(model)
-    if experts:
-        name, module = experts
-        return UnsupportedModelError(
-            name,
-            type(module).__qualname__,
-            "it is a mixture of experts, whose weights are picked per token",
-            "hasten supports dense MLPs only",
-        )
-    known = ", ".join(sorted(FAMILIES))
-    return UnsupportedModelError(
-        "", kind, f"no decoder of a known family (its model_type is {_model_type(model)!r})", f"known are {known}"
-    )
+@torch.no_grad()
+def _distance_from_gated(mlp: GatedMLP) -> float:
+    """The largest relative distance of what the module computes from down(act(gate(x)) * up(x)), over rows of small and large inputs."""
+    linear = nn.functional.linear
+    weights = [p.weight for p in (mlp.gate, mlp.up, mlp.gate_up) if p]
+    biases = [p.bias for p in (mlp.gate, mlp.up, mlp.gate_up) if p]
+    rows = torch.randn(len(CHECK_SCALES), weights[0].shape[1], generator=torch.Generator().manual_seed(0))
+    rows = rows.to(weights[0].device, weights[0].dtype)
+    sizes = torch.stack([linear(rows, weight).abs().amax(-1) for weight in weights]).amax(0)
+    rows = rows / sizes[:, None] * torch.tensor(CHECK_SCALES, device=rows.device, dtype=rows.dtype)[:, None]
+    projected = [linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+    expected = linear(getattr(mlp.module, mlp.activation)(gate) * up, mlp.down.weight, mlp.down.bias).float()
+    output = type(mlp.module).forward(mlp.module, rows[None])[0].float()
+    return float(((output - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())

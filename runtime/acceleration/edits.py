@@ -1,38 +1,85 @@
 """Reversible changes to a model, and their undoing."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from types import MethodType
-from typing import Protocol
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from hasten.errors import StateError
-from hasten.kernels.storage import is_column_major, to_column_major
-
-
-class Edit(Protocol):
-    """One reversible change. `undo` also undoes an `apply` that was interrupted, and may be repeated; `check` raises `StateError` if it would restore the wrong thing."""
-
-    def apply(self, model: nn.Module) -> None: ...
-    def check(self, model: nn.Module) -> None: ...
-    def undo(self, model: nn.Module) -> None: ...
+from hasten.acceleration.forwards import Forward
+from hasten.errors import StateError, UnsupportedModelError
+from hasten.kernels.storage import to_column_major
 
 
 @dataclass(slots=True)
-class ReplaceModule:
-    """Puts `make(old)` in the place of the module called `name`."""
+class Verification:
+    """What `Edit.verify` saw: calls, the largest relative distance of an output from its definition, whether the definition itself overflowed."""
 
     name: str
-    make: Callable[[nn.Module], nn.Module]
-    old: nn.Module | None = None
-    new: nn.Module | None = None
+    dtype: torch.dtype | None = None
+    calls: int = 0
+    distance: float = 0.0
+    finite: bool = True
+
+    def add(self, output: torch.Tensor, expected: torch.Tensor) -> None:
+        self.calls += 1
+        self.dtype = output.dtype
+        self.finite &= bool(expected.isfinite().all())
+        distance = float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+        self.distance = distance if not distance <= self.distance else self.distance  # a NaN counts
+
+
+class Edit:
+    """One reversible change of the part of a model called `name`."""
+
+    name: str
+
+    @property
+    def part(self) -> str | None:
+        """The name of the part that computes otherwise from now on, None where the edit only prepares."""
+        return None
 
     def apply(self, model: nn.Module) -> None:
-        self.old = model.get_submodule(self.name)
-        self.new = self.make(self.old)
-        _put(model, self.name, self.new)
+        raise NotImplementedError
+
+    def check(self, model: nn.Module) -> None:
+        """Raises `StateError` where `undo` would restore the wrong thing, or the weights are not those it was made for."""
+
+    def undo(self, model: nn.Module) -> None:
+        """Undoes `apply`, also one that was interrupted; may be repeated."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def verify(self, model: nn.Module) -> Iterator[Verification | None]:
+        """While open, every call of what was installed is computed by its definition too. None where nothing computes."""
+        yield None
+
+    @contextlib.contextmanager
+    def count(self, add: Callable[[tuple[int, int]], None]) -> Iterator[None]:
+        """While open, `add` gets (active inputs, inputs) of every call that could skip some."""
+        yield
+
+
+@dataclass(slots=True)
+class ReplaceForward(Edit):
+    """Gives the module called `name` the forward `make(module, name)`."""
+
+    name: str
+    make: Callable[[nn.Module, str], Forward]
+    module: nn.Module | None = None
+    forward: Forward | None = None
+
+    @property
+    def part(self) -> str:
+        return self.name
+
+    def apply(self, model: nn.Module) -> None:
+        self.module = model.get_submodule(self.name)
+        self.forward = self.make(self.module, self.name)
+        self.module.forward = self.forward
 
     def check(self, model: nn.Module) -> None:
         try:
@@ -41,81 +88,120 @@ class ReplaceModule:
             raise StateError(
                 f"{self.name} was removed after hasten.accelerate: put it back, then hasten.revert(model)"
             ) from None
-        if present is not self.new and present is not self.old:
+        if present is not self.module:
             raise StateError(
-                f"{self.name} was replaced by a {type(present).__qualname__} after hasten.accelerate: "
-                f"put back the {type(self.new).__qualname__} that stood there, then hasten.revert(model)"
+                f"{self.name} was replaced by a {type(present).__qualname__} after hasten.accelerate: put back the "
+                f"{type(self.module).__qualname__} that stood there, then hasten.revert(model)"
             )
-
-    def undo(self, model: nn.Module) -> None:
-        if self.old is not None:
-            if self.new is not None:
-                self.old.training = self.new.training
-            _put(model, self.name, self.old)
-
-
-@dataclass(slots=True)
-class StoreColumnMajor:
-    """Stores the weight of the linear called `name` column by column, in place: the parameter stays the same object, and is kept once."""
-
-    name: str
-
-    def apply(self, model: nn.Module) -> None:
-        weight = model.get_submodule(self.name).weight
-        weight.data = to_column_major(weight.data)
-
-    def check(self, model: nn.Module) -> None:
-        pass
-
-    def undo(self, model: nn.Module) -> None:
-        weight = model.get_submodule(self.name).weight
-        if is_column_major(weight):
-            weight.data = weight.data.contiguous()
-
-
-@dataclass(slots=True)
-class ReplaceForward:
-    """Gives the module called `name` a forward of its own, made by `make(module)`; the class, its parameters and its hooks stay as they are."""
-
-    name: str
-    make: Callable[[nn.Module], Callable]
-    new: MethodType | None = None
-
-    def apply(self, model: nn.Module) -> None:
-        module = model.get_submodule(self.name)
-        self.new = MethodType(self.make(module), module)
-        module.forward = self.new
-
-    def check(self, model: nn.Module) -> None:
-        try:
-            present = vars(model.get_submodule(self.name)).get("forward")
-        except AttributeError:
-            raise StateError(
-                f"{self.name} was removed after hasten.accelerate: put it back, then hasten.revert(model)"
-            ) from None
-        if present is not None and getattr(present, "__func__", None) is not self.new.__func__:
+        if vars(present).get("forward") is not self.forward:
             raise StateError(
                 f"the forward of {self.name} was replaced after hasten.accelerate: undo that, then hasten.revert(model)"
             )
 
     def undo(self, model: nn.Module) -> None:
-        vars(model.get_submodule(self.name)).pop("forward", None)
+        if self.module is not None:
+            vars(self.module).pop("forward", None)
+
+    @contextlib.contextmanager
+    def verify(self, model: nn.Module) -> Iterator[Verification]:
+        seen = Verification(self.name)
+
+        def both(*arguments, **keywords):
+            output, expected = self.forward.beside_definition(*arguments, **keywords)
+            seen.add(*(x[0] if isinstance(x, tuple) else x for x in (output, expected)))
+            return output
+
+        self.module.forward = both
+        try:
+            yield seen
+        finally:
+            self.module.forward = self.forward
+
+    @contextlib.contextmanager
+    def count(self, add: Callable[[tuple[int, int]], None]) -> Iterator[None]:
+        def listen(module, arguments, keywords):
+            if found := self.forward.active(*arguments, **keywords):
+                add(found)
+
+        handle = self.module.register_forward_pre_hook(listen, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @dataclass(slots=True)
-class MarkStateful:
-    """Lets transformers know that the model cannot go back in its text, so that it refuses assisted decoding and gives that reason."""
+class StoreColumnMajor(Edit):
+    """Stores a parameter [..., N, K] column by column, in place: it stays the same object, and is kept once."""
+
+    name: str
+
+    def apply(self, model: nn.Module) -> None:
+        weight = model.get_parameter(self.name)
+        weight.data = to_column_major(weight.data)
+
+    def undo(self, model: nn.Module) -> None:
+        weight = model.get_parameter(self.name)
+        if not weight.is_contiguous():
+            weight.data = weight.data.contiguous()
+
+
+@dataclass(slots=True)
+class Freeze(Edit):
+    """Lets no parameter require grad, for hasten's kernels have no gradients; `undo` lets those again that did."""
+
+    name: str = ""
+    trained: list[str] = field(default_factory=list)
+
+    def apply(self, model: nn.Module) -> None:
+        self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        for name in self.trained:
+            model.get_parameter(name).requires_grad_(False)
+
+    def undo(self, model: nn.Module) -> None:
+        for name in self.trained:
+            model.get_parameter(name).requires_grad_(True)
+
+
+@dataclass(slots=True)
+class MarkStateful(Edit):
+    """Lets transformers know that the model cannot go back in its text, so that it refuses assisted decoding and says why."""
 
     name: str = ""
 
     def apply(self, model: nn.Module) -> None:
         model._is_stateful = True
 
-    def check(self, model: nn.Module) -> None:
-        pass
-
     def undo(self, model: nn.Module) -> None:
         vars(model).pop("_is_stateful", None)
+
+
+class Refused:
+    """Stands in for a method that would not do what its caller expects; calling it raises `UnsupportedModelError`."""
+
+    def __init__(self, kind: str, reason: str, remedy: str):
+        self.kind, self.reason, self.remedy = kind, reason, remedy
+
+    def __call__(self, *arguments, **keywords):
+        raise UnsupportedModelError("", self.kind, self.reason, self.remedy)
+
+
+@dataclass(slots=True)
+class RefuseMethod(Edit):
+    """Lets the model's method `method` raise, with the reason, while the model is accelerated."""
+
+    method: str
+    reason: str
+    remedy: str = "call hasten.revert(model) first"
+    name: str = ""
+
+    def apply(self, model: nn.Module) -> None:
+        if hasattr(type(model), self.method):
+            vars(model).setdefault(self.method, Refused(type(model).__qualname__, self.reason, self.remedy))
+
+    def undo(self, model: nn.Module) -> None:
+        if isinstance(vars(model).get(self.method), Refused):
+            del vars(model)[self.method]
 
 
 def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None:
@@ -125,6 +211,7 @@ def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None
         for edit in edits:
             done.append(edit)
             edit.apply(model)
+    give_memory_back()
 
 
 def undo_all(model: nn.Module, done: list[Edit]) -> None:
@@ -133,8 +220,12 @@ def undo_all(model: nn.Module, done: list[Edit]) -> None:
         while done:
             done[-1].undo(model)
             done.pop()
+    give_memory_back()
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def give_memory_back() -> None:
+    """Returns to the system what the C allocator keeps of weights that were stored anew."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim:
+            trim(0)

@@ -1,31 +1,40 @@
 """Measured speed and measured drift of a model, in decode as users run it: a prefill, then one token after the other."""
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hasten.acceleration.anatomy import Projection
-from hasten.acceleration.calibration import longest_input, progress
-from hasten.kernels.linear import linear
+from hasten.acceleration.edits import Edit
+from hasten.acceleration.forwards import Forward
+from hasten.acceleration.inference import Inference, Inputs, undisturbed
+from hasten.acceleration.techniques.base import Regime
 from hasten.kernels.storage import MAX_BATCH
+from hasten.model_facts import device_of, longest_input, progress, synchronize
 
-PREFILL_TOKENS, DECODE_TOKENS = 128, 24
 DRIFT_PREFIX, DRIFT_TOKENS = 16, 256
+FEWEST, MOST = 4, 24  # repetitions of what is timed
+PRECISION = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """Median seconds of one decode step (batch 1) and of a prefill of PREFILL_TOKENS tokens."""
+class Timing:
+    """Median seconds of one regime, before and after a technique."""
 
-    decode_seconds: float
-    prefill_seconds: float
+    regime: Regime
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast it is."""
+        return self.before / self.after
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,45 +51,21 @@ class Drift:
     tokens: int
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def cache_of(output) -> dict[str, object]:
-    """The cache in a model's output, by the name of the argument that takes it: Mamba-2 calls it `cache_params`."""
-    name = "past_key_values" if hasattr(output, "past_key_values") else "cache_params"
-    return {name: getattr(output, name)}
-
-
-@torch.no_grad()
-def decode_logits(model: nn.Module, ids: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Logits [T - prefix + 1, V] in float32 that follow positions prefix - 1 .. T - 1 of `ids` [T]: a prefill of `prefix` tokens, then single steps."""
-    ids = ids.to(device_of(model))[None]
-    output = model(input_ids=ids[:, :prefix], use_cache=True)
-    rows = [output.logits[0, -1].float()]
-    for position in range(prefix, ids.shape[1]):
-        output = model(input_ids=ids[:, position : position + 1], use_cache=True, **cache_of(output))
-        rows.append(output.logits[0, -1].float())
-    return torch.stack(rows).cpu()
-
-
 def heldout_logits(
-    model: nn.Module, pieces: list[torch.Tensor], tokens: int = DRIFT_TOKENS
+    inference: Inference, pieces: list[Inputs], tokens: int = DRIFT_TOKENS
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them [T - prefix, V]), up to `tokens` in all."""
+    """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them [T - prefix, V]),
+    up to `tokens` in all."""
     results, done = [], 0
     for piece in progress(pieces, "measuring drift", unit="window"):
         if done >= tokens:
             break
-        prefix = min(DRIFT_PREFIX, piece.numel() // 2)
-        piece = piece[: prefix + tokens - done]
-        results.append((piece[prefix:], decode_logits(model, piece[:-1], prefix)))
-        done += piece.numel() - prefix
+        ids = inference.token_ids(piece)[0]
+        prefix = max(min(DRIFT_PREFIX, ids.numel() // 2), inference.shortest_prefix(piece))
+        ids = ids[: prefix + tokens - done]
+        logits = inference.decode(inference.cut(piece, ids.numel() - 1), prefix)[0]
+        results.append((ids[prefix:].cpu(), logits))
+        done += ids.numel() - prefix
     return results
 
 
@@ -99,23 +84,70 @@ def drift(dense: list[tuple[torch.Tensor, torch.Tensor]], fast: list[tuple[torch
     )
 
 
-@torch.no_grad()
-def speed(model: nn.Module, vocabulary: int) -> Speed:
-    """Times prefill and decode on random tokens, medians after a warm-up; the prefill is shorter for a model of fewer positions."""
-    device = device_of(model)
-    prompt = min(PREFILL_TOKENS, longest_input(model) - DECODE_TOKENS)
-    ids = torch.randint(vocabulary, (1, prompt + DECODE_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+@dataclass(slots=True)
+class Activity:
+    """Inputs that were multiplied, of all those that could have been."""
 
-    def prefill():
-        return model(input_ids=ids[:, :prompt], use_cache=True)
+    active: int = 0
+    total: int = 0
 
-    prefills = [seconds(prefill, device) for _ in range(3)]
-    cache = cache_of(prefill())
-    steps = []
-    for position in range(prompt, ids.shape[1]):
-        token = ids[:, position : position + 1]
-        steps.append(seconds(lambda token=token: model(input_ids=token, use_cache=True, **cache), device))
-    return Speed(statistics.median(steps[2:]), statistics.median(prefills[1:]))
+    @property
+    def share(self) -> float | None:
+        """The active share, None where nothing could be skipped."""
+        return self.active / self.total if self.total else None
+
+
+@contextlib.contextmanager
+def counted(edits: Iterable[Edit]):
+    """While open, counts the active inputs in every call of what `edits` installed. Gives the `Activity`."""
+    activity = Activity()
+
+    def add(found: tuple[int, int]) -> None:
+        activity.active += found[0]
+        activity.total += found[1]
+
+    with contextlib.ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(edit.count(add))
+        yield activity
+
+
+def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float]:
+    """Median seconds of every regime, on random tokens after a warm-up. A regime that does not fit into the model's
+    positions is shortened, and timed under its own name."""
+    longest = longest_input(inference.model)
+    found = {}
+    for regime in progress(list(regimes), "measuring speed", unit="regime"):
+        spare = MOST + 1 if regime.tokens == 1 else 0
+        context = max(min(regime.context, longest - regime.tokens - spare), 1 if regime.context else 0)
+        tokens = min(regime.tokens, longest - context)
+        ids = inference.random_prompt(context + tokens, regime.batch)
+        with undisturbed(inference.model):
+            found[regime] = _seconds_of(inference, ids, context)
+    return found
+
+
+def _seconds_of(inference: Inference, ids: torch.Tensor, context: int) -> float:
+    device = device_of(inference.model)
+    if not context:
+        return settled(lambda: seconds(lambda: inference.prefill(ids), device), most=5)
+    _, reading = inference.prefill(ids[:, :context])
+    most = MOST if ids.shape[1] == context + 1 else 1
+    return settled(lambda: seconds(lambda: inference.step(reading, ids[:, context:]), device), most)
+
+
+def settled(once: Callable[[], float], most: int) -> float:
+    """The median of as few measurements, after one for warming up, as give it to within PRECISION; of `most` at the most."""
+    once()
+    found: list[float] = []
+    while len(found) < most:
+        found.append(once())
+        if len(found) >= min(FEWEST, most):
+            middle = statistics.median(found)
+            spread = statistics.median(abs(value - middle) for value in found)
+            if 2 * 1.48 * spread / math.sqrt(len(found)) < PRECISION * middle:
+                break
+    return statistics.median(found)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -128,32 +160,34 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def memory(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared storage counted once."""
+    """Bytes of all parameters and buffers, and of what hasten holds beside them; shared storage counted once."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    held = [tensor for forward in forwards if isinstance(forward, Forward) for tensor in forward.tensors()]
     storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers(), *held):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 @torch.no_grad()
-def faster_up_to(projections: list[Projection], rounds: int = 9) -> tuple[int, float]:
-    """Up to which batch hasten's dense product beats torch's on projections of one shape, and the ratio at batch 1.
+def faster_up_to(
+    contest: Callable[[int, int], tuple[Callable, Callable]], device: torch.device, rounds: int = 9
+) -> tuple[int, float]:
+    """Up to which batch our product beats torch's, and the ratio at batch 1.
 
-    Pairs are timed one after the other on different weights of the shape in turn, so that they are as cold as in decode; who comes first alternates.
+    Args:
+        contest: for a batch and a turn, torch's product and ours; other weights in every turn, so that they are as cold as
+            in decode. Who comes first alternates.
     """
-    weights = [(projection.module.weight, projection.module.bias) for projection in projections]
-    weight, half = weights[0][0], len(weights) // 2
     best, ratio_at_one = 0, math.nan
     for batch in (1, 2, 4, MAX_BATCH):
-        x = torch.randn(batch, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
         ratios = []
-        for i in range(rounds + 2):
-            theirs, ours = weights[i % len(weights)], weights[(i + half) % len(weights)]
-            products = [partial(F.linear, x, *theirs), partial(linear, x, *ours)]
-            turn = i % 2  # a weight that is alone of its shape is warm for the second
-            times = {k: seconds(products[k], weight.device) for k in (turn, 1 - turn)}
-            ratios.append(times[0] / times[1])
+        for turn in range(rounds + 2):
+            sides = contest(batch, turn)
+            first = turn % 2  # a weight that is alone of its shape is warm for the second
+            taken = {side: seconds(sides[side], device) for side in (first, 1 - first)}
+            ratios.append(taken[0] / taken[1])
         ratio = statistics.median(ratios[2:])
         if batch == 1:
             ratio_at_one = ratio

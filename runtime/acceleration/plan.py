@@ -1,10 +1,11 @@
 """A plan: the techniques of one acceleration, as JSON that is saved with a model."""
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Iterable
 
-from hasten.acceleration.techniques import TECHNIQUES, Technique
+from hasten.acceleration.techniques import Technique
 from hasten.errors import SavedPlanError
 
 VERSION = 1
@@ -32,7 +33,11 @@ class Plan(tuple):
             raise ValueError("a plan needs at least one technique")
         for technique in plan:
             if not isinstance(technique, Technique):
-                hint = f"; did you mean hasten.{technique.__name__}()?" if technique in TECHNIQUES.values() else ""
+                hint = (
+                    f"; did you mean hasten.{technique.__name__}()?"
+                    if inspect.isclass(technique) and issubclass(technique, Technique)
+                    else ""
+                )
                 raise TypeError(f"a plan holds techniques such as hasten.Wina(sparsity=0.5), got {technique!r}{hint}")
         kinds = [type(technique).__name__ for technique in plan]
         for kind in kinds:
@@ -80,9 +85,10 @@ class Plan(tuple):
 
 def _technique(fields: dict) -> Technique:
     kind = fields.pop("technique")
-    if kind not in TECHNIQUES:
-        raise ValueError(f"unknown technique {kind!r}, known are {', '.join(TECHNIQUES)}")
-    known = {field.name for field in dataclasses.fields(TECHNIQUES[kind])}
-    if unknown := set(fields) - known:
+    known = {name: technique for name, technique in Technique.known.items() if not inspect.isabstract(technique)}
+    if kind not in known:
+        raise ValueError(f"unknown technique {kind!r}, known are {', '.join(sorted(known))}")
+    names = {field.name for field in dataclasses.fields(known[kind])}
+    if unknown := set(fields) - names:
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}")
-    return TECHNIQUES[kind](**fields)
+    return known[kind](**fields)

@@ -4,49 +4,55 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
-from hasten.acceleration.bind import Setting
-from hasten.acceleration.measure import PREFILL_TOKENS, Drift, Speed
+from hasten.acceleration.measure import Drift, Timing
 from hasten.acceleration.plan import Plan
-from hasten.acceleration.techniques import Technique
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A module that was left as it was, and why."""
-
-    name: str
-    reason: str
+from hasten.acceleration.techniques import Settings, Technique
+from hasten.acceleration.techniques.base import DECODE, Skip
 
 
 @dataclass(slots=True)
 class TechniqueReport:
-    """What one technique did. `before` is the model with the techniques that came earlier in the plan; drift is against the dense model."""
+    """What one technique did.
+
+    Attributes:
+        technique: it; `implied` by another one, not named in the plan.
+        edited: the names of the parts that were changed.
+        settings: what it decided for this model.
+        skipped: what was left as it was, and why.
+        timings: speed in every regime that a technique of the plan names; before is the model with the techniques that
+            came earlier.
+        drift: of the model with this technique and the earlier ones, from the dense one. None if not measured.
+        active_share: the share of inputs that was really multiplied, counted on the held-out text; None where nothing is
+            skipped by design, or nothing was counted.
+    """
 
     technique: Technique
     edited: list[str]
-    settings: list[Setting] = field(default_factory=list)
+    settings: Settings = field(default_factory=Settings)
     skipped: list[Skip] = field(default_factory=list)
-    before: Speed | None = None
-    after: Speed | None = None
+    timings: list[Timing] = field(default_factory=list)
     drift: Drift | None = None
+    active_share: float | None = None
+    implied: bool = False
 
     def __str__(self) -> str:
-        lines = [f"{self.technique}: {len(self.edited)} modules"]
-        if self.settings:
-            sparsities = [setting.sparsity for setting in self.settings]
-            lines[0] += f", {len(self.settings)} of them sparse at {_span(sparsities)}"
-        if self.before and self.after:
-            lines.append(f"  decode   {_change(self.before.decode_seconds, self.after.decode_seconds, 'per token')}")
-            lines.append(
-                f"  prefill  {_change(self.before.prefill_seconds, self.after.prefill_seconds, f'for {PREFILL_TOKENS} tokens')}"
-            )
+        summary = self.technique.summary(self.settings)
+        lines = [
+            f"{self.technique}{', implied' if self.implied else ''}: {len(self.edited)} modules{', ' if summary else ''}{summary}"
+        ]
+        lines += [f"  {_change(timing)}" for timing in self.timings]
+        if self.active_share is not None:
+            lines.append(f"  active   {self.active_share:.1%} of the inputs, counted on held-out text")
         if self.drift:
             lines.append(
                 f"  drift    KL {self.drift.kl:.4g} nats per token, top-1 agreement {self.drift.top1:.1%}, perplexity "
-                f"{self.drift.dense_perplexity:.4g} -> {self.drift.fast_perplexity:.4g} ({self.drift.tokens} held-out tokens in decode)"
+                f"{self.drift.dense_perplexity:.4g} -> {self.drift.fast_perplexity:.4g} "
+                f"({self.drift.tokens} held-out tokens in decode)"
             )
+        elif self.technique.exact:
+            lines.append("  drift    by rounding only")
         else:
-            lines.append("  drift    not measured: pass heldout=, texts or token ids")
+            lines.append("  drift    not measured")
         reasons: dict[str, list[str]] = {}
         for skip in self.skipped:
             reasons.setdefault(skip.reason, []).append(skip.name)
@@ -70,25 +76,46 @@ class Report:
 
     @property
     def drift(self) -> Drift | None:
-        """Drift of the whole plan."""
-        return self.techniques[-1].drift
+        """Drift of the whole plan, None if it was not measured."""
+        return next((entry.drift for entry in reversed(self.techniques) if entry.drift), None)
 
     @property
     def speedup(self) -> float | None:
-        """Decode speed of the whole plan over the dense model's, None if it was not measured."""
-        first, last = self.techniques[0].before, self.techniques[-1].after
-        return first.decode_seconds / last.decode_seconds if first and last else None
+        """Decode speed (batch 1) of the whole plan over the dense model's, None if it was not measured."""
+        ratios = [timing.ratio for entry in self.techniques for timing in entry.timings if timing.regime == DECODE]
+        product = 1.0
+        for ratio in ratios:
+            product *= ratio
+        return product if ratios else None
 
     @property
     def skipped(self) -> list[Skip]:
-        return [skip for technique in self.techniques for skip in technique.skipped]
+        return [skip for entry in self.techniques for skip in entry.skipped]
 
     def to_dict(self) -> dict:
         techniques = []
         for entry in self.techniques:
-            fields = dataclasses.asdict(entry)
-            configuration = fields.pop("technique")
-            techniques.append({"technique": type(entry.technique).__name__, "configuration": configuration} | fields)
+            techniques.append(
+                {
+                    "technique": type(entry.technique).__name__,
+                    "configuration": dataclasses.asdict(entry.technique),
+                    "implied": entry.implied,
+                    "edited": entry.edited,
+                    "settings": dict(entry.settings.values),
+                    "skipped": [dataclasses.asdict(skip) for skip in entry.skipped],
+                    "timings": [
+                        {
+                            "regime": str(timing.regime),
+                            "before": timing.before,
+                            "after": timing.after,
+                            "ratio": timing.ratio,
+                        }
+                        for timing in entry.timings
+                    ],
+                    "drift": dataclasses.asdict(entry.drift) if entry.drift else None,
+                    "active_share": entry.active_share,
+                }
+            )
         return {
             "plan": self.plan.to_dict(),
             "techniques": techniques,
@@ -108,17 +135,13 @@ class Report:
             [str(technique) for technique in self.techniques]
             + [
                 f"memory   {self.memory_before / 1e6:.1f} -> {self.memory_after / 1e6:.1f} MB ({growth:+.1%})",
-                f"check    kernels agree with their definition to {self.self_check:.1e} (largest relative distance of a module in one decode step)",
+                f"check    kernels agree with their definition to {self.self_check:.1e} "
+                "(largest relative distance of a module in a prefill and a decode step)",
             ]
         )
 
 
-def _span(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
-
-
-def _change(before: float, after: float, unit: str) -> str:
-    ratio = before / after
-    verdict = "faster" if ratio >= 1.02 else "slower" if ratio <= 0.98 else "the same"
-    return f"{before * 1e3:.2f} -> {after * 1e3:.2f} ms {unit} ({ratio:.2f}x, {verdict})"
+def _change(timing: Timing) -> str:
+    verdict = "faster" if timing.ratio >= 1.02 else "slower" if timing.ratio <= 0.98 else "the same"
+    change = f"{timing.before * 1e3:.2f} -> {timing.after * 1e3:.2f} ms ({timing.ratio:.2f}x, {verdict})"
+    return f"{timing.regime}: {change}"

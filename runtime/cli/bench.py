@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import typer
 
-from hasten.acceleration.calibration import progress
 from hasten.bench import kernels, runner
 from hasten.cli import tables
+from hasten.model_facts import progress
 
 # What runs if nothing is named: the cases that stand for the rest, some two minutes on two cores.
 DEFAULT = (

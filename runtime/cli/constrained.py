@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from hasten.generation.generation import Generated, generate
+from hasten.generation.generation import generate
+from hasten.generation.results import Generated
 from hasten.guidance.text.constraints import Choice, Constraint, Grammar, JsonSchema, Regex
 
 

@@ -14,9 +14,9 @@ import hasten
 from hasten.acceleration import measure
 from hasten.acceleration.anatomy import Anatomy, dissect
 from hasten.acceleration.bind import Setting
-from hasten.acceleration.calibration import progress
 from hasten.acceleration.techniques import Cats, DenseDecode, Teal, Technique, Wina
 from hasten.cli import generate, picture, tables
+from hasten.model_facts import progress
 
 KINDS = (Wina, Teal, Cats)
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)

@@ -1,19 +1,19 @@
-"""A language model that continues many texts at once: one forward per step, one cache, whose rows fork with the texts."""
+"""A model of transformers that continues many texts at once: one forward a step, one cache, whose rows fork."""
 
 import inspect
 
 import torch
 from torch import nn
 
-from hasten.acceleration.calibration import longest_input
-from hasten.acceleration.measure import cache_of, device_of
 from hasten.errors import UnsupportedModelError
+from hasten.model_facts import cache_of, device_of, vocabulary
 
 
-class Decoder:
-    """The cache of a batch of texts and the forwards that extend it.
+class CachedDecoder:
+    """A `hasten.guidance.text.particles.Decoder`: the cache of a batch of texts, and the forwards that extend it.
 
-    Prompts are padded on the left; padding is masked, and positions count without it, so a row's logits are those of its prompt alone.
+    Prompts are padded on the left; padding is masked, and positions count without it, so a row's logits are those of
+    its prompt alone.
     """
 
     def __init__(self, model: nn.Module):
@@ -36,11 +36,12 @@ class Decoder:
         Raises:
             ValueError: a prompt with ids that the model does not embed.
         """
-        embedded = self._model.get_input_embeddings().num_embeddings
+        embedded = vocabulary(self._model)
         for prompt in prompts:
             if max(prompt) >= embedded:
                 raise ValueError(
-                    f"the tokenizer does not belong to the model: the prompt holds id {max(prompt)}, the model embeds 0..{embedded - 1}"
+                    f"the tokenizer does not belong to the model: the prompt holds id {max(prompt)}, the model embeds "
+                    f"0..{embedded - 1}"
                 )
         device = device_of(self._model)
         width = max(map(len, prompts))
@@ -60,7 +61,8 @@ class Decoder:
 
         Args:
             tokens: the R tokens.
-            rows: the rows of the batch so far that the R texts continue; a row may be continued several times, or not at all.
+            rows: the rows of the batch so far that the R texts continue; a row may be continued several times, or not
+                at all.
 
         Returns:
             [R, V]. The rows of the next step are 0..R - 1.
@@ -92,20 +94,3 @@ class Decoder:
             )
         self._cache = cache_of(output)
         return output.logits[:, -1]
-
-
-def check_lengths(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses prompts that cannot be continued.
-
-    Raises:
-        ValueError: a prompt without tokens; prompt and continuation are longer than the model's context.
-    """
-    longest = longest_input(model)
-    for place, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {place} is empty: it has no tokens")
-        if len(prompt) + max_new_tokens > longest:
-            raise ValueError(
-                f"prompt {place} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is more than the model's context of {longest}: "
-                f"max_new_tokens can be {max(longest - len(prompt), 0)} at most"
-            )

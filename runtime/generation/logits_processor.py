@@ -9,21 +9,22 @@ import torch
 import transformers
 from torch import nn
 
-from hasten.generation.particles import fill_mask
 from hasten.generation.tokenizer import vocabulary_of
+from hasten.guidance.text import bitmask
 from hasten.guidance.text.constraints import Constraint
-from hasten.guidance.text.rejection import unpack_mask
 
 
 class ConstraintLogitsProcessor(transformers.LogitsProcessor):
     """Masks what a constraint refuses, for `model.generate(..., logits_processor=[ConstraintLogitsProcessor(...)])`.
 
-    Batches, sampling and beam search work; rows are known by their tokens. A call on what the call before gave goes on with the same texts; for any
-    other input all of it is the prompt. The law is that of local masking; `hasten.generate` with particles
-    corrects it, and gives a typed error where transformers can only stop at its limit of tokens.
+    Batches, sampling and beam search work; rows are known by their tokens. A call on what the call before gave goes on
+    with the same texts; for any other input all of it is the prompt. The law is that of local masking;
+    `hasten.generate` with particles corrects it, and gives a typed error where transformers can only stop at its limit
+    of tokens.
 
     Args:
-        constraint: what the text after the prompt must satisfy. One that cannot fill masks (a Predicate) is asked about every token of the vocabulary.
+        constraint: what the text after the prompt must satisfy. One that cannot fill masks (a Predicate) is asked about
+            every token of the vocabulary.
         tokenizer, model: as for `hasten.generate`.
 
     Raises (from the constructor):
@@ -46,14 +47,11 @@ class ConstraintLogitsProcessor(transformers.LogitsProcessor):
         else:
             states = {row: self._advance(self._states[row[:-1]], row[-1]) for row in dict.fromkeys(rows)}
         self._states = states
-        vocabulary = self._bound.vocabulary
-        mask = np.zeros((len(rows), -(-len(vocabulary) // 32)), dtype=np.int32)
+        size = len(self._bound.vocabulary)
+        mask = bitmask.allocate(size, rows=len(rows))
         for row, bits in zip(rows, mask, strict=True):
             self._fill(states[row], bits)
-        allowed = unpack_mask(torch.from_numpy(mask).to(scores.device), len(vocabulary))
-        masked = torch.full_like(scores, -torch.inf)
-        masked[:, : len(vocabulary)] = scores[:, : len(vocabulary)].masked_fill(~allowed, -torch.inf)
-        return masked
+        return bitmask.apply(scores, mask, size)
 
     def _advance(self, state: Any, token: int) -> Any:
         if state is None or token in self._bound.vocabulary.eos or not self._bound.check(state, token):
@@ -64,6 +62,6 @@ class ConstraintLogitsProcessor(transformers.LogitsProcessor):
         if state is None:
             bits[:] = -1
             return
-        fill_mask(self._bound, state, bits)
+        self._bound.fill_mask_or_check(state, bits)
         if not bits.any():
             raise ValueError(f"dead end: the constraint allows {self._bound.allowed_text(state)}, and not the end")

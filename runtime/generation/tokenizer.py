@@ -10,19 +10,21 @@ from hasten.guidance.text.vocabulary import Vocabulary
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPACE = "▁"
-# A model has some rows more than its tokenizer has ids, because of rounding up. With so many more it is another tokenizer's model.
+# A model has some rows more than its tokenizer has ids, because of rounding up; with so many more it is another's.
 MOST_PADDING = 1.5
 
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def vocabulary_of(tokenizer, model: nn.Module) -> Vocabulary:
-    """The vocabulary that `tokenizer` and `model` share: the tokenizer's ids that the model has rows for, without rows that are padding.
+    """The vocabulary that `tokenizer` and `model` share: the tokenizer's ids that the model has rows for.
 
-    EOS are the ids of the model's generation config and the tokenizer's own. The result is remembered for as long as the tokenizer lives.
+    Rows that are padding are left out. EOS are the ids of the model's generation config and the tokenizer's own. The result is remembered for as long as
+    the tokenizer lives.
 
     Raises:
-        ValueError: a tokenizer that does not belong to the model, that has no EOS, or whose tokens are not bytes of the text (WordPiece).
+        ValueError: a tokenizer that does not belong to the model, that has no EOS, or whose tokens are not bytes of the
+            text (WordPiece).
     """
     rows = model.config.get_text_config().vocab_size
     eos = tuple(sorted(_eos_ids(tokenizer, model)))
@@ -39,7 +41,8 @@ def _build(tokenizer, rows: int, eos: tuple[int, ...]) -> Vocabulary:
     count = 1 + max((token for token in names if token < rows), default=-1)
     if beyond or rows > count * MOST_PADDING:
         raise ValueError(
-            f"the tokenizer does not belong to the model: it has ids 0..{max(names, default=-1)}, the model predicts 0..{rows - 1}"
+            f"the tokenizer does not belong to the model: it has ids 0..{max(names, default=-1)}, the model predicts "
+            f"0..{rows - 1}"
         )
     special = {*tokenizer.all_special_ids, *(token for token, about in added.items() if about.special)}
     to_bytes = _spelling(tokenizer)
@@ -73,8 +76,8 @@ def _spelling(tokenizer):
         return _from_sentencepiece if "ByteFallback" in kinds else _from_metaspace
     found = ", ".join(sorted(map(str, kinds - {None}))) or "none"
     raise ValueError(
-        f"the tokenizer ({type(tokenizer).__name__}, decoder: {found}) is neither a byte-level BPE nor of SentencePiece's kind: "
-        "what bytes its tokens stand for is not known"
+        f"the tokenizer ({type(tokenizer).__name__}, decoder: {found}) is neither a byte-level BPE nor of "
+        "SentencePiece's kind: what bytes its tokens stand for is not known"
     )
 
 

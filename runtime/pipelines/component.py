@@ -2,79 +2,67 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, ClassVar
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 
 from hasten.errors import StateError, UnsupportedModelError
-from hasten.guidance.diffusion.guide import BOTH, Guide, Step
-from hasten.guidance.diffusion.lag import FiniteCheck
+from hasten.guidance.diffusion.guide import BOTH, Guide
 from hasten.pipelines import schedulers
-from hasten.pipelines.predictions import asked_passes, guided_prediction
-from hasten.pipelines.record import PipelineCall, Run
-
-# The denoisers whose loops were read, and the argument that holds x_t: its first channels or tokens along dimension 1, or a list with one for a row.
-DENOISERS = {
-    "QwenImageTransformer2DModel": "hidden_states",
-    "SD3Transformer2DModel": "hidden_states",
-    "UNet2DConditionModel": "sample",
-    "WanTransformer3DModel": "hidden_states",
-    "ZImageTransformer2DModel": "x",
-}
+from hasten.pipelines.families import DENOISERS
+from hasten.pipelines.record import Run
+from hasten.pipelines.session import Session
 
 
 class Guider(BaseGuidance):
-    """Runs a guide inside loops that ask a guider: one pass for each prediction, the conditional one first; see `hasten.guider`.
+    """A guide inside loops that ask a guider: one pass for each prediction, the conditional one first; see
+    `hasten.guider`.
 
-    A guider is shown neither x_t nor its noise level. x_t is read from the denoiser's input in the conditional pass, and the level from the scheduler.
-    So the guide is asked right after the conditional pass, and the unconditional one is added to the step's batches where the guide wants it: the
-    loop goes through them one after the other. x_t has the dtype that the denoiser computes in.
+    A guider is shown neither x_t nor its noise level. x_t is read from the denoiser's input in the conditional pass,
+    and the level from the scheduler. So the guide is asked right after the conditional pass, and the unconditional one
+    is added to the step's batches where the guide wants it: the loop goes through them one after the other. x_t has the
+    dtype that the denoiser computes in.
 
-    `run` is the record of all runs so far, as in `hasten.guided`.
+    `run` is the record of all calls so far, as in `hasten.guided`.
     """
 
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
 
     def __init__(self, guide: Guide, scheduler: Any):
         super().__init__()
-        self.guide, self.scheduler = guide, scheduler
         self.run = Run(str(guide), "a modular pipeline")
+        self.session = Session(guide, scheduler, self.run, BOTH)
         self._timesteps: torch.Tensor | None = None
         self._batches: list[Any] = []
         self.register_to_config(guide=str(guide))
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
-        """Begins a step; the first one that a run shows to this guider also begins the run, with an empty memory."""
+        """Begins a step; the first one of a call that this guider is shown also begins the call."""
         last = self._step
         super().set_state(step, num_inference_steps, timestep)
         self._hidden = None
-        # Every run sets its timesteps, which makes a new tensor of them.
-        if last is None or step <= last or self._timesteps is not self.scheduler.timesteps:
-            self._begin_run()
+        # Every call sets its timesteps, which makes a new tensor of them.
+        if last is None or step <= last or self._timesteps is not self.session.scheduler.timesteps:
+            self._begin()
 
-    def _begin_run(self) -> None:
-        schedulers.check(self.scheduler)
-        if getattr(self.scheduler, "num_inference_steps", None) is None:
+    def _begin(self) -> None:
+        scheduler = self.session.scheduler
+        schedulers.check(scheduler)
+        if getattr(scheduler, "num_inference_steps", None) is None:
             raise StateError(
                 "the guider's scheduler has no timesteps: give hasten.guider the scheduler of the pipeline"
             )
-        self.guide.check_sampler(type(self.scheduler).__name__, schedulers.eta(self.scheduler))
-        self._timesteps = self.scheduler.timesteps
-        self._schedule = schedulers.schedule(self.scheduler)
-        now = float(self._timestep)
-        found = min(range(len(self._timesteps)), key=lambda i: abs(self._schedule.timesteps[i] - now))
-        if abs(self._schedule.timesteps[found] - now) > 1e-3 * max(now, 1):
+        self.session.check_sampler()
+        self._timesteps = scheduler.timesteps
+        timesteps, now = schedulers.timesteps(scheduler), float(self._timestep)
+        found = min(range(len(timesteps)), key=lambda i: abs(timesteps[i].time - now))
+        if not timesteps[found].is_at(now):
             raise StateError(
-                f"the loop is at timestep {now:g}, which the guider's scheduler does not have: give hasten.guider the scheduler of the pipeline"
+                f"the loop is at timestep {now:g}, which the guider's scheduler does not have: "
+                "give hasten.guider the scheduler of the pipeline"
             )
-        self._begin = found - self._step
-        self._memory: dict = {}
-        self._finite: FiniteCheck | None = None
-        self._call = PipelineCall(type(self.scheduler).__name__)
-        self._started = time.perf_counter()
-        self.run.pipeline_calls.append(self._call)
+        self.session.begin(timesteps, found - self._step, self._num_inference_steps)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         return self._prepared([self._prepare_batch(data, i, name) for i, name in enumerate(self._input_predictions)])
@@ -100,7 +88,7 @@ class Guider(BaseGuidance):
             raise UnsupportedModelError(
                 "",
                 type(module).__name__,
-                "the hook on its input is missing: hasten.guiders.DENOISERS does not say where it holds x_t",
+                "the hook on its input is missing: hasten.pipelines.families.DENOISERS does not say where it holds x_t",
                 f"use a pipeline with one of {', '.join(DENOISERS)}, or add it there",
             )
         if getattr(denoiser, "_compiled_call_impl", None) is not None:
@@ -121,24 +109,9 @@ class Guider(BaseGuidance):
             return
         conditional = self._batches[0].noise_pred
         hidden = torch.stack(self._hidden).squeeze(2) if isinstance(self._hidden, list) else self._hidden
-        self._at = self._step_at(hidden[:, : conditional.shape[1]])
-        if len(asked_passes(self.guide, self._at, BOTH, self.run.pipeline)) > 1:
+        if len(self.session.open(self._step, hidden[:, : conditional.shape[1]])) > 1:
             self._require_unconditional()
             self._batches.append(self._unconditional)
-
-    def _step_at(self, hidden: torch.Tensor) -> Step:
-        index = self._begin + self._step
-        if index >= len(self._schedule.levels):
-            raise StateError(f"the loop makes more than the {self._step} steps that its scheduler has")
-        level = self._schedule.levels[index]
-        return level.step(
-            self._schedule.ends[index],
-            hidden * level.to_sample,
-            index=self._step,
-            count=self._num_inference_steps,
-            parameterization=self._schedule.parameterization,
-            memory=self._memory,
-        )
 
     def _require_unconditional(self) -> None:
         given = self._batches[0].as_dict()
@@ -149,7 +122,8 @@ class Guider(BaseGuidance):
         ]
         if missing:
             raise ValueError(
-                f"step {self._step}: the guide {self.guide} needs the unconditional prediction, and the pipeline has no unconditional {missing[0]}"
+                f"step {self._step}: the guide {self.run.guide} needs the unconditional prediction, "
+                f"and the pipeline has no unconditional {missing[0]}"
             )
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
@@ -158,16 +132,11 @@ class Guider(BaseGuidance):
     def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> GuiderOutput:
         if not self._enabled:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
-        state = self._at.with_predictions(pred_cond, pred_uncond)
-        prediction = guided_prediction(self.guide, state).to(pred_cond.dtype)
-        if self._finite is None:
-            self._finite = FiniteCheck(self._num_inference_steps, prediction.device)
-        self._finite(self._step, pred_cond, pred_uncond, prediction)
-        if self._step + 1 == self._num_inference_steps:
-            self._finite.finish()
-        passes = len(self._batches)
-        self._call.add(state, rows=passes * len(pred_cond), calls=passes, full=len(BOTH) * len(pred_cond))
-        self._call.seconds = time.perf_counter() - self._started
+        predictions = {"conditional": pred_cond}
+        if pred_uncond is not None:
+            predictions["unconditional"] = pred_uncond
+        prediction = self.session.combine(predictions, pred_cond.dtype)
+        self.session.close(calls=len(predictions))
         return GuiderOutput(pred=prediction, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     @property
@@ -176,5 +145,5 @@ class Guider(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        """How many passes a step may have; pipelines ask before their loop, to know whether they need unconditional embeddings."""
+        """How many passes a step may have; pipelines ask it to know whether they need unconditional embeddings."""
         return len(self._input_predictions) if self._enabled else 1

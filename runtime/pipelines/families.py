@@ -1,6 +1,7 @@
 """The pipelines of diffusers whose denoising loops are known, as data: where the denoiser is and how the loop calls it.
 
-This is the one place that knows pipelines. To add one, read its loop and add it to FAMILIES; its test goes to tests/runtime/test_guided.py.
+This is the one place that knows pipelines. To add one, read its loop and add it to FAMILIES, or its denoiser to
+DENOISERS if the loop asks a guider; its test goes to tests/runtime/test_guided.py or test_guiders.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def _no_rescale(pipe: Any, prediction: torch.Tensor, conditional: torch.Tensor) 
 
 
 def _rescale_deviation(pipe: Any, prediction: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
-    """`guidance_rescale`: pulls the standard deviation towards the conditional one's (Lin et al. 2023, arXiv 2305.08891, section 3.4)."""
+    """`guidance_rescale`: pulls the standard deviation towards the conditional one's (Lin et al. 2023, arXiv
+    2305.08891, section 3.4).
+    """
     share = getattr(pipe, "guidance_rescale", 0.0)  # some of the loops have none
     if share == 0:
         return prediction
@@ -54,7 +57,7 @@ def _limit_norm(pipe: Any, prediction: torch.Tensor, conditional: torch.Tensor) 
 
 
 def _z_image(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """Z-Image predicts x0 - noise as a list of [C, 1, H, W]; its scheduler gets noise - x0, [B, C, H, W], in float32."""
+    """Z-Image predicts x0 - noise, a list of [C, 1, H, W]; its scheduler gets noise - x0 in float32, [B, C, H, W]."""
     return -torch.stack([output.float() for output in outputs]).squeeze(2)
 
 
@@ -63,11 +66,13 @@ class Family:
     """How the denoising loop of some pipelines calls its denoiser.
 
     denoisers: the attributes of the pipeline where denoisers are; each present one is wrapped.
-    layout: "batched", one call a step with the passes of `order` along the batch, or "sequential", one call for each pass in this order.
+    layout: "batched", one call a step with the passes of `order` along the batch, or "sequential", one call for each
+        pass, in that order.
     order: the passes that the loop computes where guidance is on.
     input: the name of the denoiser's argument that holds x_t, its first.
     beside: the attributes of models that the loop calls before the denoiser with the same batch (ControlNets).
-    lists: batched inputs and outputs are lists with one entry for a row; otherwise tensors with the rows along their first dimension.
+    lists: batched inputs and outputs are lists with one entry for a row; otherwise tensors with the rows along their
+        first dimension.
     more_channels: after the sample's channels (dimension 1) the denoiser's input holds others.
     to_sample: what the loop does to a denoiser's prediction before the scheduler gets it, guidance aside.
     rescale: what the loop does to a guided prediction after guidance.
@@ -88,7 +93,10 @@ class Family:
 
 _UNCONDITIONAL_FIRST: tuple[Pass, ...] = ("unconditional", "conditional")
 _CONDITIONAL_FIRST: tuple[Pass, ...] = ("conditional", "unconditional")
-_NO_TRUE_CFG = "true_cfg_scale of at most 1 or no negative prompt; guidance_scale is an input of the distilled model and no guidance"
+_NO_TRUE_CFG = (
+    "true_cfg_scale of at most 1 or no negative prompt; "
+    "guidance_scale is an input of the distilled model and no guidance"
+)
 
 _UNET = Family(
     ("unet",), "batched", _UNCONDITIONAL_FIRST, input="sample", beside=("controlnet",), rescale=_rescale_deviation
@@ -113,7 +121,8 @@ _Z_IMAGE = Family(
     lists=True,
     to_sample=_z_image,
     rescale=_limit_norm,
-    off="guidance_scale of 0 (Z-Image counts from 0) or a cfg_truncation below 1: which steps are guided is for the guide to say",
+    off="guidance_scale of 0 (Z-Image counts from 0) or a cfg_truncation below 1: "
+    "which steps are guided is for the guide to say",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -130,12 +139,23 @@ FAMILIES: dict[str, Family] = {
     "ZImagePipeline": _Z_IMAGE,
 }
 
+# The denoisers of modular pipelines whose loops ask a guider, and the argument that holds x_t: the first channels or
+# tokens along its dimension 1, or a list with one entry for a row.
+DENOISERS: dict[str, str] = {
+    "QwenImageTransformer2DModel": "hidden_states",
+    "SD3Transformer2DModel": "hidden_states",
+    "UNet2DConditionModel": "sample",
+    "WanTransformer3DModel": "hidden_states",
+    "ZImageTransformer2DModel": "x",
+}
+
 
 def family_of(pipe: Any) -> Family:
-    """How the loop of a pipeline calls its denoiser. A subclass that keeps its parent's `__call__` has its parent's loop.
+    """How the loop of a pipeline calls its denoiser; a subclass that keeps its parent's `__call__` has its loop.
 
     Raises:
-        UnsupportedModelError: the loop is not known, which names what is missing, or the pipeline is distilled and has no unconditional pass.
+        UnsupportedModelError: the loop is not known, which names what is missing, or the pipeline is distilled and has
+            no unconditional pass.
     """
     kind = type(pipe).__name__
     owner = next((base.__name__ for base in type(pipe).__mro__ if "__call__" in vars(base)), kind)
@@ -150,7 +170,8 @@ def family_of(pipe: Any) -> Family:
             )
         else:
             reason = (
-                "the hook on its denoiser is missing: hasten.denoisers.FAMILIES does not say how this loop calls it"
+                "the hook on its denoiser is missing: "
+                "hasten.pipelines.families.FAMILIES does not say how this loop calls it"
             )
         raise UnsupportedModelError("", kind, reason, f"use one of {', '.join(FAMILIES)}, or add it there")
     family = FAMILIES[owner]
@@ -159,7 +180,8 @@ def family_of(pipe: Any) -> Family:
         raise UnsupportedModelError(
             "unet",
             type(unet).__name__,
-            "it is distilled (time_cond_proj_dim): the guidance scale is an input, and the pipeline makes no unconditional pass to guide with",
+            "it is distilled (time_cond_proj_dim): the guidance scale is an input, "
+            "and the pipeline makes no unconditional pass to guide with",
             "use the model it was distilled from",
         )
     return family

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError
-from hasten.guidance.diffusion.guide import TRACE, Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What the denoiser computed. per_step: (rows, calls) of every step; a row is one sample in one pass, full guidance makes two of each.
+    """What the denoiser computed.
 
-    `full` is how many rows there would be with all of the pipeline's passes at every step.
+    per_step: (rows, calls) of every step; a row is one sample in one pass, full guidance makes two of each. full: how
+    many rows there would be with all of the pipeline's passes at every step.
     """
 
     per_step: tuple[tuple[int, int], ...]
@@ -31,26 +32,49 @@ class Evaluations:
     def calls(self) -> int:
         return sum(calls for _, calls in self.per_step)
 
+    @classmethod
+    def of(cls, steps: Iterable[StepRecord]) -> Evaluations:
+        """What these steps computed."""
+        steps = tuple(steps)
+        return cls(tuple((step.rows, step.calls) for step in steps), sum(step.full for step in steps))
 
-@dataclass
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A step that is over.
+
+    index: in its call, from 0. sigma: its noise level. rows, calls: what the denoiser computed. full: the rows of all
+    of the pipeline's passes. recorded: by name, what the guide recorded.
+    """
+
+    index: int
+    sigma: float
+    rows: int
+    calls: int
+    full: int
+    recorded: Mapping[str, Any]
+
+
+@dataclass(slots=True)
 class PipelineCall:
     """The record of one call of the pipeline: one entry of `steps` for each step that the scheduler made."""
 
     scheduler: str
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    full: int = 0
+    steps: list[StepRecord] = field(default_factory=list)
     seconds: float = 0.0
 
-    def add(self, step: Step, rows: int, calls: int, full: int) -> None:
-        """A step that is over, with what the guides recorded. full: the rows of all of the pipeline's passes."""
-        recorded = step.memory.get(TRACE, {}).get(step.index, {})
-        self.steps.append({**recorded, "step": step.index, "sigma": step.sigma, "rows": rows, "calls": calls})
-        self.full += full
+    @property
+    def evaluations(self) -> Evaluations:
+        """Of this call."""
+        return Evaluations.of(self.steps)
 
 
 @dataclass
 class Run:
-    """What happened inside one `with hasten.guided(...)`. `pipeline_calls` has an entry for each call of the pipeline, also for one that failed."""
+    """What happened inside one `with hasten.guided(...)`, or under one guider.
+
+    `pipeline_calls` has an entry for each call of the pipeline, also for one that failed.
+    """
 
     guide: str
     pipeline: str
@@ -58,28 +82,37 @@ class Run:
 
     @property
     def evaluations(self) -> Evaluations:
-        """Of all calls of the pipeline."""
-        steps = tuple((step["rows"], step["calls"]) for call in self.pipeline_calls for step in call.steps)
-        return Evaluations(steps, sum(call.full for call in self.pipeline_calls))
+        """Over all calls of the pipeline."""
+        return Evaluations.of(step for call in self.pipeline_calls for step in call.steps)
 
     @property
     def trace(self) -> list[dict[str, Any]]:
-        """For every step: `call` (of the pipeline) and `step`, both from 0, `sigma`, `rows`, `calls`, and what the guide recorded (numbers and lists).
+        """For every step: `call` (of the pipeline) and `step`, both from 0, `sigma`, `rows`, `calls`, and what the
+        guide recorded (numbers and lists).
 
-        Where both passes were computed also `cosine`, `update_norm` and `conditional_norm` for each row, see `hasten.guidance.diffusion.adaptive.agreement`,
-        measured in `space`: in the guide's own, or else on what the model predicts.
+        Where both passes were computed also `cosine`, `update_norm` and `conditional_norm` for each row, see
+        `hasten.guidance.diffusion.adaptive.agreement`, measured in `space`: in the guide's own, or else on what the
+        model predicts.
 
         Reading it waits for the device.
         """
         return [
-            {"call": index, **{name: _plain(value) for name, value in step.items()}}
+            {
+                "call": index,
+                **{name: _plain(value) for name, value in step.recorded.items()},
+                "step": step.index,
+                "sigma": step.sigma,
+                "rows": step.rows,
+                "calls": step.calls,
+            }
             for index, call in enumerate(self.pipeline_calls)
             for step in call.steps
         ]
 
     @property
     def seconds(self) -> float:
-        """Wall time of the denoising loops, from their first denoiser call to their last scheduler step, without text encoders and decoder.
+        """Wall time of the denoising loops, from their first denoiser call to their last scheduler step, without text
+        encoders and decoder.
 
         The last step waits for the device before it ends.
         """
@@ -91,15 +124,16 @@ class Run:
             f"{'call':>4}  {'steps':>5}  {'rows':>6}  {'of':>6}  {'calls':>6}  {'seconds':>8}  scheduler",
         ]
         for index, call in enumerate(self.pipeline_calls):
-            counted = Evaluations(tuple((step["rows"], step["calls"]) for step in call.steps), call.full)
+            counted = call.evaluations
             lines.append(
-                f"{index:>4}  {len(call.steps):>5}  {counted.rows:>6}  {counted.full:>6}  {counted.calls:>6}  {call.seconds:>8.2f}  "
-                f"{call.scheduler}"
+                f"{index:>4}  {len(call.steps):>5}  {counted.rows:>6}  {counted.full:>6}  {counted.calls:>6}  "
+                f"{call.seconds:>8.2f}  {call.scheduler}"
             )
         return "\n".join(lines)
 
     def plot(self) -> Figure:
-        """A matplotlib figure: rows for each step, and below them everything that the guide recorded, with one line for each call of the pipeline.
+        """A matplotlib figure: rows for each step, and below them everything that the guide recorded, with one line for
+        each call of the pipeline.
 
         Raises:
             HastenError: matplotlib, the extra `[plot]`, is not installed.

@@ -1,10 +1,12 @@
-"""Adaptive Guidance: classifier-free guidance bit for bit until it stops, exact counts, per-sample measures, and the lag."""
+"""Adaptive Guidance: classifier-free guidance bit for bit until it stops, exact counts, per-sample measures, and the
+lag.
+"""
 
 import math
 
 import pytest
 import torch
-from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
+from mixture import KINDS, SCHEDULES, Counting, mixture, start, step_at
 
 from hasten.guidance.diffusion.adaptive import AdaptiveGuidance
 from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff
@@ -128,7 +130,9 @@ def test_equal_predictions_lose_nothing():
 
 
 def test_the_first_unguided_step_is_off_by_the_update_it_leaves_out():
-    """The closed form of the error: |a' d_x0 + s' d_noise| with d_noise = (scale - 1) * (conditional - unconditional)."""
+    """The closed form of the error: |a' d_x0 + s' d_noise| with d_noise = (scale - 1) * (conditional -
+    unconditional).
+    """
     schedule = SCHEDULES["vp"](N)
     stop = 6
     full = run(AdaptiveGuidance(5.0, math.inf)).trace[stop]["update_norm"]
@@ -145,10 +149,10 @@ def test_the_first_unguided_step_is_off_by_the_update_it_leaves_out():
 def test_the_criterion_with_the_scale_accounts_for_it():
     agreed = []
     for scale in (1.5, 2.0, 8.0):
-        state = state_at(SCHEDULES["vp"](N), 9, "epsilon", batch=64)
-        AdaptiveGuidance(scale, threshold=-1.0, space="x0", min_guided_steps=1, tolerance=0.5)(state)
-        c, u = state_at(SCHEDULES["vp"](N), 9, "sample", batch=64).require("conditional", "unconditional")
-        stopped = state.memory["adaptive_guidance"]["stopped"]
+        step = step_at(SCHEDULES["vp"](N), 9, "epsilon", batch=64)
+        AdaptiveGuidance(scale, threshold=-1.0, space="x0", min_guided_steps=1, tolerance=0.5)(step)
+        c, u = step_at(SCHEDULES["vp"](N), 9, "sample", batch=64).require("conditional", "unconditional")
+        stopped = step.memory["adaptive_guidance"]["stopped"]
         assert torch.equal(stopped, (scale - 1) * (c - u).norm(dim=1) < 0.5 * c.norm(dim=1))
         agreed.append(int(stopped.sum()))
     assert 64 > agreed[0] > agreed[1] > agreed[2] > 0

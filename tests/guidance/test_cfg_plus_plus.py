@@ -1,11 +1,13 @@
-"""CFG++: its samplers against their published forms, the guide against its samplers, and that the wrong form for flows is rejected."""
+"""CFG++: its samplers against their published forms, the guide against its samplers, and that the wrong form for flows
+is rejected.
+"""
 
 import itertools
 import math
 
 import pytest
 import torch
-from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
+from mixture import KINDS, SCHEDULES, Counting, mixture, start, step_at
 
 from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.diffusion.cfg_plus_plus_samplers import ancestral, ddim, dpmpp_2m, invert
@@ -39,7 +41,9 @@ def euler(model, schedule, x, strength):
 
 
 def euler_on_flow(model, schedule, x, strength, guided_share=lambda next_sigma: 1 - next_sigma):
-    """With velocities: x' = x - share * sigma * u_guided + ... ; the form of variance-exploding samplers has share 1."""
+    """With velocities: x' = x - share * sigma * u_guided + ... ; the form of variance-exploding samplers
+    has share 1.
+    """
     for _, sigma, _, next_sigma in pairs(schedule):
         c, u = (model.predict(x, 1 - sigma, sigma, name, "flow") for name in ("conditional", "unconditional"))
         share = guided_share(next_sigma)
@@ -155,7 +159,9 @@ def test_order_of_convergence_without_a_difference_to_guide(sampler, expected, g
 
 
 def test_2m_keeps_guided_and_unconditional_predictions_apart():
-    """Where no prediction ever changes, a difference of predictions of one kind vanishes, and 2M is Euler; one of mixed kinds does not."""
+    """Where no prediction ever changes, a difference of predictions of one kind vanishes, and 2M is Euler; one of mixed
+    kinds does not.
+    """
     c, u = torch.randn(2, 4, 6, dtype=torch.float64)
     schedule = log_uniform(N)  # which ends before sigma = 0, where every sampler returns the guided prediction
     constant = lambda x, alpha, sigma: (c, u)  # noqa: E731
@@ -228,7 +234,7 @@ def test_bad_input_is_refused():
     for guide in (CFGPlusPlus(eta=1.0), Within(CFGPlusPlus(eta=1.0), StepInterval())):
         with pytest.raises(ValueError, match=r"another sampler than DDIM: here it must be CFGPlusPlus\(eta=0\)"):
             sample(guide, mixture().denoiser("epsilon"), schedule, start(schedule), "epsilon")
-    state = state_at(schedule, 3, "epsilon")
-    still = type(state)(**{**state.__dict__, "next_alpha": state.alpha, "next_sigma": state.sigma})
+    step = step_at(schedule, 3, "epsilon")
+    still = type(step)(**{**step.__dict__, "next_alpha": step.alpha, "next_sigma": step.sigma})
     with pytest.raises(ValueError, match="step 3: CFG\\+\\+ needs sigma / alpha to fall"):
         CFGPlusPlus()(still)

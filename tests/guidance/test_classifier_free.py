@@ -1,13 +1,15 @@
-"""Classifier-free guidance, intervals, cutoff and two scales: identities, and evaluations counted by the denoiser itself."""
+"""Classifier-free guidance, intervals, cutoff and two scales: identities, and evaluations counted by the denoiser
+itself.
+"""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from mixture import KINDS, SCHEDULES, Counting, mixture, start, state_at
+from mixture import KINDS, SCHEDULES, Counting, mixture, start, step_at
 
-from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff, TwoScaleGuidance, convert_scale
+from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance, Cutoff, TwoScaleGuidance
 from hasten.guidance.diffusion.guide import Guide
 from hasten.guidance.diffusion.intervals import SigmaInterval, StepInterval, StepSet, Within
 from hasten.guidance.diffusion.parameterization import convert
@@ -26,8 +28,8 @@ class Alone(Guide):
     def passes(self, step):
         return ("conditional", self.name) if self.name != "conditional" else ("conditional",)
 
-    def __call__(self, state):
-        return getattr(state, self.name)
+    def __call__(self, step):
+        return getattr(step, self.name)
 
 
 def run(guide, name="vp", kind="epsilon", steps=N):
@@ -75,29 +77,23 @@ def test_rescale_depends_on_the_parameterization():
 
 
 def test_rescale():
-    state = state_at(SCHEDULES["vp"](N), 6, "epsilon")
-    plain, full = ClassifierFreeGuidance(6.0)(state), ClassifierFreeGuidance(6.0, rescale=1.0)(state)
-    torch.testing.assert_close(full.std(dim=1), state.conditional.std(dim=1), rtol=1e-14, atol=0)
-    mixed = ClassifierFreeGuidance(6.0, rescale=0.3)(state)
+    step = step_at(SCHEDULES["vp"](N), 6, "epsilon")
+    plain, full = ClassifierFreeGuidance(6.0)(step), ClassifierFreeGuidance(6.0, rescale=1.0)(step)
+    torch.testing.assert_close(full.std(dim=1), step.conditional.std(dim=1), rtol=1e-14, atol=0)
+    mixed = ClassifierFreeGuidance(6.0, rescale=0.3)(step)
     torch.testing.assert_close(mixed, 0.3 * full + 0.7 * plain, rtol=1e-14, atol=1e-15)
-    assert torch.equal(ClassifierFreeGuidance(6.0, rescale=0.0)(state), plain)
-    half = replace(state, **{name: getattr(state, name).half() for name in ("conditional", "unconditional")})
+    assert torch.equal(ClassifierFreeGuidance(6.0, rescale=0.0)(step), plain)
+    half = replace(step, **{name: getattr(step, name).half() for name in ("conditional", "unconditional")})
     assert ClassifierFreeGuidance(6.0, rescale=0.3)(half).dtype == torch.float16
-    flat = replace(state, unconditional=torch.zeros_like(plain), conditional=torch.ones_like(plain))
+    flat = replace(step, unconditional=torch.zeros_like(plain), conditional=torch.ones_like(plain))
     assert torch.equal(ClassifierFreeGuidance(6.0, rescale=0.0)(flat), 6 * flat.conditional)  # which has no deviation
 
 
-def test_both_scale_conventions():
-    state = state_at(SCHEDULES["vp"](N), 6, "epsilon")
-    c, u = state.conditional, state.unconditional
-    guided = ClassifierFreeGuidance(convert_scale(4.0, "ho-salimans"))(state)
-    torch.testing.assert_close(guided, (1 + 4.0) * c - 4.0 * u, rtol=1e-14, atol=1e-14)
-    assert convert_scale(0.0, "ho-salimans", "diffusers") == 1.0
-    assert convert_scale(convert_scale(7.5, "imagen", "ho-salimans"), "ho-salimans") == 7.5
-    with pytest.raises(
-        ValueError, match="unknown scale convention 'edm': expected one of imagen, diffusers, ho-salimans"
-    ):
-        convert_scale(2.0, "edm")
+def test_the_scale_is_that_of_imagen():
+    """One more than Ho and Salimans', conditional + w * (conditional - unconditional)."""
+    step = step_at(SCHEDULES["vp"](N), 6, "epsilon")
+    c, u = step.conditional, step.unconditional
+    torch.testing.assert_close(ClassifierFreeGuidance(5.0)(step), (1 + 4.0) * c - 4.0 * u, rtol=1e-14, atol=1e-14)
 
 
 def test_an_interval_in_fractions_follows_the_rule_of_diffusers():
@@ -142,25 +138,25 @@ def test_within_is_the_guide_inside_and_the_conditional_prediction_outside():
     ],
 )
 def test_two_scales_telescope_and_ask_only_for_what_is_left(scales, passes):
-    guide, state = TwoScaleGuidance(*scales), state_at(SCHEDULES["vp"](N), 6, "epsilon")
-    c, u, i = state.conditional, state.unconditional, state.image
-    assert guide.passes(state) == passes
+    guide, step = TwoScaleGuidance(*scales), step_at(SCHEDULES["vp"](N), 6, "epsilon")
+    c, u, i = step.conditional, step.unconditional, step.image
+    assert guide.passes(step) == passes
     given = {
-        name: getattr(state, name) if name in passes else None for name in ("conditional", "unconditional", "image")
+        name: getattr(step, name) if name in passes else None for name in ("conditional", "unconditional", "image")
     }
-    step = SCHEDULES["vp"](N).step(6, state.sample, "epsilon", {})
+    without = SCHEDULES["vp"](N).step(6, step.sample, "epsilon", {})
     expected = u + scales[0] * (i - u) + scales[1] * (c - i)
-    torch.testing.assert_close(guide(step.with_predictions(**given)), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(guide(without.with_predictions(**given)), expected, rtol=0, atol=1e-14)
 
 
 def test_guided_x0_is_the_affine_combination_of_x0s():
     schedule = SCHEDULES["flow"](N)
-    state = state_at(schedule, 4, "flow")
+    step = step_at(schedule, 4, "flow")
     into = [
-        convert(p, state.sample, state.alpha, state.sigma, "flow", "sample")
-        for p in (state.conditional, state.unconditional)
+        convert(p, step.sample, step.alpha, step.sigma, "flow", "sample")
+        for p in (step.conditional, step.unconditional)
     ]
-    guided = convert(ClassifierFreeGuidance(3.0)(state), state.sample, state.alpha, state.sigma, "flow", "sample")
+    guided = convert(ClassifierFreeGuidance(3.0)(step), step.sample, step.alpha, step.sigma, "flow", "sample")
     torch.testing.assert_close(guided, into[1] + 3.0 * (into[0] - into[1]), rtol=0, atol=1e-13)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mixture import ALPHAS_CUMPROD, KINDS, SCHEDULES, mixture, start, state_at
+from mixture import ALPHAS_CUMPROD, KINDS, SCHEDULES, mixture, start, step_at
 
 from hasten.guidance.diffusion.guide import Step
 from hasten.guidance.diffusion.parameterization import convert, denoised, from_denoised, noise, to_denoised
@@ -25,30 +25,17 @@ def test_every_type_converts_into_every_other(name, index):
             )
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_a_batch_of_levels_is_each_level_by_itself(name, kind):
-    schedule = SCHEDULES[name](7)
-    alphas, sigmas = (torch.tensor(values[:4], dtype=torch.float64) for values in (schedule.alphas, schedule.sigmas))
-    x, prediction = torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    together = [f(prediction, x, alphas, sigmas, kind) for f in (denoised, noise)]
-    for i in range(4):
-        alone = [
-            f(prediction[i : i + 1], x[i : i + 1], schedule.alphas[i], schedule.sigmas[i], kind)
-            for f in (denoised, noise)
-        ]
-        for a, b in zip(together, alone, strict=True):
-            torch.testing.assert_close(a[i : i + 1], b, rtol=1e-15, atol=0)
-
-
 def test_half_precision_is_converted_in_float32_and_comes_back():
     schedule = SCHEDULES["vp"](9)
-    exact = state_at(schedule, 0, "epsilon")
+    exact = step_at(schedule, 0, "epsilon")
     half = schedule.step(0, exact.sample.half(), "epsilon", {}).with_predictions(exact.conditional.half())
     x0 = to_denoised(half, half.conditional)
     assert x0.dtype == torch.float32
     back = from_denoised(half, x0)
     assert back.dtype == torch.float16
     torch.testing.assert_close(back, half.conditional, rtol=1e-3, atol=1e-3)
+    same = convert(half.conditional, half.sample, half.alpha, half.sigma, "epsilon", "epsilon")
+    assert same.dtype == torch.float32 and torch.equal(same, half.conditional.float())
 
 
 def test_wrong_prediction_types_are_refused():
@@ -64,7 +51,7 @@ def test_wrong_prediction_types_are_refused():
     with pytest.raises(ValueError, match=r"'flow' belongs to a schedule with alpha \+ sigma = 1"):
         noise(x, x, 0.6, 0.8, "flow")
     with pytest.raises(ValueError, match=r"'v' belongs to"):
-        convert(x, x, torch.tensor([0.6, 0.4]), torch.tensor([0.8, 0.6]), "epsilon", "v")
+        convert(x, x, 0.4, 0.6, "epsilon", "v")
     with pytest.raises(ValueError, match="x0 does not follow from a prediction of type 'epsilon' where alpha is 0"):
         denoised(x, x, 0.0, 1.0, "epsilon")
     with pytest.raises(

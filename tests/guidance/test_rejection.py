@@ -5,12 +5,12 @@ import math
 from collections import Counter
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 
-from hasten.guidance.text.categorical import Block, LazyOrder, sample
-from hasten.guidance.text.rejection import draw, unpack_mask, walk, weight
+from hasten.guidance.text import bitmask
+from hasten.guidance.text.categorical import GumbelRace, LazyOrder, sample
+from hasten.guidance.text.rejection import draw, walk, weight
 
 F = Fraction
 LAWS = {
@@ -103,28 +103,26 @@ def test_draw_uses_the_estimator():
             for tested in [[p[token] for token in walked.tokens]]
             for w in [weight(tested, walked.valid, sum(p) - sum(tested))]
         }
-        for token, log_weight, status in zip(
-            drawn.token.tolist(), drawn.log_weight.tolist(), drawn.status, strict=True
-        ):
-            if status == "accepted":
+        for token, log_weight, end in zip(drawn.token.tolist(), drawn.log_weight.tolist(), drawn.end, strict=True):
+            if end == "accepted":
                 assert min(abs(math.exp(log_weight) - w) for t, w in possible if t == token) < 1e-12
             else:
-                assert (status, token, log_weight) == ("budget_spent", -1, -math.inf)
+                assert (end, token, log_weight) == ("budget_spent", -1, -math.inf)
 
 
 @pytest.mark.parametrize("width", [3, 64, 65, 1000])
 @pytest.mark.parametrize("rate", [0.02, 1.0])
 def test_the_lazy_order_is_that_of_draws_without_replacement(width, rate):
-    """First and second token against their joint law. At 1000 tokens of nearly equal mass most of them are outside the first block."""
+    """First and second token against their joint law. Of 1000 tokens of nearly equal mass few are in the first race."""
     logits = (-rate * torch.arange(width, dtype=torch.float64) ** 0.5)[None]
     p = logits[0].softmax(-1)
     runs = 20_000
     generator = torch.Generator().manual_seed(width)
-    block = Block(logits.expand(runs, -1), 64, generator, False)
+    race = GumbelRace(logits.expand(runs, -1), 64, generator, False)
     bins = torch.arange(width) * 3 // width
     pairs = torch.zeros(3, 3, dtype=torch.float64)
     for run in range(runs):
-        order = iter(LazyOrder(logits, block, run, generator))
+        order = iter(LazyOrder(logits, race, run, generator))
         pairs[bins[next(order)], bins[next(order)]] += 1
     joint = p[:, None] * p[None, :] / (1 - p[:, None])
     joint.fill_diagonal_(0)
@@ -137,13 +135,13 @@ def test_the_lazy_order_is_that_of_draws_without_replacement(width, rate):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_whole_order_is_that_of_draws_without_replacement(size):
-    """A first block smaller than the vocabulary: all 24 orders through the common key of the others, its horizon and the next block."""
+    """A first race smaller than the vocabulary: all 24 orders through the others' common key and the next race."""
     p = [F(8, 20), F(6, 20), F(5, 20), F(1, 20)]
     runs = 10_000
     logits = rows_of(p, 1)
     generator = torch.Generator().manual_seed(size)
-    block = Block(logits.expand(runs, -1), size, generator, False)
-    seen = Counter(tuple(LazyOrder(logits, block, run, generator)) for run in range(runs))
+    race = GumbelRace(logits.expand(runs, -1), size, generator, False)
+    seen = Counter(tuple(LazyOrder(logits, race, run, generator)) for run in range(runs))
     expected = {order: runs * float(probability) for order, probability in orders(p)}
     assert set(seen) <= set(expected)
     assert sum((seen[order] - e) ** 2 / e for order, e in expected.items()) < 49.7  # 23 degrees of freedom, 0.999
@@ -153,7 +151,7 @@ def test_the_whole_order_is_that_of_draws_without_replacement(size):
 def test_every_possible_token_comes_once(greedy):
     logits = torch.randn(1, 3000).masked_fill_(torch.arange(3000) % 3 == 0, -torch.inf)
     generator = torch.Generator().manual_seed(0)
-    order = LazyOrder(logits, Block(logits, 64, generator, greedy), 0, generator, greedy)
+    order = LazyOrder(logits, GumbelRace(logits, 64, generator, greedy), 0, generator, greedy)
     came = list(order)
     assert sorted(came) == [token for token in range(3000) if token % 3]
     assert order.log_remaining() == -math.inf
@@ -168,7 +166,7 @@ def test_every_possible_token_comes_once(greedy):
 def test_the_remaining_mass_has_no_cancellation(count):
     logits = -torch.linspace(0, 60, 3000, dtype=torch.float64)[None].clone()
     generator = torch.Generator().manual_seed(0)
-    order = LazyOrder(logits, Block(logits, 64, generator, False), 0, generator)
+    order = LazyOrder(logits, GumbelRace(logits, 64, generator, False), 0, generator)
     came = list(itertools.islice(order, count))
     left = logits.log_softmax(-1)[0].index_fill(0, torch.tensor(came), -torch.inf).logsumexp(-1)
     assert order.log_remaining() == pytest.approx(float(left), abs=1e-9)
@@ -206,27 +204,17 @@ def test_one_valid_token_has_its_own_mass_as_weight():
         assert drawn.log_weight.item() == pytest.approx(float(logits.log_softmax(-1)[0, 1]), abs=1e-12)
 
 
-def bitmask(tokens, width):
-    mask = np.zeros(-(-width // 32), dtype=np.int32)
-    for token in tokens:
-        mask.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
-    return mask
-
-
 def test_a_mask_takes_over_and_its_weight_is_z():
     logits = torch.randn(400, 100, dtype=torch.float64)[:1].expand(400, -1)
     allowed = [31, 32, 63, 99]
     log_mass = float(logits[0, allowed].logsumexp(-1) - logits[0].logsumexp(-1))
-
-    def fill(mask):
-        mask[:] = bitmask(allowed, 100)
 
     for mask_after in (0, 3):
         drawn = draw(
             logits,
             lambda row, token: token in allowed,
             generator=torch.Generator().manual_seed(0),
-            fill_masks=[fill] * 400,
+            fill_masks=[lambda mask: bitmask.add(mask, allowed)] * 400,
             mask_after=mask_after,
         )
         masked = drawn.masked
@@ -242,7 +230,7 @@ def test_a_mask_takes_over_and_its_weight_is_z():
 
 def test_rows_have_their_own_patience_and_do_not_depend_on_each_other():
     logits = torch.randn(4, 300)
-    fill = [lambda mask: mask.__iadd__(bitmask(range(7, 300, 60), 300))] * 4
+    fill = [lambda mask: bitmask.add(mask, range(7, 300, 60))] * 4
     patience = [0, 3, 0, 16]
 
     def drawn(rows):
@@ -263,12 +251,6 @@ def test_rows_have_their_own_patience_and_do_not_depend_on_each_other():
         if patience[row] == 0:
             assert together.masked[row] and together.checks[row] == 0
             assert together.log_weight[row] == pytest.approx(float(exact[row]), abs=1e-5)
-
-
-def test_unpack_mask_has_the_low_bit_first():
-    tokens = [0, 31, 32, 66]
-    bits = unpack_mask(torch.from_numpy(bitmask(tokens, 70))[None], 70)
-    assert bits.shape == (1, 70) and bits[0].nonzero()[:, 0].tolist() == tokens
 
 
 def test_checks_are_counted():
@@ -297,9 +279,9 @@ def test_dead_ends_are_typed_and_no_refused_token_is_given():
     none = draw(logits, nothing, generator=generator)
     spent = draw(logits, nothing, generator=generator, max_checks=7)
     masked = draw(logits, nothing, generator=generator, fill_masks=[lambda mask: None] * 3)
-    assert none.status == ("no_support",) * 3 and none.checks.tolist() == [100, 100, 0]
-    assert spent.status == ("budget_spent", "budget_spent", "no_support") and spent.checks.tolist() == [7, 7, 0]
-    assert masked.status == ("no_support",) * 3 and masked.checks.tolist() == [16, 16, 0]
+    assert none.end == ("no_support",) * 3 and none.checks.tolist() == [100, 100, 0]
+    assert spent.end == ("budget_spent", "budget_spent", "no_support") and spent.checks.tolist() == [7, 7, 0]
+    assert masked.end == ("no_support",) * 3 and masked.checks.tolist() == [16, 16, 0]
     for drawn in (none, spent, masked):
         assert (drawn.token == -1).all() and (drawn.log_weight == -torch.inf).all()
 
@@ -311,7 +293,7 @@ def test_a_token_far_behind_the_likeliest_is_still_found(dtype, gap, greedy):
     logits[0, 64:] = -gap
     generator = torch.Generator().manual_seed(0)
     drawn = draw(logits, lambda row, token: token == 199, generator=generator, greedy=greedy)
-    assert drawn.status == ("accepted",) and drawn.token.item() == 199
+    assert drawn.end == ("accepted",) and drawn.token.item() == 199
     if not greedy:
         assert drawn.log_weight.item() == pytest.approx(-gap - math.log(64))
 
@@ -329,7 +311,7 @@ def test_greedy_takes_the_likeliest_valid_token():
     logits = torch.randn(4, 500)
     generator = torch.Generator().manual_seed(0)
     expected = logits[:, 7::50].argmax(-1) * 50 + 7
-    for masks in (None, [lambda mask: mask.__iadd__(bitmask(range(7, 500, 50), 500))] * 4):
+    for masks in (None, [lambda mask: bitmask.add(mask, range(7, 500, 50))] * 4):
         drawn = draw(
             logits, lambda row, token: token % 50 == 7, generator=generator, greedy=True, fill_masks=masks, mask_after=2
         )

@@ -1,9 +1,10 @@
-"""Walks of a constraint over a small vocabulary: every byte, some longer tokens that cross borders (one twice), two EOS ids, a special one and padding."""
+"""Walks of a constraint over a small vocabulary: every byte, longer tokens (one twice), two EOS, a special, padding."""
 
 import random
 
 import numpy as np
 
+from hasten.guidance.text import bitmask
 from hasten.guidance.text.vocabulary import Vocabulary
 
 LONGER = ['"a', '":', '": ', '", "', '"}', '"]', '}, {', "],", "12", "0.", "true", "null", "é", "é".encode()[1:] + b"a", "ab", "ab", "a" * 9, ", "]  # fmt: skip
@@ -55,6 +56,6 @@ def random_text(bound, draw: random.Random, tokens: int = 40) -> bytes | None:
 
 def mask_of(bound, state) -> list[int]:
     """The valid tokens as the mask has them; words that are not the vocabulary's stay clear."""
-    mask = np.full(LENGTH // 32 + 3, -1, np.int32)
+    mask = np.full(bitmask.words(LENGTH) + 2, -1, np.int32)
     assert bound.fill_mask(state, mask)
-    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+    return bitmask.members(mask, 32 * len(mask)).tolist()

@@ -6,6 +6,7 @@ import torch
 from hasten.kernels import backend, checks, storage
 from hasten.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from hasten.kernels.column_sparse_linear import column_sparse_linear
+from hasten.kernels.expert_linear import expert_linear
 from hasten.kernels.linear import linear
 from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.recurrence.linear_attention import (
@@ -50,6 +51,16 @@ CASES = {  # the operator, and good arguments by name
             "gate": torch.rand(2, 4),
             "threshold": torch.tensor(0.5),
             "bias": torch.rand(4),
+        },
+    ),
+    "expert_linear": (
+        expert_linear,
+        lambda: {
+            "x": torch.rand(2, 3),
+            "weight": storage.to_column_major(torch.rand(5, 4, 3)),
+            "ids": torch.tensor([[0, 4], [1, 4]]),
+            "bias": torch.rand(5, 4),
+            "cutoff": torch.rand(5, 3),
         },
     ),
     "causal_conv1d": (

@@ -20,18 +20,20 @@ class Plain(Guide):
     def passes(self, step):
         return BOTH if step.index < self.stop else CONDITIONAL
 
-    def __call__(self, state):
-        if state.unconditional is None:
-            return state.conditional
-        difference = state.conditional - state.unconditional
+    def __call__(self, step):
+        if step.unconditional is None:
+            return step.conditional
+        difference = step.conditional - step.unconditional
         norms = torch.linalg.vector_norm(difference.flatten(1), dim=1)
-        state.record({"scale": self.scale, "norms": norms})
-        return state.unconditional + self.scale * difference
+        step.record({"scale": self.scale, "norms": norms})
+        return step.unconditional + self.scale * difference
 
 
 @dataclass(frozen=True)
 class Aim(Guide):
-    """Whatever the denoiser says: the prediction that means x0 = target, from the step's own sample, alpha and sigma."""
+    """Whatever the denoiser says: the prediction that means x0 = target, from the step's own sample, alpha
+    and sigma.
+    """
 
     target: torch.Tensor
     noises: list[torch.Tensor] = field(default_factory=list)
@@ -40,19 +42,21 @@ class Aim(Guide):
     def passes(self, step):
         return CONDITIONAL
 
-    def __call__(self, state):
-        noise = (state.sample - state.alpha * self.target) / state.sigma
+    def __call__(self, step):
+        noise = (step.sample - step.alpha * self.target) / step.sigma
         self.noises.append(noise)
-        self.ends.append(state.next_alpha * self.target + state.next_sigma * noise)
+        self.ends.append(step.next_alpha * self.target + step.next_sigma * noise)
         return {
             "epsilon": noise,
             "sample": self.target,
-            "v": state.alpha * noise - state.sigma * self.target,
+            "v": step.alpha * noise - step.sigma * self.target,
             "flow": noise - self.target,
-        }[state.parameterization]
+        }[step.parameterization]
 
     def check_noise(self):
-        """A deterministic solver keeps x0 and noise where they are, so alpha and sigma were right at every step if the noise is the same at each."""
+        """A deterministic solver keeps x0 and noise where they are, so alpha and sigma were right at every step if the
+        noise is the same at each.
+        """
         assert len(self.noises) > 1
         for noise in self.noises[1:]:
             torch.testing.assert_close(noise, self.noises[0], rtol=0, atol=1e-3)
@@ -62,10 +66,10 @@ class Aim(Guide):
 class Remembering(Guide):
     """Guidance with the running sum of all differences so far: every step depends on the memory."""
 
-    def __call__(self, state):
-        momentum = state.memory.get("momentum", 0) + state.conditional - state.unconditional
-        state.memory["momentum"] = momentum
-        return state.conditional + 0.3 * momentum
+    def __call__(self, step):
+        momentum = step.memory.get("momentum", 0) + step.conditional - step.unconditional
+        step.memory["momentum"] = momentum
+        return step.conditional + 0.3 * momentum
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,13 @@ class Failing(Guide):
     def passes(self, step):
         return CONDITIONAL
 
-    def __call__(self, state):
-        if state.index < self.at or (self.once and self.failed):
-            return state.conditional
-        self.failed.append(state.index)
+    def __call__(self, step):
+        if step.index < self.at or (self.once and self.failed):
+            return step.conditional
+        self.failed.append(step.index)
         if self.value is None:
             raise KeyError("lost")
-        return torch.full_like(state.conditional, self.value)
+        return torch.full_like(step.conditional, self.value)
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ class Asking(Guide):
     def passes(self, step):
         return self.wanted
 
-    def __call__(self, state):
-        return state.conditional
+    def __call__(self, step):
+        return step.conditional
 
 
 class Samples(Guide):
@@ -112,6 +116,6 @@ class Samples(Guide):
         self.before.append(step.sample)
         return CONDITIONAL
 
-    def __call__(self, state):
-        self.exact.append(state.sample)
-        return state.conditional
+    def __call__(self, step):
+        self.exact.append(step.sample)
+        return step.conditional

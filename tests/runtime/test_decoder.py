@@ -7,7 +7,7 @@ from tiny_models import build
 from toy_language import toy
 
 from hasten.errors import UnsupportedModelError
-from hasten.generation.decoder import Decoder
+from hasten.generation.decoder import CachedDecoder
 
 NAMES = ["llama", "mistral", "qwen3", "gemma3", "phi3", "opt", "gpt_neox"]
 
@@ -23,7 +23,7 @@ def test_every_row_is_its_text_alone(name):
     model = build(name, torch.float64)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 290, (length,), generator=generator).tolist() for length in (5, 40, 1)]
-    decoder = Decoder(model)
+    decoder = CachedDecoder(model)
     logits = decoder.prefill(texts)
     for rows in ([0, 1, 2], [1, 1, 0, 2, 0], [4, 0, 1], [2], [0, 0]):
         for text, row in zip(texts, logits, strict=True):
@@ -42,7 +42,7 @@ def test_a_recurrent_state_forks_too():
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
     )
     model = TransNormer(config).eval().requires_grad_(False)
-    decoder = Decoder(model)
+    decoder = CachedDecoder(model)
     decoder.prefill([[5, 6, 7], [8]])
     logits = decoder.step([9, 10, 11], [1, 0, 0])
     for row, text in zip(logits, ([8, 9], [5, 6, 7, 10], [5, 6, 7, 11]), strict=True):
@@ -53,7 +53,7 @@ def test_padding_before_a_purely_recurrent_model():
     torch.manual_seed(0)
     config = transformers.MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2)
     model = transformers.MambaForCausalLM(config).double().eval().requires_grad_(False)
-    decoder = Decoder(model)
+    decoder = CachedDecoder(model)
     decoder.prefill([[5, 6, 7, 8], [9]])
     for step, text in enumerate(([9, 10], [9, 10, 11])):
         logits = decoder.step([text[-1], text[-1], 12], [1, 1, 0] if step == 0 else [0, 1, 2])
@@ -67,7 +67,7 @@ def test_a_forked_cache_gives_the_bits_of_a_fresh_prefill(name):
     model = build(name)
     prompts = [[7, 8, 9, 10], [20, 21, 22, 23], [30, 31, 32, 33]]
     rows, tokens = [2, 0, 0], [5, 6, 7]
-    forked, fresh = Decoder(model), Decoder(model)
+    forked, fresh = CachedDecoder(model), CachedDecoder(model)
     forked.prefill(prompts)
     fresh.prefill([prompts[row] for row in rows])
     assert torch.equal(forked.step(tokens, rows), fresh.step(tokens, [0, 1, 2]))
@@ -75,18 +75,18 @@ def test_a_forked_cache_gives_the_bits_of_a_fresh_prefill(name):
 
 def test_two_prompts_with_the_same_suffix_differ():
     model, _ = toy()
-    first, second = Decoder(model).prefill([[0, 1, 2, 3], [4, 1, 2, 3]])
+    first, second = CachedDecoder(model).prefill([[0, 1, 2, 3], [4, 1, 2, 3]])
     assert (first - second).abs().max() > 1e-3
 
 
 def test_encoder_decoders_are_refused():
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
     with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration.*use a causal LM"):
-        Decoder(transformers.T5ForConditionalGeneration(config))
+        CachedDecoder(transformers.T5ForConditionalGeneration(config))
 
 
 def test_models_without_a_cache_of_transformers_are_refused():
     config = transformers.RwkvConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2)
     model = transformers.RwkvForCausalLM(config).eval()
     with pytest.raises(UnsupportedModelError, match="has no cache that texts can share"):
-        Decoder(model).prefill([[5, 6]])
+        CachedDecoder(model).prefill([[5, 6]])

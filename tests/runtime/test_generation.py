@@ -10,9 +10,10 @@ import transformers
 from toy_language import EOS, LETTERS, law_of_texts, toy
 
 import hasten
-from hasten.generation.generation import DeadEndError, generate
-from hasten.generation.particles import Run
+from hasten.generation.generation import generate
+from hasten.generation.results import DeadEndError
 from hasten.guidance.text.constraints import JsonSchema, Predicate, PredicateError, Regex, Substring, UnsatisfiableError
+from hasten.guidance.text.particles import ParticleFilter
 
 LONGEST = 3
 
@@ -80,13 +81,13 @@ def test_the_law_is_the_models_law_given_the_constraint(name, method):
 
 
 def test_the_law_is_the_same_where_a_mask_spares_the_next_walk(monkeypatch):
-    """A mask after one refusal, and at once where the one before found less than 0.9 of the law valid: fewer checks, and still unbiased."""
+    """A mask after one refusal, and at once after one that found less than 0.9 of the law valid: still unbiased."""
     model, tokenizer = toy()
     law = law_of_texts(model, "abc", LONGEST)
     checks = {}
-    monkeypatch.setattr("hasten.generation.particles.MASK_AFTER", 1)
+    monkeypatch.setattr("hasten.guidance.text.particles.MASK_AFTER", 1)
     for little in (-math.inf, math.log(0.9)):
-        monkeypatch.setattr("hasten.generation.particles.LITTLE_MASS", little)
+        monkeypatch.setattr("hasten.guidance.text.particles.LITTLE_MASS", little)
         settings = {"constraint": CONSTRAINTS["mask"], "max_new_tokens": LONGEST, "on_dead": "return", "seed": 0}
         results = generate(model, tokenizer, ["abc"] * 120, particles=10, ess_threshold=0.95, **settings)
         assert_law(results, law, wanted, lambda text: text.find("a"))
@@ -223,20 +224,20 @@ def test_resampling_reads_nothing_again():
 
 
 def test_every_law_is_that_of_the_particles_own_text(monkeypatch):
-    """What is drawn from is what a fresh prefill of prompt and text gives, after forks and with particles that have ended."""
+    """It is what a fresh prefill of prompt and text gives, after forks and with particles that have ended."""
     model, tokenizer = toy()
-    grow, compared = Run._grow, []
+    grow, compared = ParticleFilter._grow, []
 
-    def compare(run, growing, logits):
+    def compare(texts, growing, logits):
         for row, i in enumerate(growing):
-            particle = run.particles[i]
+            particle = texts.particles[i]
             ids = tokenizer(["abcde", "ba"][particle.prompt])["input_ids"] + particle.tokens
             expected = model(torch.tensor([ids])).logits[0, -1]
             torch.testing.assert_close(logits[row], expected, atol=1e-9, rtol=0)
             compared.append(len(particle.tokens))
-        grow(run, growing, logits)
+        grow(texts, growing, logits)
 
-    monkeypatch.setattr(Run, "_grow", compare)
+    monkeypatch.setattr(ParticleFilter, "_grow", compare)
     constraint = Regex("[a-e]b?[cd][a-e]*d[abe]{1,4}")
     settings = {"constraint": constraint, "particles": 6, "ess_threshold": 1, "max_new_tokens": 12, "seed": 0}
     results = generate(model, tokenizer, ["abcde", "ba"], **settings)

@@ -87,14 +87,14 @@ def test_a_subclass_with_its_parents_loop_is_known_and_one_with_its_own_is_not()
 
 def test_bad_guides_are_refused():
     pipe = SD.build()
-    with pytest.raises(TypeError, match="Guide"), guided(pipe, lambda state: state.conditional):
+    with pytest.raises(TypeError, match="Guide"), guided(pipe, lambda step: step.conditional):
         pass
     refusal(pipe, SD, Asking(("unconditional",)), match="conditional pass is always")
     refusal(pipe, SD, Asking(("conditional", "image")), match="makes .*unconditional")
 
     class Flat(Guide):
-        def __call__(self, state):
-            return state.conditional[0]
+        def __call__(self, step):
+            return step.conditional[0]
 
     refusal(pipe, SD, Flat(), match=r"returned \(4, 8, 8\), expected a tensor \(1, 4, 8, 8\)")
 

@@ -1,4 +1,6 @@
-"""The schedulers of diffusers: a guide's sample, alpha and sigma are the scheduler's at every step, and what is not known is refused."""
+"""The schedulers of diffusers: a guide's sample, alpha and sigma are the scheduler's at every step, and what is not
+known is refused.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
 from hasten.guidance.diffusion.intervals import StepInterval, Within
 from hasten.pipelines.guided import guided
-from hasten.pipelines.schedulers import LEVELS, check
+from hasten.pipelines.schedulers import SAMPLERS, check
 
 # Those for Stable Diffusion, under which x0 comes out at the end; the flow is tested with the pipelines that have one.
 SETTINGS = {
@@ -46,14 +48,16 @@ def build(kind: str, **settings):
 
 
 def test_every_known_scheduler_is_tested():
-    assert set(LEVELS) == {*SETTINGS, "FlowMatchEulerDiscreteScheduler"}
+    assert set(SAMPLERS) == {*SETTINGS, "FlowMatchEulerDiscreteScheduler"}
     assert isinstance(SD3.build().scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @EVERY
 def test_sample_alpha_and_sigma_are_the_schedulers(kind, prediction):
-    """With one x0 predicted throughout, a sampler ends there, and its noise stays as it is, or standard normal if the sampler draws it anew."""
+    """With one x0 predicted throughout, a sampler ends there, and its noise stays as it is, or standard normal if the
+    sampler draws it anew.
+    """
     if (kind, prediction) in WITHOUT:
         return
     pipe, aim = build(kind, prediction_type=prediction), Aim(torch.full((1, 4, 8, 8), 0.5))
@@ -74,9 +78,9 @@ def test_each_step_leads_where_the_next_one_begins(kind):
     class Steps(Samples):
         levels = ()
 
-        def __call__(self, state):
-            self.levels += ((state.alpha, state.sigma, state.next_alpha, state.next_sigma),)
-            return super().__call__(state)
+        def __call__(self, step):
+            self.levels += ((step.alpha, step.sigma, step.next_alpha, step.next_sigma),)
+            return super().__call__(step)
 
     pipe, seen = build(kind), Steps()
     with guided(pipe, seen):
@@ -114,19 +118,19 @@ def test_plain_guidance_equals_the_unmodified_pipeline(kind):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_cfg_plus_plus_runs_inside_unmodified_schedulers(monkeypatch, kind, settings, eta, steps):
-    """Every step guides x0 and puts the unconditional noise back (arXiv 2406.08070, algorithm 2), as far down as the scheduler's own step leads
-    before it adds what it draws anew, here nothing.
+    """Every step guides x0 and puts the unconditional noise back (arXiv 2406.08070, algorithm 2), as far down as the
+    scheduler's own step leads before it adds what it draws anew, here nothing.
     """
     expected, found = [], []
 
     class Watched(CFGPlusPlus):
-        def __call__(self, state):
-            noise = state.unconditional + self.strength * (state.conditional - state.unconditional)
-            x0 = (state.sample - state.sigma * noise) / state.alpha
-            ratio = state.next_sigma * state.alpha / (state.next_alpha * state.sigma)
-            down = state.next_sigma * (1 - self.eta**2 * (1 - ratio**2)) ** 0.5
-            expected.append(state.next_alpha * x0 + down * state.unconditional)
-            return super().__call__(state)
+        def __call__(self, step):
+            noise = step.unconditional + self.strength * (step.conditional - step.unconditional)
+            x0 = (step.sample - step.sigma * noise) / step.alpha
+            ratio = step.next_sigma * step.alpha / (step.next_alpha * step.sigma)
+            down = step.next_sigma * (1 - self.eta**2 * (1 - ratio**2)) ** 0.5
+            expected.append(step.next_alpha * x0 + down * step.unconditional)
+            return super().__call__(step)
 
     def keep(pipe, index, timestep, tensors):
         found.append(tensors["latents"])

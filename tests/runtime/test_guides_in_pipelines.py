@@ -1,4 +1,6 @@
-"""hasten's guides in the pipelines of diffusers: identities that hold in every parameterization, and evaluations counted by a hook."""
+"""hasten's guides in the pipelines of diffusers: identities that hold in every parameterization, and evaluations
+counted by a hook.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def test_a_key_tells_models_and_schedulers_apart(case):
 
 @pytest.mark.parametrize("case", [SD, QWEN], ids=["guidance_rescale", "norms of tokens"])
 def test_what_is_guided_by_an_estimate_is_rescaled_like_all_that_is_guided(case):
-    """Where the estimate is exact, here the unconditional prediction of step 0 itself, one pass or two make no difference."""
+    """Where the estimate is exact, here the unconditional prediction of step 0 itself, one pass or two make no
+    difference.
+    """
     pipe = case.build()
     parameterization, shape = ("epsilon", (4, 8, 8)) if case is SD else ("flow", (4, 16))
     with guided(pipe, ClassifierFreeGuidance(SCALE)):
@@ -119,9 +123,9 @@ def test_what_is_guided_by_an_estimate_is_rescaled_like_all_that_is_guided(case)
     class Same(ClassifierFreeGuidance):
         """The same from two passes."""
 
-        def __call__(self, state):
-            first = state.memory.setdefault("first", state.unconditional)
-            return super().__call__(replace(state, unconditional=first)) if state.index < 2 else state.conditional
+        def __call__(self, step):
+            first = step.memory.setdefault("first", step.unconditional)
+            return super().__call__(replace(step, unconditional=first)) if step.index < 2 else step.conditional
 
     settings = {"guidance_rescale": 0.7} if case is SD else {}
     with guided(pipe, Same(SCALE)):
@@ -139,12 +143,12 @@ def test_the_trace_says_how_far_the_predictions_agree_whatever_the_guide(case):
     pipe, measured = case.build(), []
 
     class Watched(ClassifierFreeGuidance):
-        def __call__(self, state):
-            if state.unconditional is not None:
-                c, u = (x.double().flatten(1) for x in (state.conditional, state.unconditional))
+        def __call__(self, step):
+            if step.unconditional is not None:
+                c, u = (x.double().flatten(1) for x in (step.conditional, step.unconditional))
                 values = (c * u).sum(1) / c.norm(dim=1) / u.norm(dim=1), (c - u).norm(dim=1), c.norm(dim=1)
                 measured.append(values)
-            return super().__call__(state)
+            return super().__call__(step)
 
     with guided(pipe, Watched(SCALE, interval=StepInterval(0, 0.5))) as run:
         call(pipe, case, 2)

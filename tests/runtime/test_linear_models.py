@@ -9,7 +9,8 @@ import torch
 import transformers as tf
 
 import hasten
-from hasten.acceleration import linear_layers, measure
+from hasten.acceleration import linear_layers
+from hasten.model_facts import cache_of
 
 FAMILIES = list(linear_models.CONFIGS)
 ONE_OF_EACH = ["minimax", "qwen3_next", "kimi_linear", "mamba2", "falcon_h1"]
@@ -41,7 +42,7 @@ def logits(model, tokens, parts):
     outputs, cache = [], {}
     for part in tokens.split(parts, 1):
         output = model(input_ids=part, use_cache=True, **cache)
-        cache = measure.cache_of(output)
+        cache = cache_of(output)
         outputs.append(output.logits)
     return torch.cat(outputs, 1)
 
@@ -142,7 +143,7 @@ def test_caches_move_between_the_stock_and_the_fast_model(family):
         for begin, then in ((model, fast), (fast, model)):
             if family == "minimax" and then is model:
                 continue  # transformers' loop takes a state of the weights' dtype only; in float32 that is the same
-            cache = measure.cache_of(begin(input_ids=tokens[:, :50], use_cache=True))
+            cache = cache_of(begin(input_ids=tokens[:, :50], use_cache=True))
             steps = [
                 then(input_ids=part, use_cache=True, **cache).logits
                 for part in tokens[:, 50:].split([5, 1, 1, 1, 1, 1], 1)

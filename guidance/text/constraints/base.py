@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hasten.guidance.text import bitmask
 from hasten.guidance.text.vocabulary import Vocabulary
 
 SHOWN = 12
@@ -27,6 +28,10 @@ class Constraint:
         """
         raise NotImplementedError
 
+    def value(self, text: str) -> Any:
+        """What a complete text that satisfies the constraint stands for, such as parsed JSON; None: nothing more."""
+        return None
+
     def __and__(self, other: Constraint) -> Conjunction:
         if not isinstance(other, Constraint):
             return NotImplemented
@@ -36,9 +41,9 @@ class Constraint:
 class BoundConstraint:
     """A constraint over the tokens of a vocabulary, from state to state.
 
-    A state belongs to one text. `advance` may move the state that it is given: use what it returns, and fork before it if both are needed.
-    Kinds of constraints define `start`, `_accepts`, `_advance` and `complete`; those that can list the valid tokens also `_allow`, and then
-    `can_fill_mask` is True.
+    A state belongs to one text. `advance` may move the state that it is given: use what it returns, and fork before it
+    if both are needed. Kinds of constraints define `start`, `_accepts`, `_advance` and `complete`; those that can list
+    the valid tokens also `_allow`, and then `can_fill_mask` is True.
     """
 
     can_fill_mask = False
@@ -47,6 +52,7 @@ class BoundConstraint:
         self.vocabulary = vocabulary
         self._texts = vocabulary.texts
         self._eos = frozenset(vocabulary.eos)
+        self._eos_ids = np.array(vocabulary.eos)
 
     def start(self) -> Any:
         """The state before the first token."""
@@ -55,7 +61,8 @@ class BoundConstraint:
     def check(self, state: Any, token: int) -> bool:
         """Whether the text may go on with this token. The state stays as it is.
 
-        An EOS token is valid where the text is complete; ids that are never text (special, padding, no such id) are never valid.
+        An EOS token is valid where the text is complete; ids that are never text (special, padding, no such id) are
+        never valid.
         """
         if token in self._eos:
             return self.complete(state)
@@ -94,29 +101,29 @@ class BoundConstraint:
         """
         if not self.can_fill_mask:
             return False
-        words = -(-len(self._texts) // 32)
+        words = bitmask.words(len(self._texts))
         if mask_row.dtype != np.int32 or mask_row.ndim != 1 or len(mask_row) < words or not mask_row.flags.c_contiguous:
             raise ValueError(
                 f"mask_row must be contiguous int32 with at least {words} words, got {mask_row.dtype} {mask_row.shape}"
             )
         mask_row[:] = 0
         self._allow(state, mask_row[:words])
-        bits = mask_row.view(np.uint32)
-        for token in self.vocabulary.eos:
-            bits[token >> 5] &= ~np.uint32(1 << (token & 31))
-        if self.complete(state):
-            for token in self.vocabulary.eos:
-                bits[token >> 5] |= np.uint32(1 << (token & 31))
+        ending = bitmask.add if self.complete(state) else bitmask.remove
+        ending(mask_row, self._eos_ids)
         return True
+
+    def fill_mask_or_check(self, state: Any, mask_row: np.ndarray) -> int:
+        """As `fill_mask`, by a check of every token where the constraint cannot list them: the number of checks."""
+        if self.fill_mask(state, mask_row):
+            return 0
+        mask_row[:] = 0
+        bitmask.add(mask_row, [token for token in range(len(self._texts)) if self.check(state, token)])
+        return len(self._texts)
 
     def allowed(self, state: Any) -> np.ndarray | None:
         """The valid token ids, ascending; None where the constraint cannot list them."""
-        mask = np.zeros(-(-len(self._texts) // 32), np.int32)
-        return (
-            np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            if self.fill_mask(state, mask)
-            else None
-        )
+        mask = bitmask.allocate(len(self._texts))
+        return bitmask.members(mask, len(self._texts)) if self.fill_mask(state, mask) else None
 
     def allowed_text(self, state: Any) -> str:
         """What may come next, in words for a message."""
@@ -138,7 +145,7 @@ class BoundConstraint:
         raise NotImplementedError
 
     def _allow(self, state: Any, mask: np.ndarray) -> None:
-        """Sets the bits of the valid tokens in an int32 mask [ceil(V / 32)] of zeros; bits of EOS tokens are set by the caller."""
+        """Sets the bits of the valid tokens in an int32 mask [ceil(V / 32)] of zeros; the caller sets those of EOS."""
         raise NotImplementedError
 
     def _refuse_if_unsatisfiable(self, what: str) -> None:
@@ -155,6 +162,10 @@ class Conjunction(Constraint):
 
     def bind(self, vocabulary: Vocabulary) -> BoundConstraint:
         return _BoundConjunction([part.bind(vocabulary) for part in self.parts], vocabulary)
+
+    def value(self, text: str) -> Any:
+        """The value of the first part that has one."""
+        return next((value for part in self.parts if (value := part.value(text)) is not None), None)
 
 
 class _BoundConjunction(BoundConstraint):

@@ -23,8 +23,8 @@ PLAIN = {
 def schema_of_dataclass(kind: type) -> dict:
     """An object schema with a property per field, required where the field has no default, and no others.
 
-    Fields may be str, int, float, bool, None, Any, dataclasses (also recursive ones), Enum, Literal, Optional and unions, list, tuple, set,
-    Sequence, dict[str, ...] and Annotated, whose metadata is not read.
+    Fields may be str, int, float, bool, None, Any, dataclasses (also recursive ones), Enum, Literal, Optional and
+    unions, list, tuple, set, Sequence, dict[str, ...] and Annotated, whose metadata is not read.
 
     Raises:
         ValueError: another type; the message names the field.

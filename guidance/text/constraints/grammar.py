@@ -22,7 +22,8 @@ class Grammar(Constraint):
     """The text belongs to a context-free language.
 
     Args:
-        text: rules in Lark (`start: "a" NUMBER`), with llguidance's extensions, or in EBNF as llama.cpp writes it (`root ::= "a" [0-9]+`).
+        text: rules in Lark (`start: "a" NUMBER`), with llguidance's extensions, or in EBNF as llama.cpp writes it
+            (`root ::= "a" [0-9]+`).
 
     Raises (from bind):
         ValueError: the grammar has a mistake; the message says at which line and column of `text`.
@@ -47,8 +48,8 @@ class Grammar(Constraint):
 class Regex(Constraint):
     r"""The whole text matches a regular expression of Python's `re`, as `re.fullmatch` decides.
 
-    Look-around, backreferences and `\b` are refused. Where the Unicode classes of `re` and of Rust's regex differ (`\w` and "²", `\s` and "\x1c"),
-    only what both accept is generated.
+    Look-around, backreferences and `\b` are refused. Where the Unicode classes of `re` and of Rust's regex differ (`\w`
+    and "²", `\s` and "\x1c"), only what both accept is generated.
 
     Raises (from bind):
         ValueError: the pattern has a mistake, or a construct that cannot be enforced; the message says which and where.

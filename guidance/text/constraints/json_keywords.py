@@ -1,4 +1,4 @@
-"""The keywords of JSON Schema that hasten knows: where schemas lie in them, what their values must be, and where a reference leads."""
+"""The keywords of JSON Schema that hasten knows: which hold schemas, what their values must be, where `$ref` leads."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check(root: Schema) -> None:
     """Refuses a schema that is not wholly understood.
 
     Raises:
-        ValueError: a keyword that is unknown or not supported, or a value that it cannot have; the message names both and the place.
+        ValueError: a keyword that is unknown or not supported, or a value that it cannot have; the message names where.
     """
     for where, schema in walk(root):
         if not isinstance(schema, (dict, bool)):
@@ -167,7 +167,8 @@ def _check_keyword(root: Schema, keyword: str, value: Any, where: str) -> None:
         list(value) if keyword == "properties" else value
     ):
         raise ValueError(
-            f"JSON schema: keyword {keyword!r} at {where} is not supported with control characters other than \\b \\f \\n \\r \\t, got {value!r:.60}"
+            f"JSON schema: keyword {keyword!r} at {where} is not supported with control characters other than "
+            f"\\b \\f \\n \\r \\t, got {value!r:.60}"
         )
 
 

@@ -1,8 +1,9 @@
 """Which values are finished in the beginning of a JSON text, and whether they satisfy a schema.
 
-What no grammar expresses (`not`, `uniqueItems`, ...) is checked where it can first be known: a value when it ends, a repeated item when it ends, a
-property's name when it ends. Only schemas that must hold are asked, those on the way through `properties`, `items`, `allOf` and `$ref`; the
-alternatives of `anyOf` are judged with the value that they belong to.
+What no grammar expresses (`not`, `uniqueItems`, ...) is checked where it can first be known: a value when it ends, a
+repeated item when it ends, a property's name when it ends. Only schemas that must hold are asked, those on the way
+through `properties`, `items`, `allOf` and `$ref`; the alternatives of `anyOf` are judged with the value that they
+belong to.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ _NEVER = object()
 
 @dataclass(frozen=True, slots=True)
 class _Container:
-    """An open object or array: where it begins, the schemas that hold for it, its current property, how many items it has had.
+    """An open object or array: where it begins, the schemas that hold for it, its current property, its items' number.
 
-    items: those items, where they must be distinct.
+    items: its items so far, where they must be distinct.
     """
 
     begin: int
@@ -38,7 +39,7 @@ class _Container:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The beginning of a valid JSON text. scalar: where the string, number or literal that is not finished begins, -1 if none is."""
+    """The beginning of a valid JSON text. scalar: where the unfinished string, number or literal begins; -1: none is."""
 
     text: bytes = b""
     open: tuple[_Container, ...] = ()
@@ -86,7 +87,7 @@ def accepts(validator: Validator, text: bytes) -> bool:
 
 
 def _parse(text: bytes) -> Any:
-    """The value of a JSON text; one that Python cannot hold (1e999, an integer of thousands of digits) is nothing that a schema accepts."""
+    """The value of a JSON text; `_NEVER`, which no schema accepts, for 1e999 and integers of thousands of digits."""
     try:
         return json.loads(text, parse_float=_finite)
     except (ValueError, RecursionError):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher
 
+from hasten.guidance.text import bitmask
 from hasten.guidance.text.constraints import json_keywords
 from hasten.guidance.text.constraints.base import BoundConstraint, Constraint, UnsatisfiableError
 from hasten.guidance.text.constraints.dataclass_schema import schema_of_dataclass
@@ -37,7 +38,7 @@ CHECKED = frozenset(
         "propertyNames",
     ]
 )
-# No \\u: one string, one spelling. `{"a": 1, "\\u0061": "x"}` would give a property twice, the second time past its schema.
+# No \\u: one string, one spelling. `{"a": 1, "\\u0061": "x"}` would give a property twice, once past its schema.
 ESCAPES = '"\\bfnrt'
 
 
@@ -45,21 +46,24 @@ ESCAPES = '"\\bfnrt'
 class JsonSchema(Constraint):
     r"""The text is JSON that a schema accepts.
 
-    Every keyword of draft 2020-12 is either enforced (older spellings too: `definitions`, `dependencies`, `items` as an array, `additionalItems`, boolean
-    `exclusiveMinimum`) or refused by name: `unevaluatedItems`, `unevaluatedProperties`, `$dynamicRef`, references out of the schema, unknown
-    keywords, unknown formats. `format` is enforced. What llguidance's grammars do not express is checked on each value as soon as it ends.
+    Every keyword of draft 2020-12 is either enforced (older spellings too: `definitions`, `dependencies`, `items` as an
+    array, `additionalItems`, boolean `exclusiveMinimum`) or refused by name: `unevaluatedItems`,
+    `unevaluatedProperties`, `$dynamicRef`, references out of the schema, unknown keywords, unknown formats. `format` is
+    enforced. What llguidance's grammars do not express is checked on each value as soon as it ends.
 
-    Of the spellings of a value one is generated: properties in the schema's order and then others, no `\u` escapes (and so no control
-    characters but `\b \f \n \r \t`), integers without a point, no exponents where a number has bounds, at most `whitespace` between two tokens. Classes in patterns (`\w`, `\d`) mean ASCII, as in
-    ECMAScript.
+    Of the spellings of a value one is generated: properties in the schema's order and then others, no `\u` escapes (and
+    so no control characters but `\b \f \n \r \t`), integers without a point, no exponents where a number has bounds, at
+    most `whitespace` between two tokens. Classes in patterns (`\w`, `\d`) mean ASCII, as in ECMAScript.
 
     Args:
         schema: a dict, a boolean, the JSON text of one, a pydantic model or a dataclass.
-        whitespace: a regular expression of what may stand between two tokens of JSON. It must be bounded, or a model may never stop.
+        whitespace: a regular expression of what may stand between two tokens of JSON. It must be bounded, or a model
+            may never stop.
 
     Raises (from bind):
         UnsatisfiableError: no value satisfies the schema.
-        ValueError: no valid schema, or one with something that cannot be enforced; the message names the keyword and where it stands.
+        ValueError: no valid schema, or one with something that cannot be enforced; the message names the keyword and
+            where it stands.
     """
 
     schema: Any
@@ -84,6 +88,10 @@ class JsonSchema(Constraint):
         counted = any(isinstance(part, dict) and "minProperties" in part for _, part in json_keywords.walk(schema))
         return _BoundJsonSchema(grammar, schema, followed=counted or relaxed != schema)
 
+    def value(self, text: str) -> Any:
+        """The parsed JSON."""
+        return json.loads(text)
+
     def to_dict(self) -> Schema:
         """The schema as JSON Schema writes it."""
         schema = self.schema
@@ -98,7 +106,8 @@ class JsonSchema(Constraint):
             schema = schema_of_dataclass(schema)
         if not isinstance(schema, (dict, bool)):
             raise ValueError(
-                f"JSON schema: expected a dict, a boolean, JSON text, a pydantic model or a dataclass, got {schema!r:.60}"
+                "JSON schema: expected a dict, a boolean, JSON text, a pydantic model or a dataclass, "
+                f"got {schema!r:.60}"
             )
         try:
             return json.loads(json.dumps(schema, allow_nan=False))
@@ -112,7 +121,9 @@ class JsonSchema(Constraint):
 
 
 class _BoundJsonSchema(BoundConstraint):
-    """The state is the matcher and the prefix, which is followed value by value where the grammar does not express the whole schema."""
+    """The state is the matcher and the prefix; what the grammar does not express is checked value by value on the
+    prefix.
+    """
 
     can_fill_mask = True
 
@@ -156,12 +167,10 @@ class _BoundJsonSchema(BoundConstraint):
     def _allow(self, state, mask):
         matcher, prefix = state
         self._grammar._allow(matcher, mask)
-        bits = mask.view(np.uint32)
         ending = self._quoting_tokens if prefix.in_string else self._ending_tokens  # only a quote ends a string
-        allowed = ending[(bits[ending >> 5] >> (ending & 31).astype(np.uint32)) & 1 == 1]
-        for token in allowed.tolist():
-            if feed(self._validator, prefix, self._texts[token]) is None:
-                bits[token >> 5] &= ~np.uint32(1 << (token & 31))
+        allowed = ending[bitmask.contains(mask, ending)].tolist()
+        refused = [token for token in allowed if feed(self._validator, prefix, self._texts[token]) is None]
+        bitmask.remove(mask, refused)
 
 
 def _relaxed(schema: Schema, coerce: bool) -> Schema:
@@ -177,10 +186,11 @@ def _relaxed(schema: Schema, coerce: bool) -> Schema:
 
 
 def _relax(schema: Schema, coerce: bool) -> Schema:
-    """A schema that llguidance compiles and that accepts whatever `schema` accepts; equal to `schema` where nothing had to go.
+    """A schema that llguidance compiles and that accepts whatever `schema` accepts; `schema` itself if nothing had to
+    go.
 
-    coerce: also what llguidance only takes in some forms goes: `oneOf` becomes `anyOf`; the numbers of properties, and `patternProperties` with the
-    `additionalProperties` that rest on them, are left out.
+    coerce: also what llguidance only takes in some forms goes: `oneOf` becomes `anyOf`; the numbers of properties, and
+    `patternProperties` with the `additionalProperties` that rest on them, are left out.
     """
     if isinstance(schema, bool):
         return schema

@@ -1,7 +1,7 @@
 """JSON Schema as a judge of values: draft 2020-12, and what older drafts wrote otherwise.
 
-Validation of finished values, https://json-schema.org/draft/2020-12/json-schema-validation. The grammar that guides generation leaves out what it cannot
-express; this does not.
+Validation of finished values, https://json-schema.org/draft/2020-12/json-schema-validation. The grammar that guides
+generation leaves out what it cannot express; this does not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from hasten.guidance.text.constraints.json_keywords import Schema, resolve
-from hasten.guidance.text.vocabulary import Vocabulary
+from hasten.guidance.text.vocabulary import BYTES
 
 
 class Validator:
@@ -58,7 +58,10 @@ class Validator:
             yield schema["additionalProperties"]
 
     def of_item(self, schema: dict, index: int) -> Iterator[Schema]:
-        """The schema that one array schema itself has for an item. `items` as an array is `prefixItems` of old, `additionalItems` its `items`."""
+        """The schema that one array schema itself has for an item.
+
+        `items` as an array is `prefixItems` of old, `additionalItems` its `items`.
+        """
         items = schema.get("items")
         first, rest = (
             (items, "additionalItems") if isinstance(items, list) else (schema.get("prefixItems", []), "items")
@@ -112,9 +115,8 @@ def frozen(value: Any) -> Any:
 @cache
 def _format_matcher(name: str) -> LLMatcher:
     """A matcher of JSON strings of a format, over single bytes."""
-    bytes_ = Vocabulary([bytes([i]) for i in range(256)] + [b""], eos=[256])
     grammar = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "format": name}))
-    return LLMatcher(bytes_.llguidance, grammar)
+    return LLMatcher(BYTES.llguidance, grammar)
 
 
 def _format(validator, value, argument, schema):

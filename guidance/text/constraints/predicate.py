@@ -31,12 +31,14 @@ class Predicate(Constraint):
 
     Args:
         function: from text (str) to bool. Must be a function of the text alone: its answers are remembered.
-        on: "prefix": asked for the text after every token. It must be monotone: what it refuses, it refuses with every continuation, because a
-            refused text is never continued; where an answer is seen to break this, InconsistentPredicateError says with which texts.
-            "boundary": asked wherever whitespace follows a word, for the text up to and without that whitespace, and for the whole text at its end;
-            monotone in the same sense, which cannot be seen to break. "complete": asked for the whole text at its end alone.
+        on: "prefix": asked for the text after every token. It must be monotone: what it refuses, it refuses with every
+            continuation, because a refused text is never continued; where an answer is seen to break this,
+            InconsistentPredicateError says with which texts. "boundary": asked wherever whitespace follows a word, for
+            the text up to and without that whitespace, and for the whole text at its end; monotone in the same sense,
+            which cannot be seen to break. "complete": asked for the whole text at its end alone.
 
-    A character whose bytes are not all there yet is not part of the text that the function sees; bytes that no continuation makes UTF-8 are refused.
+    A character whose bytes are not all there yet is not part of the text that the function sees; bytes that no
+    continuation makes UTF-8 are refused.
 
     Raises (while generating):
         PredicateError: the function raised; its error is the cause, and the message holds the text.
@@ -57,7 +59,7 @@ class Predicate(Constraint):
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class _Decoded:
     """text: the characters so far; rest: the bytes of a character that is not finished."""
 
     text: str = ""
@@ -73,7 +75,7 @@ class _BoundPredicate(BoundConstraint):
             raise UnsatisfiableError(f"predicate {self._name} refuses the empty text, and so every text")
 
     def start(self):
-        return _State()
+        return _Decoded()
 
     def complete(self, state):
         return not state.rest and self._holds(state.text)
@@ -123,17 +125,17 @@ class _BoundPredicate(BoundConstraint):
         for end in range(len(text) + 1, len(longer)):
             if self._answers.get(longer[:end]) is False:
                 raise InconsistentPredicateError(
-                    f"predicate {self._name} refuses {longer[:end]!r} and accepts {longer!r}: what it refuses it must refuse with every "
-                    "continuation, or be asked at the end alone (on='complete')"
+                    f"predicate {self._name} refuses {longer[:end]!r} and accepts {longer!r}: what it refuses it must "
+                    "refuse with every continuation, or be asked at the end alone (on='complete')"
                 )
         return True
 
 
-def _decode(state: _State, text: bytes) -> _State | None:
+def _decode(state: _Decoded, text: bytes) -> _Decoded | None:
     """The state after more bytes; None where they cannot become UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         more = decoder.decode(state.rest + text)
     except UnicodeDecodeError:
         return None
-    return _State(state.text + more, decoder.getstate()[0])
+    return _Decoded(state.text + more, decoder.getstate()[0])

@@ -1,8 +1,9 @@
 """Text from a given set of strings, or out of a given corpus: sorted texts, searched by bisection.
 
-Both kinds keep one block of bytes and the places in it where texts begin, sorted by what follows there. A prefix is a range of these places, and a
-token narrows the range by bisection, whatever the tokenization. GENRE (De Cao et al. 2021) generates entity names so, with a trie of tokens, and
-SEAL (Bevilacqua et al. 2022) n-grams of a corpus, with an FM-index; bytes instead of tokens make an index independent of the tokenizer.
+Both kinds keep one block of bytes and the places in it where texts begin, sorted by what follows there. A prefix is a
+range of these places, and a token narrows the range by bisection, whatever the tokenization. GENRE (De Cao et al. 2021)
+generates entity names so, with a trie of tokens, and SEAL (Bevilacqua et al. 2022) n-grams of a corpus, with an
+FM-index; bytes instead of tokens make an index independent of the tokenizer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from hasten.guidance.text import bitmask
 from hasten.guidance.text.constraints.base import BoundConstraint, Constraint, UnsatisfiableError
 from hasten.guidance.text.vocabulary import Vocabulary
 from hasten.kernels.suffix_array import suffix_array
@@ -26,6 +28,7 @@ from hasten.kernels.suffix_array import suffix_array
 END = b"\xff"  # behind every string and document; no UTF-8 text holds it, and it sorts last
 VERSION = 1
 LONGEST = 2**31 - 1
+SHOWN_PLACES = 100
 FILES = {"texts": "texts.bin", "begins": "begins.bin"}
 
 
@@ -37,7 +40,11 @@ class Place(NamedTuple):
 
 
 class _SortedTexts(Constraint):
-    """texts: bytes, or a memory map of a file; begins: a memoryview of "i" or "q" with places in it, sorted by the bytes that follow."""
+    """An index of texts.
+
+    texts: bytes, or a memory map of a file. begins: a memoryview of "i" or "q" with places in it, sorted by the bytes
+    that follow.
+    """
 
     def __init__(self, texts: bytes | mmap.mmap, begins: memoryview):
         self._texts, self._begins = texts, begins
@@ -109,12 +116,12 @@ class _SortedTexts(Constraint):
         return f"{type(self).__name__}(<{len(self._begins)} texts>)"
 
     def _first(self, text: bytes, low: int, high: int, depth: int) -> int:
-        """The first of the places low..high - 1 whose bytes from `depth` on do not sort before the text; high if there is none."""
+        """The first of the places low..high - 1 whose bytes from `depth` on do not sort before the text, or high."""
         texts, end = self._texts, depth + len(text)
         return bisect_left(self._begins, text, low, high, key=lambda place: texts[place + depth : place + end])
 
     def _past(self, text: bytes, low: int, high: int, depth: int) -> int:
-        """The first of the places low..high - 1 whose bytes from `depth` on sort after every continuation of the text; high if there is none."""
+        """The first of the places low..high - 1 whose bytes from `depth` on sort after all that begins so, or high."""
         texts, end = self._texts, depth + len(text)
         return bisect_right(self._begins, text, low, high, key=lambda place: texts[place + depth : place + end])
 
@@ -130,7 +137,8 @@ class OneOf(_SortedTexts):
     """The text is one of the strings: names of entities, labels, answers; a handful, or millions.
 
     Args:
-        strings: at least one; duplicates count once. `save` writes the index of them to a folder, `OneOf.load` maps it from there.
+        strings: at least one; duplicates count once. `save` writes the index of them to a folder, `OneOf.load` maps it
+            from there.
 
     Raises:
         ValueError: no strings, one string instead of several, or something that is no string of UTF-8.
@@ -162,8 +170,8 @@ class Substring(_SortedTexts):
     """The text occurs verbatim in a corpus: quotations, evidence, code that exists.
 
     Args:
-        corpus: a text, or documents, whose borders no text crosses. Less than 2 GiB of UTF-8. Building the index takes 12 bytes of memory for every
-            byte of text; `save` writes it to a folder, `Substring.load` maps it from there.
+        corpus: a text, or documents, whose borders no text crosses. Less than 2 GiB of UTF-8. Building the index takes
+            12 bytes of memory for every byte of text; `save` writes it to a folder, `Substring.load` maps it.
 
     Raises:
         ValueError: an empty or too long corpus, or something that is no string of UTF-8.
@@ -195,13 +203,17 @@ class Substring(_SortedTexts):
         return high - low
 
     def places(self, text: str, limit: int | None = None) -> list[Place]:
-        """Where the text occurs, in ascending order: every place, or the first `limit` in the order of what follows the text there."""
+        """Where the text occurs, ascending: every place, or the first `limit` in the order of what follows it there."""
         low, high = self._find(text)
         high = high if limit is None else min(high, low + limit)
         found = np.sort(np.asarray(self._begins[low:high]))
         documents = np.searchsorted(self._ends, found)
         begins = np.concatenate([[0], self._ends + 1])[documents]
         return [Place(int(document), int(offset)) for document, offset in zip(documents, found - begins, strict=True)]
+
+    def value(self, text: str) -> list[Place]:
+        """The places of the text, the first SHOWN_PLACES of them."""
+        return self.places(text, SHOWN_PLACES)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -251,17 +263,17 @@ class _BoundTexts(BoundConstraint):
         """Walks the sorted tokens and the sorted texts side by side; each skips what the other does not have."""
         low, high, depth = state
         tokens, ids = self.vocabulary.by_text
-        bits = mask.view(np.uint32)
+        found: list[int] = []
         i = 0
         while i < len(tokens) and (low := self._index._first(tokens[i], low, high, depth)) < high:
             ahead = self._index._at(low, depth, self.vocabulary.longest)
             if ahead.startswith(tokens[i]):
-                for token in ids[i]:
-                    bits[token >> 5] |= np.uint32(1 << (token & 31))
+                found += ids[i]
                 i += 1
-            else:  # the next token that can be valid begins with what both share and the next byte of the text, or sorts after it
+            else:  # the next valid token begins with what both share and the next byte of the text, or sorts after it
                 shared = next(j for j, byte in enumerate(tokens[i]) if ahead[j : j + 1] != bytes([byte]))
                 i = bisect_left(tokens, ahead[: shared + 1], i + 1)
+        bitmask.add(mask, found)
 
 
 def _encode(text: str, name: str) -> bytes:

@@ -1,11 +1,11 @@
 """The linear-attention layers of transformers models, and what hasten puts in the place of their torch fallbacks.
 
-A layer keeps transformers' own forward, re-made for this instance with the slow functions that it calls replaced: everything in which the families
-differ (projections, gates, norms, caches) stays theirs. MiniMax, whose loops stand in the forward itself, gets a forward of ours.
+A layer keeps transformers' own forward, re-made for this instance with the slow functions that it calls replaced:
+everything in which the families differ (projections, gates, norms, caches) stays theirs. MiniMax, whose loops stand in
+the forward itself, gets a forward of ours.
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -14,45 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hasten.acceleration.edits import ReplaceForward
-from hasten.errors import UnsupportedModelError
 from hasten.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 from hasten.kernels.sequence import state_dtype
 
-
-def find(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear-attention layers of `model` by their names, in order."""
-    return {name: module for name, module in model.named_modules() if _kind(module)}
-
-
-def edits(model: nn.Module, strict: bool) -> tuple[list[ReplaceForward], list[UnsupportedModelError]]:
-    """The edits that make every layer fast, and why others are left alone.
-
-    Raises:
-        UnsupportedModelError: there is no such layer; with `strict`, or if no other is left, one that hasten cannot change.
-    """
-    layers = find(model)
-    if not layers:
-        known = ", ".join(dict.fromkeys(layer.models for layer in LAYERS.values()))
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        reason = f"it has no linear-attention layer that hasten knows (its model_type is {model_type!r})"
-        raise UnsupportedModelError("", type(model).__qualname__, reason, f"known are those of {known}")
-    found, refused, left_alone = [], [], []
-    for name, layer in layers.items():
-        if refusal := _refusal(name, layer):
-            refused.append(refusal)
-        elif package := _package(name, layer):
-            left_alone.append(package)
-        else:
-            found.append(ReplaceForward(name, LAYERS[type(layer).__name__].forward))
-    if refused and (strict or not found):
-        raise refused[0]
-    return found, [*refused, *left_alone]
-
-
-# Adapters: the names, arguments and side effects of the functions that they replace.
+# Adapters: the names, arguments and side effects of the functions that they replace. Whatever else a layer passes must be
+# None: an argument that is not named here is not computed.
 
 
 def chunk_delta_rule(
@@ -66,10 +34,11 @@ def chunk_delta_rule(
     output_final_state=False,
     use_qk_l2norm_in_kernel=False,
     cu_seqlens=None,
-    **unused,
+    **others,
 ):
     """For `torch_chunk_gated_delta_rule` and `chunk_kimi_delta_attention`; chunks are ours."""
     _refuse_packed(cu_seqlens)
+    _refuse_others(others)
     state = None if initial_state is None else initial_state.to(state_dtype(query))
     settings = {"decay": g, "scale": query.shape[-1] ** -0.5, "l2_norm": use_qk_l2norm_in_kernel}
     output, state = delta_rule(query, key, value, beta, initial_state=state, return_state=True, **settings)
@@ -86,10 +55,11 @@ def step_delta_rule(
     output_final_state,
     use_qk_l2norm_in_kernel=False,
     cu_seqlens=None,
-    **unused,
+    **others,
 ):
     """For `torch_recurrent_gated_delta_rule` and `recurrent_kimi_delta_attention`. A cached state of the right dtype is updated in place."""
     _refuse_packed(cu_seqlens)
+    _refuse_others(others)
     if initial_state is None:
         return chunk_delta_rule(
             query,
@@ -119,12 +89,12 @@ def chunk_mamba2(
     dt_softplus=False,
     dt_limit=(0.0, float("inf")),
     return_final_states=False,
-    z=None,
     seq_idx=None,
-    **unused,
+    **others,
 ):
     """For `mamba2_chunk_scan`: k = B, v = dt x, q = C, decay = dt A. The state [K, V] is transformers' [head_dim, state_size], transposed."""
     _refuse_packed(seq_idx)
+    _refuse_others(others)
     dt = _time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
     x = hidden_states.float()
     state = None if initial_states is None else initial_states.float().transpose(-1, -2)
@@ -147,9 +117,10 @@ def step_mamba2(
     dt_bias=None,
     dt_softplus=False,
     z=None,
-    **unused,
+    **others,
 ):
     """For `mamba2_selective_state_update`: the state is updated in place. dt, A, D and their biases are the same for a whole head there."""
+    _refuse_others(others)
     dt = _time_step(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
     x = hidden_states.float()
     kept = state.float()
@@ -167,9 +138,10 @@ def step_mamba2(
     return (output if z is None else output * F.silu(z)).to(hidden_states.dtype)
 
 
-def conv1d(hidden_states, weight, bias=None, activation=None, seq_idx=None, **unused):
+def conv1d(hidden_states, weight, bias=None, activation=None, seq_idx=None, **others):
     """For `causal_conv1d_fn`."""
     _refuse_packed(seq_idx)
+    _refuse_others(others)
     return causal_conv1d(hidden_states, weight, bias, activation=activation)
 
 
@@ -217,6 +189,12 @@ def _refuse_packed(boundaries) -> None:
         )
 
 
+def _refuse_others(others: dict) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"hasten's kernel for this layer does not compute {name}, got {value!r}: revert the model")
+
+
 def remade(**replacements: Callable) -> Callable[[nn.Module], Callable]:
     """Makes the forward of a layer anew, calling `replacements` instead of the functions of those names."""
 
@@ -242,7 +220,7 @@ class Layer:
     """A class of layers: the models that have it, what makes its fast forward, and which functions of its module that replaces."""
 
     models: str
-    forward: Callable[[nn.Module], Callable]
+    make: Callable[[nn.Module], Callable]
     replaced: tuple[str, ...] = ()
 
 
@@ -271,44 +249,3 @@ LAYERS: dict[str, Layer] = (
         Zamba2MambaMixer="Zamba2",
     )
 )
-
-
-def _kind(module: nn.Module) -> Layer | None:
-    stock = type(module).__module__.startswith("transformers.models.")
-    return LAYERS.get(type(module).__name__) if stock else None
-
-
-def _refusal(name: str, layer: nn.Module) -> UnsupportedModelError | None:
-    """Why this layer cannot be changed."""
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if "forward" in vars(layer):
-        reason = "its forward was replaced on the instance (kernelize and hooks of accelerate do that)"
-        return UnsupportedModelError(name, kind, reason, "undo that first")
-    for inner, parameter in layer.named_parameters():
-        if parameter.device.type == "meta":
-            remedy = "load the whole model into the memory of one device"
-            return UnsupportedModelError(name, kind, f"its {inner} is offloaded or on the meta device", remedy)
-        if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
-            remedy = "load the model without quantisation"
-            return UnsupportedModelError(name, kind, f"its {inner} is quantised ({parameter.dtype})", remedy)
-    called = inspect.unwrap(type(layer).forward).__code__.co_names
-    missing = [function for function in LAYERS[type(layer).__name__].replaced if function not in called]
-    if missing:
-        reason = f"its forward does not call {missing[0]}, as that of the supported transformers does"
-        return UnsupportedModelError(name, kind, reason, "use a transformers version that hasten supports")
-    return None
-
-
-def _package(name: str, layer: nn.Module) -> UnsupportedModelError | None:
-    """Says so where the layer runs the kernels of a CUDA package already. On a CPU those cannot run, whatever is installed."""
-    if next(layer.parameters()).device.type == "cpu":
-        return None
-    module = sys.modules[type(layer).__module__]
-    for function in LAYERS[type(layer).__name__].replaced:
-        closure = inspect.getclosurevars(getattr(module, function)).nonlocals
-        if closure.get("is_new_implementation", True):
-            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-            package = getattr(closure.get("implementation"), "__module__", "another package").partition(".")[0]
-            reason = f"it runs {package}'s kernels already"
-            return UnsupportedModelError(name, kind, reason, "nothing to do")
-    return None

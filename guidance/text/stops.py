@@ -1,22 +1,27 @@
-"""Generated text: where it ends, and what of it is certain."""
+"""Where the text that a constraint is about begins and ends: after a marker, and before a stop string."""
 
-import codecs
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hasten.guidance.text.constraints import BoundConstraint
-from hasten.guidance.text.vocabulary import Vocabulary
-
-# A constraint over it can be asked about any text, however tokens would cut it.
-BYTES = Vocabulary([*(bytes([byte]) for byte in range(256)), b""], eos=(256,))
+from hasten.guidance.text import bitmask
+from hasten.guidance.text.constraints.base import BoundConstraint
 
 
 class Stops:
-    """The strings that end a text. They are looked for in bytes, so that it does not matter how tokens cut them."""
+    """The strings that end a text. They are looked for in bytes, so that it does not matter how tokens cut them.
+
+    Raises:
+        ValueError: one that is no string, or empty.
+    """
 
     def __init__(self, strings: tuple[str, ...]):
+        for string in strings:
+            if not isinstance(string, str) or not string:
+                raise ValueError(f"stop must be strings that are not empty, got {string!r}")
         self._strings = tuple(string.encode() for string in strings)
         self._longest = max(map(len, self._strings), default=0)
 
@@ -34,22 +39,8 @@ class Stops:
         return len(text)
 
 
-class Printer:
-    """Turns growing bytes into pieces of text that no later byte changes."""
-
-    def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._printed = 0
-
-    def print(self, text: bytes, certain: int, final: bool = False) -> str:
-        """What has become certain since the last call."""
-        piece = self._decoder.decode(text[self._printed : certain], final)
-        self._printed = max(self._printed, certain)
-        return piece
-
-
 def holds(bound: BoundConstraint, text: bytes) -> bool:
-    """Whether a complete text satisfies a constraint that is bound to BYTES."""
+    """Whether a complete text satisfies a constraint that is bound to `vocabulary.BYTES`."""
     state = bound.start()
     for byte in text:
         if not bound.check(state, byte):
@@ -81,18 +72,16 @@ class After(BoundConstraint):
 
     def check(self, state: Any, token: int) -> bool:
         if isinstance(state, Waiting):
-            return token not in self.vocabulary.eos
+            return token not in self._eos
         return self._constraint.check(state, token)
 
     def advance(self, state: Any, token: int) -> Any:
         if not isinstance(state, Waiting):
             return self._constraint.advance(state, token)
         seen = state.tail + self.vocabulary.tokens[token]
-        return (
-            self._constraint.start()
-            if self._marker in seen
-            else Waiting(seen[max(0, len(seen) - len(self._marker) + 1) :])
-        )
+        if self._marker in seen:
+            return self._constraint.start()
+        return Waiting(seen[max(0, len(seen) - len(self._marker) + 1) :])
 
     def fork(self, state: Any) -> Any:
         return state if isinstance(state, Waiting) else self._constraint.fork(state)
@@ -104,13 +93,10 @@ class After(BoundConstraint):
         if not isinstance(state, Waiting):
             return self._constraint.fill_mask(state, mask_row)
         mask_row[:] = -1
-        for token in self.vocabulary.eos:
-            mask_row[token >> 5] &= ~np.uint32(1 << (token & 31)).astype(np.int32)
+        bitmask.remove(mask_row, self._eos_ids)
         return True
 
     def allowed_text(self, state: Any) -> str:
-        return (
-            f"anything up to {self._marker.decode()!r}"
-            if isinstance(state, Waiting)
-            else self._constraint.allowed_text(state)
-        )
+        if isinstance(state, Waiting):
+            return f"anything up to {self._marker.decode()!r}"
+        return self._constraint.allowed_text(state)

@@ -1,0 +1,152 @@
+"""What stands in for the forward of a module while a model is accelerated.
+
+The module stays the object that it was, with its class, parameters, hooks and names; a `Forward` lies on the instance as
+its `forward`, and is copied and pickled with it.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hasten.errors import StateError
+from hasten.kernels import backend
+from hasten.kernels.column_sparse_linear import column_sparse_linear
+from hasten.kernels.linear import linear
+
+
+class Forward:
+    """The forward of one module, by hasten's kernels.
+
+    Args:
+        module: whose forward it is.
+        name: the module's name in the model.
+    """
+
+    def __init__(self, module: nn.Module, name: str):
+        self.module, self.name = module, name
+
+    def __call__(self, *arguments, **keywords):
+        raise NotImplementedError
+
+    def dense(self, *arguments, **keywords):
+        """The forward that the module's class has."""
+        return type(self.module).forward(self.module, *arguments, **keywords)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that are read past the modules that hold them, by their names in the model."""
+        return {f"{self.name}.{name}": weight for name, weight in self.module.named_parameters()}
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds beside the module's own weights."""
+        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
+    def copied(self, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+        """The arguments of a call, with copies of those that a call changes (caches)."""
+        return arguments, keywords
+
+    def beside_definition(self, *arguments, **keywords):
+        """The output of a call, and that of the same call by the kernels' definitions in plain torch."""
+        again, words = self.copied(arguments, keywords)
+        output = self(*arguments, **keywords)
+        with backend.use("reference"):
+            return output, self(*again, **words)
+
+    def active(self, *arguments, **keywords) -> tuple[int, int] | None:
+        """How many inputs a call multiplies, and how many there are; None where a call skips nothing by design."""
+        return None
+
+    def refuse_thawed(self) -> None:
+        """Raises `StateError` where gradients are wanted that the kernels do not have."""
+        if not torch.is_grad_enabled():
+            return
+        for name, weight in self.weights().items():
+            if weight.requires_grad:
+                raise StateError(
+                    f"{name} requires grad since hasten.accelerate, and hasten's kernels have no gradients: call "
+                    "model.requires_grad_(False), run under torch.no_grad(), or train after hasten.revert(model)"
+                )
+
+
+def decode_rows(x: torch.Tensor) -> int:
+    """The batch size of a decode step, 0 for anything else: x is [B, 1, K], or [1, K] where a model flattens its tokens."""
+    if x.dim() == 3:
+        return x.shape[0] if x.shape[1] == 1 else 0
+    return 1 if x.dim() == 2 and x.shape[0] == 1 else 0
+
+
+def own_cache(arguments: tuple, keywords: dict, layer: int | None) -> tuple[tuple, dict]:
+    """The arguments of a layer's call, with a cache of which the entry of this layer is a copy, so that a call can be repeated."""
+
+    def again(value):
+        if layer is not None and isinstance(getattr(value, "layers", None), list):
+            other = copy.copy(value)
+            other.layers = list(value.layers)
+            if layer < len(value.layers):
+                other.layers[layer] = copy.deepcopy(value.layers[layer])
+            return other
+        return copy.deepcopy(value)
+
+    return tuple(map(again, arguments)), {name: again(value) for name, value in keywords.items()}
+
+
+class Watch:
+    """Notices that a weight was written to, replaced, or moved since thresholds and layout were derived from it.
+
+    Every call compares the version and address of the weights, a prefill on a CPU also samples of their values, for writes
+    through `.data` have no version. The stamps are taken at the first check; a copy or a pickle takes its own.
+    """
+
+    def __init__(self):
+        self.stamps: list[tuple[int, int]] = []  # address and version of each weight
+        self.samples: list[torch.Tensor] = []
+
+    def check(self, weights: dict[str, torch.Tensor], thorough: bool) -> None:
+        """Raises `StateError` where one of `weights`, by their names, is not what it was."""
+        if torch.compiler.is_compiling():
+            return
+        stamps = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights.values()]
+        if not self.stamps:
+            self.stamps = stamps
+            self.samples = [_sample(weight) for weight in weights.values()]
+            return
+        changed = [stamp != now for stamp, now in zip(self.stamps, stamps, strict=True)]
+        if thorough and not any(changed):
+            changed = [
+                weight.is_cpu and not torch.equal(_sample(weight), sample)
+                for weight, sample in zip(weights.values(), self.samples, strict=True)
+            ]
+        if any(changed):
+            raise StateError(
+                f"{list(weights)[changed.index(True)]} was changed after hasten.accelerate: call hasten.revert(model), "
+                "which keeps the new weight, and accelerate again"
+            )
+
+    def restart(self) -> None:
+        """Takes the weights as they are at the next check."""
+        self.stamps = []
+
+    def __reduce__(self):
+        return Watch, ()
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """Some 64 values of a weight of either layout."""
+    values = weight.detach()
+    if not values.is_contiguous():
+        values = values.transpose(-1, -2)
+    values = values.reshape(-1)
+    return values[:: max(1, values.numel() // 64)].clone()
+
+
+def matrix(module: nn.Module) -> torch.Tensor:
+    """The weight [N, K] of a linear map. `Conv1D` stores it transposed, so that its columns are contiguous."""
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The dense product by hasten's kernel for the layout of `weight`: x [..., K], weight [N, K] -> [..., N]."""
+    if weight.is_contiguous():
+        return linear(x, weight, bias)
+    return column_sparse_linear(x, weight, None, bias)

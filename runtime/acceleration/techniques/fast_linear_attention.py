@@ -1,0 +1,119 @@
+"""Linear-attention layers on hasten's kernels."""
+
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+from torch import nn
+
+from hasten.acceleration.edits import MarkStateful, ReplaceForward
+from hasten.acceleration.forwards import Forward, own_cache
+from hasten.acceleration.techniques.base import DECODE, PREFILL, Regime, Skip, Technique
+from hasten.acceleration.techniques.linear_attention_layers import LAYERS
+from hasten.errors import Refusal, UnsupportedModelError
+
+
+class LinearAttentionLayer(Forward):
+    """The forward of one linear-attention layer, re-made from its class's with hasten's kernels."""
+
+    def __init__(self, module: nn.Module, name: str):
+        super().__init__(module, name)
+        self.function = None
+
+    def __call__(self, *arguments, **keywords):
+        self.refuse_thawed()
+        if self.function is None:  # made at the first call: a copy of the module is empty when this is copied
+            self.function = LAYERS[type(self.module).__name__].make(self.module)
+        return self.function(self.module, *arguments, **keywords)
+
+    def __getstate__(self):
+        return vars(self) | {"function": None}
+
+    def copied(self, arguments, keywords):
+        return own_cache(arguments, keywords, getattr(self.module, "layer_idx", None))
+
+
+@dataclass(frozen=True, slots=True)
+class FastLinearAttention(Technique):
+    """Exact: linear-attention layers (lightning attention, gated delta rule, Kimi delta attention, Mamba-2) run hasten's
+    kernels instead of transformers' torch fallbacks, in prefill, in the continuation of a cached prefix and in decode,
+    with their state in float32.
+    """
+
+    exact: ClassVar[bool] = True
+
+    def targets(self, anatomy):
+        return tuple(_found(anatomy)[0])
+
+    def edits(self, anatomy, settings):
+        edits = [ReplaceForward(name, LinearAttentionLayer) for name in _found(anatomy)[0]]
+        return edits if getattr(anatomy.model, "_is_stateful", True) else [*edits, MarkStateful()]
+
+    def skips(self, anatomy, settings):
+        return _found(anatomy)[1]
+
+    def regimes(self, anatomy):
+        return (DECODE, PREFILL, Regime(tokens=512))
+
+
+def _found(anatomy) -> tuple[dict[str, nn.Module], list[Skip]]:
+    """The layers that can be made fast, and those that run a CUDA kernel package already.
+
+    Raises:
+        UnsupportedModelError: there is no such layer.
+    """
+    layers = anatomy.modules(LAYERS)
+    if not layers:
+        known = ", ".join(dict.fromkeys(layer.models for layer in LAYERS.values()))
+        reason = f"it has no linear-attention layer that hasten knows (its model_type is {anatomy.model_type!r})"
+        raise UnsupportedModelError("", type(anatomy.model).__qualname__, reason, f"known are those of {known}")
+    found, left = {}, []
+    for name, layer in layers.items():
+        if refusal := _refusal(name, layer):
+            anatomy.refuse(refusal)
+        elif package := _package(layer):
+            left.append(Skip(name, f"it runs {package}'s kernels already"))
+        else:
+            found[name] = layer
+    return found, left
+
+
+def _refusal(name: str, layer: nn.Module) -> Refusal | None:
+    """Why this layer cannot be changed."""
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if "forward" in vars(layer) and not isinstance(vars(layer)["forward"], LinearAttentionLayer):
+        reason = "its forward was replaced on the instance (kernelize and hooks of accelerate do that)"
+        return Refusal(name, kind, reason, "undo that first")
+    for inner, parameter in layer.named_parameters():
+        if parameter.device.type == "meta":
+            remedy = "load the whole model into the memory of one device"
+            return Refusal(name, kind, f"its {inner} is offloaded or on the meta device", remedy)
+        if not parameter.is_floating_point():
+            remedy = "load the model without quantisation"
+            return Refusal(name, kind, f"its {inner} is quantised ({parameter.dtype})", remedy)
+    missing = _missing(type(layer))
+    if missing:
+        reason = f"its forward does not call {missing[0]}, as that of the supported transformers does"
+        return Refusal(name, kind, reason, "use a transformers version that hasten supports")
+    return None
+
+
+@cache
+def _missing(layer: type[nn.Module]) -> list[str]:
+    """The functions that the forward of this class of layers should call, and does not."""
+    called = inspect.unwrap(layer.forward).__code__.co_names
+    return [function for function in LAYERS[layer.__name__].replaced if function not in called]
+
+
+def _package(layer: nn.Module) -> str | None:
+    """The CUDA package whose kernels the layer runs. On a CPU those cannot run, whatever is installed."""
+    if next(layer.parameters()).device.type == "cpu":
+        return None
+    module = sys.modules[type(layer).__module__]
+    for function in LAYERS[type(layer).__name__].replaced:
+        closure = inspect.getclosurevars(getattr(module, function)).nonlocals
+        if closure.get("is_new_implementation", True):
+            return getattr(closure.get("implementation"), "__module__", "another package").partition(".")[0]
+    return None

@@ -1,0 +1,42 @@
+"""Facts about a language model that several wings need, and the progress bar that they all show."""
+
+import os
+import sys
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+
+def vocabulary(model: nn.Module) -> int:
+    """The number of token ids that the model embeds: 0 to one less."""
+    return model.get_input_embeddings().num_embeddings
+
+
+def longest_input(model: nn.Module) -> int:
+    """The number of positions that the model was made for; `sys.maxsize` where its configuration names none."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions and positions > 0 else sys.maxsize  # XLNet, without such a limit, has -1
+
+
+def cache_of(output) -> dict[str, object]:
+    """The cache in a model's output, by the name of the argument that takes it: Mamba-2 calls it `cache_params`."""
+    name = "past_key_values" if hasattr(output, "past_key_values") else "cache_params"
+    return {name: getattr(output, name)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until `device` has finished what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def progress(items, description: str, unit: str = "it"):
+    """`items` with a progress bar: on a terminal only, and off with HASTEN_DISABLE_PROGRESS=1."""
+    disabled = True if os.environ.get("HASTEN_DISABLE_PROGRESS", "0") not in ("", "0") else None
+    return tqdm(items, desc=description, unit=unit, disable=disabled, leave=False)
