@@ -20,7 +20,7 @@ ROOTS = {
     "hasten.bench": "bench",
 }
 
-DIFFUSERS = "diffusers>=0.42,<0.43"  # the versions in runtime/denoisers.py
+DIFFUSERS = "diffusers>=0.42,<0.43"  # the versions in runtime/pipelines/families.py
 
 # Instruction sets, best first; kernels/cpu.py picks one at run time. Every set contains the one after it.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -42,7 +42,8 @@ def packages() -> list[str]:
 class BuildKernels(build_ext):
     """Compiles each source once per instruction set and links all of them into one library with a plain C ABI.
 
-    Without a compiler the install goes on (the extension is optional); `<library>.txt` keeps the reason for `hasten doctor`.
+    Without a compiler the install goes on (the extension is optional); `<library>.txt` keeps the reason for
+    `hasten doctor`.
     """
 
     def get_ext_filename(self, fullname):

@@ -241,6 +241,12 @@ template <class Body> inline void parallel(int64_t count, int64_t grain, int thr
     for (int64_t begin = 0; begin < count; begin += piece) body(begin, smaller(begin + piece, count));
 }
 
+// body(job) for every job on at most `threads` threads, each taking the next one when it is done: for jobs of unequal size.
+template <class Body> inline void parallel_jobs(int64_t jobs, int threads, const Body& body) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int64_t job = 0; job < jobs; job++) body(job);
+}
+
 // Calls body with a null pointer to the stored type of a dtype code (see storage.py).
 template <class Body> inline int with_dtype(int dtype, const Body& body) {
     switch (dtype) {

@@ -1,6 +1,6 @@
 """How weights are stored: the dtypes that kernels read, the two layouts, and the checks that the linear operators share.
 
-A weight is logically [N, K], as in torch.nn.Linear. Row-major: a row (one output's weights) is contiguous, what nn.Linear
+A weight is logically [N, K], as in torch.nn.Linear, or [E, N, K] for E experts. Row-major: a row (one output's weights) is contiguous, what nn.Linear
 has. Column-major: a column (one input's weights) is contiguous, so that columns of inputs that are zero need not be read.
 """
 
@@ -15,13 +15,15 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def is_row_major(weight: torch.Tensor) -> bool:
-    """Whether weight [N, K] has contiguous rows."""
+    """Whether weight [..., N, K] has contiguous rows, and nothing between matrices."""
     return weight.is_contiguous()
 
 
 def is_column_major(weight: torch.Tensor) -> bool:
-    """Whether weight [N, K] has contiguous columns."""
-    return (weight.stride(0) == 1 and weight.stride(1) == weight.size(0)) or weight.t().is_contiguous()
+    """Whether weight [..., N, K] has contiguous columns, and nothing between matrices."""
+    if weight.dim() == 2 and weight.stride(0) == 1 and weight.stride(1) == weight.size(0):
+        return True
+    return weight.mT.is_contiguous()
 
 
 def to_column_major(weight: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ def vocabulary(model: nn.Module) -> int:
 
 def longest_input(model: nn.Module) -> int:
     """The number of positions that the model was made for; `sys.maxsize` where its configuration names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions and positions > 0 else sys.maxsize  # XLNet, without such a limit, has -1
 
 
 def cache_of(output) -> dict[str, object]:

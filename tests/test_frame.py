@@ -30,6 +30,12 @@ MAY_IMPORT = {
     "hasten.guidance": ("hasten.guidance", "hasten.kernels"),
     "hasten.sparsity": ("hasten.sparsity", "hasten.kernels"),
 }
+# Folders of a package that do not import each other; they share the package's own files. Beside them `hasten.models`
+# holds model classes, which know no wing, and the command line sees all.
+WINGS = {
+    "hasten": ("hasten.acceleration", "hasten.pipelines", "hasten.generation"),
+    "hasten.guidance": ("hasten.guidance.diffusion", "hasten.guidance.text"),
+}
 TOP_LEVEL = {
     *FOLDERS.values(), "tests", ".ci", "setup.py", "pyproject.toml", "constraints.txt",
     "README.md", "CHANGELOG.md", "LICENSE", ".gitignore",
@@ -67,6 +73,12 @@ def imports(module: str, path: Path) -> set[str]:
     return names
 
 
+def shared(package: str) -> dict[str, Path]:
+    """The files of a package itself, which its wings share; not its public face."""
+    own = modules(package).items()
+    return {module: path for module, path in own if path.parent == Path(FOLDERS[package]) and module != package}
+
+
 def inside(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
@@ -85,6 +97,34 @@ def test_imports_run_down(package):
         for name in imports(module, path):
             assert not inside(name, ("hasten",)) or inside(name, MAY_IMPORT[package]), f"{path} imports {name}"
             assert not inside(name, ("transformers", "diffusers")), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(("package", "wing"), [(package, wing) for package in WINGS for wing in WINGS[package]])
+def test_wings_do_not_import_each_other(package, wing):
+    """A wing sees itself, the files that its package shares and the packages below; model classes are runtime's alone."""
+    floors = tuple(floor for floor in FOLDERS if floor not in ("hasten", "hasten.bench", package))
+    below = floors if package == "hasten" else MAY_IMPORT[package][1:]
+    allowed = (wing, *shared(package), *below, *(("hasten.models",) if package == "hasten" else ()))
+    found = {module: path for module, path in modules(package).items() if inside(module, (wing,))}
+    assert len(found) > 1
+    for module, path in found.items():
+        for name in imports(module, path):
+            assert not inside(name, ("hasten",)) or inside(name, allowed), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("package", WINGS)
+def test_what_wings_share_imports_none_of_them(package):
+    others = {module: path for module, path in modules(package).items() if inside(module, ("hasten.models",))}
+    assert shared(package) and (others or package != "hasten")
+    for module, path in (shared(package) | others).items():
+        for name in imports(module, path):
+            assert not inside(name, (*WINGS[package], "hasten.cli")), f"{path} imports {name}"
+
+
+def test_the_public_face_names_what_the_wings_hold():
+    named = {module.partition(".")[0] for module in hasten._WHERE}
+    assert named >= {"acceleration", "pipelines", "generation", "guidance"}
+    assert imports("hasten", Path("runtime/__init__.py")) == {"importlib"}
 
 
 def test_only_the_command_line_imports_the_benchmarks():

@@ -1,12 +1,15 @@
-"""Guidance on the embedded digit model: what each guide costs and what it does to samples, against classifier-free guidance from the same noise.
+"""Guidance on the embedded digit model: what each guide costs and what it does to samples, against classifier-free
+guidance from the same noise.
 
-Every guide draws the same 1,000 digits (seeds 0 to 999) in ten rounds of 100, all guides once per round, so that wall times are compared within a
-round; so are times of the processor, which other work on the machine disturbs less. Thresholds of adaptive guidance are set beforehand, on other
-seeds, to a stated number of evaluations; nothing is set on the seeds that are reported. Intervals are 95 %: Wilson's for accuracy, bootstrap over
-seeds (or over rounds, for time) for the rest.
+Every guide draws the same 1,000 digits (seeds 0 to 999) in ten rounds of 100, all guides once per round, so that wall
+times are compared within a round; so are times of the processor, which other work on the machine disturbs less.
+Thresholds of adaptive guidance are set beforehand, on other seeds, to a stated number of evaluations; nothing is set on
+the seeds that are reported. Intervals are 95 %: Wilson's for accuracy, bootstrap over seeds (or over rounds, for time)
+for the rest.
 
     python bench/runtime/guidance.py --json bench/results/guidance-digits-cpu.json
-    python bench/runtime/guidance.py --only "CFG 3" "AG 3*" "cutoff 3*" "CFG 5" "AG 5*" "cutoff 5*" --json bench/results/guidance-digits-time-cpu.json
+    python bench/runtime/guidance.py --only "CFG 3" "AG 3*" "cutoff 3*" "CFG 5" "AG 5*" "cutoff 5*" \\
+        --json bench/results/guidance-digits-time-cpu.json
 
 Needs scikit-learn, for the real digits that the Fréchet distance compares with.
 """
@@ -41,7 +44,8 @@ GUIDED_STEPS = 23.5  # on average, of STEPS: 26.5 % fewer evaluations than full 
 MIN_GUIDED_STEPS = 5
 ADAPTIVE_SCALES = (3.0, 5.0)
 CUTOFFS = (24, 25)
-# Bounds on the norm of APG's update that are in use (SDXL 15 on 4 x 128 x 128 latents; EDM2 2.5 on 4 x 64 x 64), for 64 elements.
+# Bounds on the norm of APG's update that are in use (SDXL 15 on 4 x 128 x 128 latents; EDM2 2.5 on 4 x 64 x 64), for 64
+# elements.
 NORMS = {
     "SDXL": 15 * (64 / 65536) ** 0.5,
     "EDM2": 2.5 * (64 / 16384) ** 0.5,
@@ -87,7 +91,8 @@ def cases(model) -> list[Case]:
 
 
 def calibrate(model, scale: float, space: str, criterion: str) -> float:
-    """The threshold at which adaptive guidance stops after GUIDED_STEPS on average, from traces of full guidance: up to the stop they are its own.
+    """The threshold at which adaptive guidance stops after GUIDED_STEPS on average, from traces of full guidance: up to
+    the stop they are its own.
 
     criterion: "cosine", or "update" for (scale - 1) * ||difference|| / ||conditional||.
     """
@@ -112,7 +117,9 @@ def calibrate(model, scale: float, space: str, criterion: str) -> float:
 
 
 def select(every: list[Case], patterns: list[str]) -> list[Case]:
-    """The cases whose name matches one of the patterns; a ValueError where one is to be compared with a case that is left out."""
+    """The cases whose name matches one of the patterns; a ValueError where one is to be compared with a case that is
+    left out.
+    """
     chosen = [case for case in every if any(fnmatch(case.name, pattern) for pattern in patterns)]
     missing = {case.reference for case in chosen} - {case.name for case in chosen}
     if missing or not chosen:
@@ -198,7 +205,10 @@ def claims(records: list[dict], raw: dict[str, dict]) -> list[dict]:
         if equal:
             figures["distance_minus_cutoff"] = difference(raw, name, equal, "distance")
             holds = holds and figures["distance_minus_cutoff"]["high"] < 0
-        claim = "cuts >= 25 % of evaluations and >= 20 % of time, accuracy within 1 point of CFG, nearer to CFG than the cutoff"
+        claim = (
+            "cuts >= 25 % of evaluations and >= 20 % of time, accuracy within 1 point of CFG, "
+            "nearer to CFG than the cutoff"
+        )
         found.append({"case": name, "claim": claim, "holds": bool(holds and equal), **figures})
     for name in (name for name in of if name.startswith("APG ")):
         accuracy = difference(raw, name, "CFG 3", "correct")
@@ -246,7 +256,9 @@ def wilson(correct: torch.Tensor, z: float = 1.96) -> dict:
 
 
 def frechet(features: torch.Tensor, other: torch.Tensor) -> float:
-    """The Fréchet distance between two clouds [n, C], as Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6), on the digit classifier."""
+    """The Fréchet distance between two clouds [n, C], as Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6),
+    on the digit classifier.
+    """
     (mean, covariance), (mean_other, covariance_other) = (
         (cloud.double().mean(0), torch.cov(cloud.double().T)) for cloud in (features, other)
     )
@@ -275,12 +287,13 @@ def main() -> None:
 
     print(f"{args.samples} digits per case; Fréchet distance of the training digits to the held-out ones: {floor:.2f}")
     for record in records:
-        print(
+        line = (
             "{case:34} {evaluations:6.1f} evaluations  {time_ratio[estimate]:.2f} x time "
             "({processor_time_ratio[estimate]:.2f} x processor time)  accuracy {accuracy[estimate]:.1%} "
-            "[{accuracy[low]:.1%}, {accuracy[high]:.1%}]  saturation {saturation[estimate]:.2%}  contrast {contrast[estimate]:.3f}  "
-            "from {reference} {distance[estimate]:.4f}  Fréchet {frechet:.2f}".format(**record)
+            "[{accuracy[low]:.1%}, {accuracy[high]:.1%}]  saturation {saturation[estimate]:.2%}  "
+            "contrast {contrast[estimate]:.3f}  from {reference} {distance[estimate]:.4f}  Fréchet {frechet:.2f}"
         )
+        print(line.format(**record))
     shown = claims(records, raw)
     for claim in shown:
         print(f"{'holds' if claim['holds'] else 'FAILS':6}{claim['case']}: {claim['claim']}")

@@ -1,4 +1,6 @@
-"""Adaptive Guidance (Castillo et al. 2023, arXiv 2312.12487): once both predictions agree, the unconditional pass is no longer computed."""
+"""Adaptive Guidance (Castillo et al. 2023, arXiv 2312.12487): once both predictions agree, the unconditional pass is no
+longer computed.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ _MEMORY = "adaptive_guidance"
 
 
 def agreement(conditional: torch.Tensor, unconditional: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far two predictions [B, ...] agree, at least in float32, each [B] and on their device: "cosine", "update_norm" (of conditional -
-    unconditional) and "conditional_norm".
+    """How far two predictions [B, ...] agree, at least in float32, each [B] and on their device: "cosine",
+    "update_norm" (of conditional - unconditional) and "conditional_norm".
     """
     wide = torch.promote_types(conditional.dtype, torch.float32)
     c, u = conditional.flatten(1).to(wide), unconditional.flatten(1).to(wide)
@@ -42,26 +44,28 @@ def agreement(conditional: torch.Tensor, unconditional: torch.Tensor) -> dict[st
 
 @dataclass(frozen=True)
 class AdaptiveGuidance(Guide):
-    """Classifier-free guidance until the cosine between the conditional and the unconditional prediction of a sample reaches a threshold, the
-    conditional prediction alone from the next step on (arXiv 2312.12487, section 5). A run of N steps that stops after k costs 2 k + (N - k)
-    evaluations, and is classifier-free guidance bit for bit up to there.
+    """Classifier-free guidance until the cosine between the conditional and the unconditional prediction of a sample
+    reaches a threshold, the conditional prediction alone from the next step on (arXiv 2312.12487, section 5). A run of
+    N steps that stops after k costs 2 k + (N - k) evaluations, and is classifier-free guidance bit for bit up to there.
 
-    Per step it records, beside "scale" (1 once all rows have stopped), the "space" and what it measured there: `agreement`, NaN in the rows that have
-    stopped. memory["adaptive_guidance"] holds "space", "lag", "guided" (how many steps have
-    been) and "stopped" [B] bool.
+    Per step it records, beside "scale" (1 once all rows have stopped), the "space" and what it measured there:
+    `agreement`, NaN in the rows that have stopped. memory["adaptive_guidance"] holds "space", "lag", "guided" (how many
+    steps have been) and "stopped" [B] bool.
 
     Args:
         scale: of classifier-free guidance, off at 1.
-        threshold: on the cosine, in [-1, 1]; math.inf never stops, which is classifier-free guidance. Thresholds carry over neither between spaces
-            nor between models.
-        space: where cosine and norms are measured: on the noise ("epsilon", as published), on "x0", or on what the "model" predicts. At high noise
-            both noise predictions are nearly the sample itself, and their cosine nearly 1, before guidance has done anything.
+        threshold: on the cosine, in [-1, 1]; math.inf never stops, which is classifier-free guidance. Thresholds carry
+            over neither between spaces nor between models.
+        space: where cosine and norms are measured: on the noise ("epsilon", as published), on "x0", or on what the
+            "model" predicts. At high noise both noise predictions are nearly the sample itself, and their cosine nearly
+            1, before guidance has done anything.
         min_guided_steps: no stop before so many guided steps, at least 1; against the trap just named.
-        batch: "all" keeps guiding all rows until each has reached the threshold once; "rows" lets every row stop by itself.
-        tolerance: in place of the cosine's threshold: a sample stops once (scale - 1) * update_norm / conditional_norm is below it. Unlike the cosine
-            this accounts for the scale. A criterion of ours, not the paper's.
-        lag: how many steps late the device's answer is read, so that it need not wait for the host: each adds one guided step. None: 0 on CPU, 1
-            elsewhere.
+        batch: "all" keeps guiding all rows until each has reached the threshold once; "rows" lets every row stop by
+            itself.
+        tolerance: in place of the cosine's threshold: a sample stops once (scale - 1) * update_norm / conditional_norm
+            is below it. Unlike the cosine this accounts for the scale. A criterion of ours, not the paper's.
+        lag: how many steps late the device's answer is read, so that it need not wait for the host: each adds one
+            guided step. None: 0 on CPU, 1 elsewhere.
     """
 
     scale: float = 7.5
@@ -127,7 +131,7 @@ class AdaptiveGuidance(Guide):
         return step.memory[_MEMORY]
 
     def _measure(self, step, conditional, unconditional):
-        """Records cosine and norms of the step and, past the guard, which rows have agreed by now; all on the device."""
+        """Records cosine and norms of the step and, past the guard, which rows have agreed by now."""
         c, u = (self._in_space(step, prediction) for prediction in (conditional, unconditional))
         measured = agreement(c, u)
         step.record({"scale": self.scale, "space": self.space, **measured})

@@ -14,17 +14,18 @@ _MOMENTUM = "apg.momentum"
 
 @dataclass(frozen=True)
 class AdaptiveProjectedGuidance(Guide):
-    """Guidance whose update is averaged with its past, bounded in norm, and freed of the part that only rescales the conditional prediction (the
-    part that saturates images), in this order (arXiv 2410.02416, algorithm 1).
+    """Guidance whose update is averaged with its past, bounded in norm, and freed of the part that only rescales the
+    conditional prediction (the part that saturates images), in this order (arXiv 2410.02416, algorithm 1).
 
-    All of it happens on x0, whatever the model predicts: the projection and the norm mean something else on noise or velocity.
+    All of it happens on x0, whatever the model predicts: the projection and the norm mean something else on noise or
+    velocity.
 
     Args:
         scale: off at 1. High values are what the method is for: 10 and more.
         eta: weight of the part of the update parallel to the conditional x0; 0 as recommended, 1 keeps it.
         momentum: weight of the running average of past updates, negative to push away from them, in (-1, 1); 0: none.
-        max_norm: bound on the L2 norm of a sample's update; None: none. It grows as the square root of the number of elements, so it does not carry
-            over from one latent size to another (SDXL: 15, with momentum -0.5).
+        max_norm: bound on the L2 norm of a sample's update; None: none. It grows as the square root of the number of
+            elements, so it does not carry over from one latent size to another (SDXL: 15, with momentum -0.5).
     """
 
     scale: float = 10.0
@@ -61,7 +62,9 @@ class AdaptiveProjectedGuidance(Guide):
 
 
 def project(update: torch.Tensor, onto: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parts of `update` [B, ...] parallel and orthogonal to `onto` [B, ...], row by row; in float64 where the device has it."""
+    """The parts of `update` [B, ...] parallel and orthogonal to `onto` [B, ...], row by row; in float64 where the
+    device has it.
+    """
     wide = torch.float32 if update.device.type == "mps" else torch.float64
     u, v = update.to(wide), onto.to(wide)
     along = (u * v).flatten(1).sum(dim=1) / v.square().flatten(1).sum(dim=1).clamp_min(torch.finfo(wide).tiny)

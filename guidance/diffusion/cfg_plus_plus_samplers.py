@@ -1,8 +1,9 @@
 """The samplers of CFG++ (Chung et al. 2024, arXiv 2406.08070), each as a pure function over x0-predictions.
 
-`predict(x, alpha, sigma)` returns the conditional and the unconditional x0-prediction [B, ...] at x [B, ...]. `strength` is the lambda of the paper:
-guided = unconditional + strength * (conditional - unconditional). Below, s = sigma / alpha and x / alpha are what variance-exploding samplers call sigma
-and x, so that one function serves every schedule.
+`predict(x, alpha, sigma)` returns the conditional and the unconditional x0-prediction [B, ...] at x [B, ...].
+`strength` is the lambda of the paper: guided = unconditional + strength * (conditional - unconditional).
+Below, s = sigma / alpha and x / alpha are what variance-exploding samplers call sigma and x: one function serves every
+schedule.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Predict = Callable[[torch.Tensor, float, float], tuple[torch.Tensor, torch.Tenso
 def ddim(predict: Predict, schedule: Schedule, x: torch.Tensor, strength: float) -> torch.Tensor:
     """DDIM (algorithm 2): x' = alpha' * guided + sigma' * unconditional noise.
 
-    On a variance-exploding schedule this is Euler, x' = guided + s' * (x - unconditional) / s; on a flow it is Euler on the flow,
-    x' = x - (1 - sigma') * sigma * u_guided + sigma' * (1 - sigma) * u_unconditional.
+    On a variance-exploding schedule this is Euler, x' = guided + s' * (x - unconditional) / s; on a flow it is Euler on
+    the flow, x' = x - (1 - sigma') * sigma * u_guided + sigma' * (1 - sigma) * u_unconditional.
     """
     return ancestral(predict, schedule, x, strength, eta=0.0)
 
@@ -35,8 +36,8 @@ def ancestral(
     eta: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Euler ancestral: the deterministic part leads to s_down = sqrt(s'^2 - s_up^2) rather than s', and s_up * fresh noise is added, with
-    s_up^2 = eta^2 * s'^2 * (s^2 - s'^2) / s^2.
+    """Euler ancestral: the deterministic part leads to s_down = sqrt(s'^2 - s_up^2) rather than s', and s_up * fresh
+    noise is added, with s_up^2 = eta^2 * s'^2 * (s^2 - s'^2) / s^2.
     """
     check_number("strength", strength, 0, 1)
     check_number("eta", eta, 0, 1)
@@ -54,10 +55,11 @@ def ancestral(
 
 def dpmpp_2m(predict: Predict, schedule: Schedule, x: torch.Tensor, strength: float) -> torch.Tensor:
     """DPM-Solver++ 2M: with h = log(s / s') and r = h_last / h, in units of x / alpha,
-    x' = guided - e^-h * unconditional + e^-h * x + (1 - e^-h) * (unconditional - last unconditional) / (2 r); Euler at the first and the last step.
+    x' = guided - e^-h * unconditional + e^-h * x + (1 - e^-h) * (unconditional - last unconditional) / (2 r);
+    Euler at the first and the last step.
 
-    The difference is of unconditional predictions on both sides; taking the guided one as its first term mixes two quantities, and does not vanish
-    where the predictions do not change.
+    The difference is of unconditional predictions on both sides; taking the guided one as its first term mixes two
+    quantities, and does not vanish where the predictions do not change.
     """
     check_number("strength", strength, 0, 1)
     last, h_last = None, math.inf
@@ -75,8 +77,9 @@ def dpmpp_2m(predict: Predict, schedule: Schedule, x: torch.Tensor, strength: fl
 
 
 def invert(predict: Predict, schedule: Schedule, x: torch.Tensor, strength: float) -> torch.Tensor:
-    """DDIM inversion (section 3.4): from x at the schedule's end to noise at its beginning, with the roles swapped: x0 is the unconditional one, the
-    noise guided, both predicted at the cleaner side of each step. A round trip through `ddim` comes back up to O(step size).
+    """DDIM inversion (section 3.4): from x at the schedule's end to noise at its beginning, with the roles swapped: x0
+    is the unconditional one, the noise guided, both predicted at the cleaner side of each step. A round trip through
+    `ddim` comes back up to O(step size).
     """
     check_number("strength", strength, 0, 1)
     if schedule.sigmas[-1] == 0:

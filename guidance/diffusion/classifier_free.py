@@ -1,4 +1,6 @@
-"""Classifier-free guidance and what differs from it only in when it guides: intervals, a fixed cutoff, and two scales at once."""
+"""Classifier-free guidance and what differs from it only in when it guides: intervals, a fixed cutoff, and two scales
+at once.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ from hasten.guidance.diffusion.intervals import Interval
 
 
 def combine(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
-    """unconditional + scale * (conditional - unconditional), in any parameterization; at scale 1 the conditional prediction bit for bit."""
+    """unconditional + scale * (conditional - unconditional), in any parameterization; at scale 1 the conditional
+    prediction bit for bit.
+    """
     return conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
 
 
 def rescaled(prediction: torch.Tensor, conditional: torch.Tensor, rescale: float) -> torch.Tensor:
-    """The prediction [B, ...] with its standard deviation over all but the batch drawn towards the conditional's (Lin et al. 2023, arXiv 2305.08891,
-    equations 15 and 16), by the fraction `rescale`. It depends on the parameterization that it is measured in.
+    """The prediction [B, ...] with its standard deviation over all but the batch drawn towards the conditional's (Lin
+    et al. 2023, arXiv 2305.08891, equations 15 and 16), by the fraction `rescale`. It depends on the parameterization
+    that it is measured in.
     """
     if rescale == 0 or prediction is conditional:
         return prediction
@@ -42,13 +47,14 @@ def _deviation(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance(Guide):
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): an affine combination whose weights sum to 1, hence the same in every
-    parameterization.
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): an affine combination whose weights sum to 1,
+    hence the same in every parameterization.
 
     Args:
         scale: off at 1, see `hasten.guidance.diffusion.guide`.
         rescale: in [0, 1], see `rescaled`; measured on the model's own predictions, as published.
-        interval: guides only inside (Kynkäänniemi et al. 2024, arXiv 2404.07724); outside, the unconditional pass is not asked for. None: always.
+        interval: guides only inside (Kynkäänniemi et al. 2024, arXiv 2404.07724); outside, the unconditional pass is
+            not asked for. None: always.
     """
 
     scale: float = 7.5
@@ -78,8 +84,8 @@ class ClassifierFreeGuidance(Guide):
 
 @dataclass(frozen=True)
 class Cutoff(Guide):
-    """Classifier-free guidance at the first `steps` steps, the conditional prediction alone at the others: 2 * steps + (N - steps) evaluations. The
-    fixed stop (Step AG, arXiv 2506.08351) that an adaptive one has to beat.
+    """Classifier-free guidance at the first `steps` steps, the conditional prediction alone at the others: 2 * steps +
+    (N - steps) evaluations. The fixed stop (Step AG, arXiv 2506.08351) that an adaptive one has to beat.
     """
 
     scale: float = 7.5
@@ -103,8 +109,8 @@ class TwoScaleGuidance(Guide):
     """Guidance by an image and a text at once (Brooks et al. 2022, arXiv 2211.09800, equation 3):
     unconditional + image_scale * (image - unconditional) + text_scale * (conditional - image).
 
-    conditional has both conditions, image the image alone. The sum telescopes: at equal scales the image pass cancels, at image_scale 1 the
-    unconditional one, at text_scale = image_scale = 1 both; what cancels is not asked for.
+    conditional has both conditions, image the image alone. The sum telescopes: at equal scales the image pass cancels,
+    at image_scale 1 the unconditional one, at text_scale = image_scale = 1 both; what cancels is not asked for.
     """
 
     image_scale: float = 1.6

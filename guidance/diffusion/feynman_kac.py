@@ -1,8 +1,10 @@
-"""Feynman-Kac correctors (Skreta et al. 2025, arXiv 2503.02819): particles and weights that make guided samples follow the guided density.
+"""Feynman-Kac correctors (Skreta et al. 2025, arXiv 2503.02819): particles and weights that make guided samples follow
+the guided density.
 
-Scores mixed with exponents b_i, sum_i b_i * score_i, drive a reverse process whose law is not prod_i q_i^b_i: plain classifier-free guidance samples
-no tilted density. Weighted by exp of the increments below, and resampled by those weights, it does. Particles of one prompt compete; this multiplies
-the cost by their number, and in high dimensions weights degenerate quickly.
+Scores mixed with exponents b_i, sum_i b_i * score_i, drive a reverse process whose law is not prod_i q_i^b_i: plain
+classifier-free guidance samples no tilted density. Weighted by exp of the increments below, and resampled by those
+weights, it does. Particles of one prompt compete; this multiplies the cost by their number, and in high dimensions
+weights degenerate quickly.
 """
 
 from __future__ import annotations
@@ -22,15 +24,16 @@ from hasten.guidance.smc import effective_sample_size, log_mean_weight, systemat
 def log_weight_increment(
     scores: Sequence[torch.Tensor], exponents: Sequence[float], variance: float, divergence: float = 0.0
 ) -> torch.Tensor:
-    """Of one step towards prod_i q_i^b_i, [B]: variance / 2 * (|sum b_i s_i|^2 - sum b_i |s_i|^2) + (sum b_i - 1) * divergence (proposition 3.1 and
-    its corollaries: one exponent anneals, exponents of 1 make a product, (1 - w, w) is guidance).
+    """Of one step towards prod_i q_i^b_i, [B]: variance / 2 * (|sum b_i s_i|^2 - sum b_i |s_i|^2) + (sum b_i - 1) *
+    divergence (proposition 3.1 and its corollaries: one exponent anneals, exponents of 1 make a product, (1 - w, w) is
+    guidance).
 
     Args:
         scores: s_i [B, ...], gradients of log q_i at the step's noise level.
         exponents: b_i.
         variance: of the noise that the step removes, the integral of g^2; s^2 - s'^2 where alpha = 1.
-        divergence: the integral of the forward drift's divergence over the step, 0 where alpha = 1. For a linear drift it is the same for all
-            particles, and matters to the normaliser alone.
+        divergence: the integral of the forward drift's divergence over the step, 0 where alpha = 1. For a linear drift
+            it is the same for all particles, and matters to the normaliser alone.
     """
     _check_exponents(scores, exponents)
     mixed = sum(exponent * score for exponent, score in zip(exponents, scores, strict=True))
@@ -41,8 +44,8 @@ def log_weight_increment(
 def guidance_increment(
     conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, variance: float
 ) -> torch.Tensor:
-    """`log_weight_increment` of the scores [B, ...] of classifier-free guidance, without its cancellation: variance / 2 * w * (w - 1) *
-    |conditional - unconditional|^2, [B].
+    """`log_weight_increment` of the scores [B, ...] of classifier-free guidance, without its cancellation: variance / 2
+    * w * (w - 1) * |conditional - unconditional|^2, [B].
     """
     return 0.5 * variance * scale * (scale - 1) * _square(conditional - unconditional)
 
@@ -51,9 +54,9 @@ def guidance_increment(
 class Resampled:
     """What one update gives, for G prompts of P particles each.
 
-    log_weights [G, P]. indices [G * P]: the row that each row now continues; index everything by it that belongs to a row: samples, the history of a
-    multistep scheduler, caches, generators. The other three, [G]: effective sample size before resampling, whether it fell below the threshold, and
-    the fraction of increments that were clamped.
+    log_weights [G, P]. indices [G * P]: the row that each row now continues; index everything by it that belongs to a
+    row: samples, the history of a multistep scheduler, caches, generators. The other three, [G]: effective sample size
+    before resampling, whether it fell below the threshold, and the fraction of increments that were clamped.
     """
 
     log_weights: torch.Tensor
@@ -65,14 +68,16 @@ class Resampled:
 
 @dataclass(frozen=True)
 class FeynmanKacCorrector:
-    """Weights that accumulate, and systematic resampling once the effective sample size of a prompt's particles falls below a fraction of them.
+    """Weights that accumulate, and systematic resampling once the effective sample size of a prompt's particles falls
+    below a fraction of them.
 
-    Nothing waits for the device: rows that are not resampled continue themselves. A resampled prompt's weights all become their mean, so that the
-    mean weight estimates the ratio of normalisers throughout.
+    Nothing waits for the device: rows that are not resampled continue themselves. A resampled prompt's weights all
+    become their mean, so that the mean weight estimates the ratio of normalisers throughout.
 
     Args:
         threshold: of the effective sample size, a fraction of P in [0, 1]. 0: never, the weights are the answer.
-        clamp: bound on an increment's distance from its prompt's mean. None, the default: none; any bound makes the result inexact.
+        clamp: bound on an increment's distance from its prompt's mean. None, the default: none; any bound makes the
+            result inexact.
         window: resample only at noise levels sigma / alpha in [low, high].
     """
 
@@ -125,8 +130,9 @@ def sample_exploding(
     groups: int = 1,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euler-Maruyama down a variance-exploding schedule towards prod_i q_i^b_i, corrected: samples [G * P, ...] and log weights [G, P], whose
-    `hasten.guidance.smc.log_mean_weight` estimates log Z(end) - log Z(start), Z the integral of prod_i q_i^b_i at that noise level.
+    """Euler-Maruyama down a variance-exploding schedule towards prod_i q_i^b_i, corrected: samples [G * P, ...] and log
+    weights [G, P], whose `hasten.guidance.smc.log_mean_weight` estimates log Z(end) - log Z(start), Z the integral of
+    prod_i q_i^b_i at that noise level.
 
     Args:
         scores: s_i(x, sigma), each [G * P, ...].

@@ -1,11 +1,13 @@
 """The contract of guidance for diffusion: a guide combines what a denoiser predicts at one step.
 
-A guide is a frozen dataclass; its fields are its whole configuration, and what it carries from step to step lies in the run's `memory`. At each step
-it is asked twice: `passes(step)`, before the denoiser runs, says which predictions it needs, so that what is not needed is never computed; and
-`guide(step)`, with these predictions, combines them into one of the same parameterization.
+A guide is a frozen dataclass; its fields are its whole configuration, and what it carries from step to step lies in the
+run's `memory`. At each step it is asked twice: `passes(step)`, before the denoiser runs, says which predictions it
+needs, so that what is not needed is never computed; and `guide(step)`, with these predictions, combines them into one
+of the same parameterization.
 
-Guidance scales count as in Imagen (Saharia et al. 2022, arXiv 2205.11487) and in diffusers: `unconditional + scale *
-(conditional - unconditional)`, off at 1. A scale w of Ho & Salimans (2022, arXiv 2207.12598, equation 6) is 1 + w here.
+Guidance scales count as in Imagen (Saharia et al. 2022, arXiv 2205.11487) and in diffusers:
+`unconditional + scale * (conditional - unconditional)`, off at 1. A scale w of Ho & Salimans (2022, arXiv 2207.12598,
+equation 6) is 1 + w here.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ TRACE = "trace"  # memory[TRACE][index]: what the guides recorded at step `index
 class Step:
     """One step of a run, before its predictions.
 
-    sample: x_t = alpha * x0 + sigma * noise, [B, ...]; alpha and sigma are those of this step, next_alpha and next_sigma where
-    the sampler's step leads (next_sigma is 0 at most where this step is the last). index counts the run's steps from 0 and count is how many there are. parameterization says what the
-    denoiser predicts: the noise ("epsilon"), x0 ("sample"), alpha * noise - sigma * x0 ("v"), or noise - x0 ("flow", where alpha = 1 - sigma).
-    memory is the run's: guides keep there what they carry from step to step, and under TRACE what they record for the reader.
+    sample: x_t = alpha * x0 + sigma * noise, [B, ...]; alpha and sigma are those of this step, next_alpha and
+    next_sigma where the sampler's step leads (next_sigma is 0 at most where this step is the last). index counts the
+    run's steps from 0 and count is how many there are. parameterization says what the denoiser predicts: the noise
+    ("epsilon"), x0 ("sample"), alpha * noise - sigma * x0 ("v"), or noise - x0 ("flow", where alpha = 1 - sigma).
+    memory is the run's: guides keep there what they carry from step to step, and under TRACE what they record for the
+    reader.
     """
 
     sample: torch.Tensor
@@ -58,7 +62,9 @@ class Step:
         return PredictedStep(**step, conditional=conditional, unconditional=unconditional, image=image)
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Adds to what the run's trace holds for this step: floats, or tensors that stay on their device (no copy, no wait)."""
+        """Adds to what the run's trace holds for this step: floats, or tensors that stay on their device (no copy, no
+        wait).
+        """
         self.memory.setdefault(TRACE, {}).setdefault(self.index, {}).update(values)
 
     @property
@@ -84,7 +90,8 @@ class PredictedStep(Step):
             prediction = getattr(self, name)
             if prediction is not None and prediction.shape != self.sample.shape:
                 raise ValueError(
-                    f"step {self.index}: the {name} prediction has shape {tuple(prediction.shape)}, the sample {tuple(self.sample.shape)}"
+                    f"step {self.index}: the {name} prediction has shape {tuple(prediction.shape)}, "
+                    f"the sample {tuple(self.sample.shape)}"
                 )
 
     def require(self, *names: Pass) -> tuple[torch.Tensor, ...]:
@@ -107,16 +114,18 @@ class Guide:
     def rows(self, step: Step) -> tuple[bool, ...] | None:
         """For which rows of the batch the passes beside the conditional one are needed; None: for all.
 
-        It is free to whoever runs the guide to compute them for all rows nevertheless: the guide reads what it asked for and no more, so in a row
-        that it did not ask for a prediction may hold anything finite.
+        It is free to whoever runs the guide to compute them for all rows nevertheless: the guide reads what it asked
+        for and no more, so in a row that it did not ask for a prediction may hold anything finite.
         """
         return None
 
     def check_sampler(self, sampler: str, eta: float | None) -> None:
-        """A ValueError if this guide is something else in the sampler of this name than what it says it is; by default it is the same in all.
+        """A ValueError if this guide is something else in the sampler of this name than what it says it is; by default
+        it is the same in all.
 
         Args:
-            eta: how much noise its steps, of first order, draw anew: 0 none (DDIM, Euler), 1 as Euler ancestral. None: its steps are no such steps.
+            eta: how much noise its steps, of first order, draw anew: 0 none (DDIM, Euler), 1 as Euler ancestral. None:
+                its steps are no such steps.
         """
 
     def __call__(self, step: PredictedStep) -> torch.Tensor:

@@ -22,8 +22,8 @@ class Interval:
 class SigmaInterval(Interval):
     """Steps whose noise level lies in (low, high], as in Kynkäänniemi et al. 2024 (arXiv 2404.07724).
 
-    The level is that of EDM and of variance-exploding schedules, sigma / alpha of the step, whatever the schedule: it keeps its meaning when the
-    number of steps or the shift changes. It is infinite at pure noise.
+    The level is that of EDM and of variance-exploding schedules, sigma / alpha of the step, whatever the schedule: it
+    keeps its meaning when the number of steps or the shift changes. It is infinite at pure noise.
     """
 
     low: float
@@ -43,7 +43,9 @@ class SigmaInterval(Interval):
 
 @dataclass(frozen=True)
 class StepInterval(Interval):
-    """Steps int(start * N) <= index < int(stop * N) of N, the rule of the guiders of diffusers: fractions of the run, in [0, 1]."""
+    """Steps int(start * N) <= index < int(stop * N) of N, the rule of the guiders of diffusers: fractions of the run,
+    in [0, 1].
+    """
 
     start: float = 0.0
     stop: float = 1.0
@@ -76,7 +78,9 @@ class StepSet(Interval):
 
 @dataclass(frozen=True)
 class Within(Guide):
-    """Another guide inside an interval, the conditional prediction alone outside: `Within(AdaptiveProjectedGuidance(...), SigmaInterval(0.28, 5.42))`."""
+    """Another guide inside an interval, the conditional prediction alone outside:
+    `Within(AdaptiveProjectedGuidance(...), SigmaInterval(0.28, 5.42))`.
+    """
 
     guide: Guide
     interval: Interval

@@ -1,4 +1,6 @@
-"""Reading a device's small answers on the host without making the device wait, and stopping a run whose predictions are no numbers."""
+"""Reading a device's small answers on the host without making the device wait, and stopping a run whose predictions are
+no numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ def default_lag(device: torch.device) -> int:
 
 
 class Lagged:
-    """Answers of the device, read `lag` steps late: by then it has computed them, and works on the step that was queued since.
+    """Answers of the device, read `lag` steps late: by then it has computed them, and works on the step that was queued
+    since.
 
     What is read depends on the steps' numbers alone, never on how fast the device is, so runs repeat.
     """
@@ -33,7 +36,9 @@ class Lagged:
         self._queue.append((index, copy, event))
 
     def read(self, index: int) -> tuple[int, torch.Tensor] | None:
-        """At the beginning of step `index`: the latest answer that may be known by then, with its step, or None. Asking twice changes nothing."""
+        """At the beginning of step `index`: the latest answer that may be known by then, with its step, or None. Asking
+        twice changes nothing.
+        """
         while self._queue and self._queue[0][0] < index - self.lag:
             step, answer, event = self._queue.popleft()
             if event is not None:
@@ -43,7 +48,9 @@ class Lagged:
 
 
 class FiniteCheck:
-    """Stops a run with the number of the step at which a prediction was NaN or infinite; on an accelerator up to one step later."""
+    """Stops a run with the number of the step at which a prediction was NaN or infinite; on an accelerator up to one
+    step later.
+    """
 
     def __init__(self, count: int, device: torch.device):
         self.count = count

@@ -1,7 +1,9 @@
-"""LinearAG (Castillo et al. 2023, arXiv 2312.12487, section 6): unconditional predictions estimated from what the run has already computed.
+"""LinearAG (Castillo et al. 2023, arXiv 2312.12487, section 6): unconditional predictions estimated from what the run
+has already computed.
 
-At a predicted step t the unconditional prediction is taken to be a linear combination of the conditional predictions of steps 0 to t and of the
-computed unconditional ones before t, with one scalar each. Estimates themselves are no regressors: being combinations of these, they add nothing.
+At a predicted step t the unconditional prediction is taken to be a linear combination of the conditional predictions of
+steps 0 to t and of the computed unconditional ones before t, with one scalar each. Estimates themselves are no
+regressors: being combinations of these, they add nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class RunKey:
-    """The runs that coefficients belong to. shape is that of one sample, [...] without the batch; scheduler names schedule and sampler."""
+    """The runs that coefficients belong to. shape is that of one sample, [...] without the batch; scheduler names
+    schedule and sampler.
+    """
 
     model: str
     scheduler: str
@@ -72,8 +76,9 @@ def alternating(steps: int) -> tuple[int, ...]:
 
 @dataclass
 class Trajectories:
-    """What the fit needs of recorded runs: at each predicted step the Gram matrix [K + 2, K + 2] of the K regressors, the target and a row of ones, in
-    float64, summed over all elements of all samples. Runs add to it one after the other; none is kept.
+    """What the fit needs of recorded runs: at each predicted step the Gram matrix [K + 2, K + 2] of the K regressors,
+    the target and a row of ones, in float64, summed over all elements of all samples. Runs add to it one after the
+    other; none is kept.
     """
 
     key: RunKey
@@ -92,7 +97,9 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class LinearRecorder(Guide):
-    """Classifier-free guidance at every step that adds what it sees to `trajectories`: run it over some two hundred samples, then `fit`."""
+    """Classifier-free guidance at every step that adds what it sees to `trajectories`: run it over some two hundred
+    samples, then `fit`.
+    """
 
     trajectories: Trajectories
 
@@ -109,11 +116,12 @@ class LinearRecorder(Guide):
 
 @dataclass(frozen=True)
 class Coefficients:
-    """One scalar per regressor for each predicted step, in the order in which a run computes them: the conditional before the unconditional
-    prediction of a step.
+    """One scalar per regressor for each predicted step, in the order in which a run computes them: the conditional
+    before the unconditional prediction of a step.
 
-    r2: the share of the held-out target's variance that is explained, per predicted step. r2_over_conditional: the same against taking the
-    conditional prediction in its place; 0 means that the fit is no better than not guiding, and errors are amplified by scale - 1.
+    r2: the share of the held-out target's variance that is explained, per predicted step. r2_over_conditional: the same
+    against taking the conditional prediction in its place; 0 means that the fit is no better than not guiding, and
+    errors are amplified by scale - 1.
     """
 
     key: RunKey
@@ -134,7 +142,9 @@ class Coefficients:
 
     @classmethod
     def load(cls, path: str | Path, key: RunKey) -> Coefficients:
-        """Reads JSON that `save` wrote for runs of this key; a ValueError names both keys if they differ, or the file if it is no such JSON."""
+        """Reads JSON that `save` wrote for runs of this key; a ValueError names both keys if they differ, or the file
+        if it is no such JSON.
+        """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
             if document.pop("version") != _VERSION:
@@ -154,7 +164,9 @@ class Coefficients:
 
 
 def fit(trajectories: Trajectories, held_out: Trajectories, ridge: float = 1e-10) -> Coefficients:
-    """Least squares with a ridge penalty of `ridge` times the regressors' mean square, scored on other runs than those fitted."""
+    """Least squares with a ridge penalty of `ridge` times the regressors' mean square, scored on other runs than those
+    fitted.
+    """
     check_number("ridge", ridge, low=0)
     trajectories.key.check(held_out.key)
     for name, runs in (("trajectories", trajectories), ("held_out", held_out)):
@@ -174,8 +186,9 @@ def fit(trajectories: Trajectories, held_out: Trajectories, ridge: float = 1e-10
 
 @dataclass(frozen=True)
 class LinearAG(Guide):
-    """Classifier-free guidance whose unconditional prediction is estimated at the steps that the coefficients know, computed at the others before
-    `stop`, and no longer needed from `stop` on: with the published choice, N + N / 4 evaluations rather than 2 N.
+    """Classifier-free guidance whose unconditional prediction is estimated at the steps that the coefficients know,
+    computed at the others before `stop`, and no longer needed from `stop` on: with the published choice, N + N / 4
+    evaluations rather than 2 N.
 
     It keeps the predictions of the run up to its last predicted step in memory.
 
@@ -215,7 +228,8 @@ class LinearAG(Guide):
             betas = self.coefficients.betas[step.index]
             if len(past) != len(betas):
                 raise ValueError(
-                    f"step {step.index}: LinearAG needs the predictions of all earlier steps, {len(betas)}, and was asked at some only: {len(past)}"
+                    f"step {step.index}: LinearAG needs the predictions of all earlier steps, {len(betas)}, "
+                    f"and was asked at some only: {len(past)}"
                 )
             weighted = zip(betas, past, strict=True)
             unconditional = sum(beta * x.to(torch.promote_types(x.dtype, torch.float32)) for beta, x in weighted)
@@ -236,7 +250,9 @@ def _remember(step, conditional):
 
 
 def _solve(gram, products, ridge):
-    """(gram + ridge * mean diagonal)^-1 products through the eigenvectors: regressors of neighbouring steps are nearly the same."""
+    """(gram + ridge * mean diagonal)^-1 products through the eigenvectors: regressors of neighbouring steps are nearly
+    the same.
+    """
     values, vectors = torch.linalg.eigh(gram)
     damped = values.clamp_min(0) + ridge * gram.diagonal().mean()
     inverse = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))
@@ -244,7 +260,9 @@ def _solve(gram, products, ridge):
 
 
 def _scores(gram, beta):
-    """1 - residual / baseline, the baseline the target's mean and the last regressor but the target: the step's conditional prediction."""
+    """1 - residual / baseline, the baseline the target's mean and the last regressor but the target: the step's
+    conditional prediction.
+    """
     ones, target = gram[-1, -1], gram[-2, -2]
 
     def residual(weights):

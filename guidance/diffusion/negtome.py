@@ -1,4 +1,6 @@
-"""Negative token merging (Singh et al. 2024, arXiv 2412.01339): pushes the tokens of an image away from their best matches in a reference."""
+"""Negative token merging (Singh et al. 2024, arXiv 2412.01339): pushes the tokens of an image away from their best
+matches in a reference.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ def negative_token_merging(
     alpha: float = 0.9,
     threshold: float = 0.65,
 ) -> torch.Tensor:
-    """x_i + alpha * (x_i - r_j), r_j the reference token of the largest cosine with x_i, wherever that cosine is above the
-    threshold (section 3.2). The published implementation takes its argmax over the image's own tokens instead, and indexes
-    the reference with the result.
+    """x_i + alpha * (x_i - r_j), r_j the reference token of the largest cosine with x_i, wherever that cosine is above
+    the threshold (section 3.2). The published implementation takes its argmax over the image's own tokens instead, and
+    indexes the reference with the result.
 
     It makes the images of a batch differ; it saves nothing, and it makes every image depend on the reference.
 

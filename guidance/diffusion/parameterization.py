@@ -1,8 +1,8 @@
 """What a denoiser predicts, and the exact conversions between the four ways to say it.
 
-With x_t = alpha * x0 + sigma * noise: "epsilon" is the noise, "sample" x0, "v" alpha * noise - sigma * x0 (Salimans & Ho 2022, arXiv 2202.00512,
-appendix D), "flow" noise - x0 (Lipman et al. 2022, arXiv 2210.02747, with time running from data to noise). Each together with x_t determines x0 and
-noise, so each determines the others.
+With x_t = alpha * x0 + sigma * noise: "epsilon" is the noise, "sample" x0, "v" alpha * noise - sigma * x0 (Salimans &
+Ho 2022, arXiv 2202.00512, appendix D), "flow" noise - x0 (Lipman et al. 2022, arXiv 2210.02747, with time running from
+data to noise). Each together with x_t determines x0 and noise, so each determines the others.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def denoised(
         alpha, sigma: of this step.
 
     Raises:
-        ValueError: an unknown prediction type, "v" where alpha^2 + sigma^2 is not 1, "flow" where alpha + sigma is not 1, "epsilon" at alpha = 0
-            (pure noise says nothing about x0).
+        ValueError: an unknown prediction type, "v" where alpha^2 + sigma^2 is not 1, "flow" where alpha + sigma is not
+            1, "epsilon" at alpha = 0 (pure noise says nothing about x0).
     """
     prediction, sample = _operands(prediction, sample, alpha, sigma, parameterization)
     if parameterization == "sample":
@@ -49,7 +49,9 @@ def noise(
     sigma: float,
     parameterization: Parameterization,
 ) -> torch.Tensor:
-    """The noise [B, ...], at least in float32. Arguments and errors as in `denoised`, but "sample" at sigma = 0 is what has no answer."""
+    """The noise [B, ...], at least in float32. Arguments and errors as in `denoised`, but "sample" at sigma = 0 is what
+    has no answer.
+    """
     prediction, sample = _operands(prediction, sample, alpha, sigma, parameterization)
     if parameterization == "epsilon":
         return prediction
@@ -69,7 +71,9 @@ def convert(
     source: Parameterization,
     target: Parameterization,
 ) -> torch.Tensor:
-    """A prediction [B, ...] of type `source` as one of type `target`, at least in float32. Arguments and errors as in `denoised`."""
+    """A prediction [B, ...] of type `source` as one of type `target`, at least in float32. Arguments and errors as in
+    `denoised`.
+    """
     _check_level(target, alpha, sigma)
     if source == target:
         return _operands(prediction, sample, alpha, sigma, source)[0]
@@ -96,7 +100,9 @@ def from_denoised(step: PredictedStep, x0: torch.Tensor) -> torch.Tensor:
 
 
 def _operands(prediction, sample, alpha, sigma, parameterization):
-    """Both tensors in one dtype of at least float32; a ValueError unless predictions of this type exist at this level."""
+    """Both tensors in one dtype of at least float32; a ValueError unless predictions of this type exist at
+    this level.
+    """
     _check_level(parameterization, alpha, sigma)
     wide = torch.promote_types(torch.promote_types(prediction.dtype, sample.dtype), torch.float32)
     return prediction.to(wide), sample.to(wide)

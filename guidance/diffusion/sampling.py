@@ -17,7 +17,9 @@ Predict = Callable[[torch.Tensor, Step, Pass, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a run gives: the samples [B, ...], per step how many rows and how many calls the denoiser was given, and the run's memory."""
+    """What a run gives: the samples [B, ...], per step how many rows and how many calls the denoiser was given, and the
+    run's memory.
+    """
 
     sample: torch.Tensor
     rows: tuple[int, ...]
@@ -38,11 +40,13 @@ class Sampled:
 def sample(
     guide: Guide, predict: Predict, schedule: Schedule, x: torch.Tensor, parameterization: Parameterization
 ) -> Sampled:
-    """Runs the guide over the schedule from x [B, ...], which is a sample at its first level (sigma * noise where alpha is 0 or small).
+    """Runs the guide over the schedule from x [B, ...], which is a sample at its first level (sigma * noise where alpha
+    is 0 or small).
 
     Args:
-        predict: called as predict(x[rows], step, name, rows) for each pass that the guide asks for, "conditional" first; rows [R] are the indices in the
-            batch that are computed, step.sample the whole batch. Returns [R, ...], of the given parameterization.
+        predict: called as predict(x[rows], step, name, rows) for each pass that the guide asks for, "conditional"
+            first; rows [R] are the indices in the batch that are computed, step.sample the whole batch. Returns [R,
+            ...], of the given parameterization.
 
     Raises:
         ValueError: NaN or infinite predictions, with the step's number; a guide for other samplers.

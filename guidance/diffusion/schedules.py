@@ -12,7 +12,9 @@ from hasten.guidance.diffusion.guide import Parameterization, Step, check_count,
 
 @dataclass(frozen=True)
 class Schedule:
-    """Step i leads from (alphas[i], sigmas[i]) to (alphas[i + 1], sigmas[i + 1]): N + 1 values each for N steps, with sigma / alpha falling."""
+    """Step i leads from (alphas[i], sigmas[i]) to (alphas[i + 1], sigmas[i + 1]): N + 1 values each for N steps, with
+    sigma / alpha falling.
+    """
 
     alphas: tuple[float, ...]
     sigmas: tuple[float, ...]
@@ -41,8 +43,9 @@ class Schedule:
 
 
 def variance_preserving(alphas_cumprod: torch.Tensor, count: int) -> Schedule:
-    """DDPM's schedule (Ho et al. 2020, arXiv 2006.11239): `count` of the T levels of alphas_cumprod [T], from the noisiest on in even
-    steps of T / count, then the clean sample. alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod).
+    """DDPM's schedule (Ho et al. 2020, arXiv 2006.11239): `count` of the T levels of alphas_cumprod [T], from the
+    noisiest on in even steps of T / count, then the clean sample. alpha = sqrt(alphas_cumprod), sigma = sqrt(1 -
+    alphas_cumprod).
     """
     check_count("count", count, 1)
     if alphas_cumprod.ndim != 1 or len(alphas_cumprod) < count:
@@ -56,7 +59,9 @@ def variance_preserving(alphas_cumprod: torch.Tensor, count: int) -> Schedule:
 
 
 def variance_exploding(sigma_max: float, sigma_min: float, count: int, rho: float = 7.0) -> Schedule:
-    """EDM's schedule (Karras et al. 2022, arXiv 2206.00364, equation 5): alpha = 1, `count` sigmas from sigma_max to sigma_min, then 0."""
+    """EDM's schedule (Karras et al. 2022, arXiv 2206.00364, equation 5): alpha = 1, `count` sigmas from sigma_max to
+    sigma_min, then 0.
+    """
     check_count("count", count, 1)
     check_number("sigma_min", sigma_min, low=0)
     check_number("rho", rho)
@@ -68,8 +73,8 @@ def variance_exploding(sigma_max: float, sigma_min: float, count: int, rho: floa
 
 
 def flow(count: int, shift: float = 1.0) -> Schedule:
-    """Rectified flow: alpha = 1 - sigma, sigma from 1 to 0 in `count` even steps, then shifted towards noise as sigma * shift / (1 + (shift - 1) *
-    sigma) (Esser et al. 2024, arXiv 2403.03206, equation 23).
+    """Rectified flow: alpha = 1 - sigma, sigma from 1 to 0 in `count` even steps, then shifted towards noise as sigma *
+    shift / (1 + (shift - 1) * sigma) (Esser et al. 2024, arXiv 2403.03206, equation 23).
     """
     check_count("count", count, 1)
     check_number("shift", shift)

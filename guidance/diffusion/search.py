@@ -1,7 +1,9 @@
-"""The search for a guidance policy: which steps to guide under a budget of evaluations, with the distance to full guidance as its objective.
+"""The search for a guidance policy: which steps to guide under a budget of evaluations, with the distance to full
+guidance as its objective.
 
-The question of the policy search of Castillo et al. 2023 (arXiv 2312.12487, section 4), asked in a discrete way: every contiguous interval first, then
-single steps exchanged as long as that helps. Only a callable that runs a policy is needed, hence no gradients and no access to the model.
+The question of the policy search of Castillo et al. 2023 (arXiv 2312.12487, section 4), asked in a discrete way: every
+contiguous interval first, then single steps exchanged as long as that helps. Only a callable that runs a policy is
+needed, hence no gradients and no access to the model.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ def search(
     """The best of up to `trials` policies with budget - steps guided steps.
 
     Args:
-        run: runs a policy, always from the same noise and conditions, and returns the samples [B, ...]. With a guide, that is
-            `ClassifierFreeGuidance(scale, interval=policy)`.
+        run: runs a policy, always from the same noise and conditions, and returns the samples [B, ...]. With a guide,
+            that is `ClassifierFreeGuidance(scale, interval=policy)`.
         steps: N of a run.
         budget: evaluations per sample, between N (nothing guided) and 2 N (everything).
         distance: of samples to those of full guidance; what is minimised.

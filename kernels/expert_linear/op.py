@@ -1,12 +1,11 @@
-"""Linear layers of a mixture of experts for a few tokens (decoding): each expert's weights are read once for all rows that picked it.
-
-With a cutoff the columns whose inputs are nearly zero are not read, as in hasten.kernels.column_sparse_linear.
+"""Linear layers of a mixture of experts for a few tokens (decoding): each expert's weights are read once for all rows that
+picked it. With a cutoff the columns whose inputs are nearly zero are not read, as in hasten.kernels.column_sparse_linear.
 """
 
 import torch
 
 from .. import backend, storage
-from . import reference
+from . import cpu, reference
 
 MAX_BATCH = 8  # tokens
 
@@ -26,13 +25,13 @@ def expert_linear(
 ) -> torch.Tensor:
     """x [T, K] (a row per token) or [T, P, K] (a row per pick), weight [E, N, K], ids int64 [T, P] -> [T, P, N].
 
-    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]]; an id outside [0, E), which marks an expert that another
-    device holds, gives zeros. bias [E, N] or None.
+    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P of E experts each; bias [E, N] or
+    None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
 
-    cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked e
-    (a NaN is active); those rows use all of its active columns, and the others are not read. This needs every expert's
-    matrix column-major, weight.mT contiguous (hasten.kernels.storage.to_column_major); without a cutoff row-major
-    (contiguous) does as well.
+    cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked e (a
+    NaN is active). Those rows use all active columns of e, and the others are not read, for which every expert has to be
+    column-major (hasten.kernels.storage.to_column_major). Without a cutoff every column is active, and the experts may be
+    row-major or column-major.
 
     dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH tokens run as our own kernel, more as
     the reference.
@@ -67,10 +66,8 @@ def _check(x, weight, ids, bias, cutoff):
     if cutoff is not None:
         _check_shape("cutoff", cutoff, E, K)
         storage.check_setting(x, "cutoff", cutoff)
-        if not weight.mT.is_contiguous():
-            advice = "call hasten.kernels.storage.to_column_major on it"
-            raise ValueError(f"weight: expected column-major experts, got strides {weight.stride()}: {advice}")
-    elif not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        storage.check_column_major(weight)
+    elif not (storage.is_row_major(weight) or storage.is_column_major(weight)):
         raise ValueError(f"weight: expected row-major or column-major experts, got strides {weight.stride()}")
 
 
@@ -81,8 +78,18 @@ def _check_shape(name, tensor, *shape):
 
 def _run(x, weight, ids, *, bias=None, cutoff=None):
     _check(x, weight, ids, bias, cutoff)
-    backend.choose(x)
-    return reference.expert_linear(x, weight, ids, bias=bias, cutoff=cutoff)
+    name = backend.choose(x)
+    if name == "reference" or len(ids) > MAX_BATCH or 0 in (*ids.shape, *weight.shape):
+        return reference.expert_linear(x, weight, ids, bias=bias, cutoff=cutoff)
+    x, ids = x.contiguous(), ids.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    column_major = cutoff is not None or not storage.is_row_major(weight)
+    cutoff = None if cutoff is None else cutoff.contiguous()
+    if name == "triton":
+        from . import triton
+
+        return triton.launch(x, weight, ids, bias, cutoff, column_major)
+    return cpu.launch(x, weight, ids, bias, cutoff, column_major)
 
 
 def _fake(x, weight, ids, *, bias=None, cutoff=None):

@@ -1,7 +1,7 @@
 """What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the structure; names are in `families`."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,9 +20,10 @@ from hasten.acceleration.families import (
     ROLES,
     GatedNames,
 )
+from hasten.acceleration.uses import Use
 from hasten.errors import Refusal, UnsupportedModelError
 
-PARTS = ("linears", "shared", "gated_mlps", "experts", "head")
+PARTS = ("linears", "shared", "repeated", "gated_mlps", "experts", "head")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Where a gated MLP is compared with its definition: the size of its inputs, of which the largest is past the limits that models clip gates at, and
 # the relative distance that rounding makes.
@@ -95,11 +96,13 @@ class Anatomy:
 
     Attributes:
         model: the model.
+        uses: how a pass of the model calls its modules, from `hasten.acceleration.uses`; without, every projection passes
+            for one that is called once.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use] | None = None):
         self.model = model
-        self._found = _Found(model)
+        self._found = _Found(model, uses or {})
         self._asked: dict[str, None] = {}
         self._left_out: frozenset[str] = frozenset()
 
@@ -118,17 +121,18 @@ class Anatomy:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The decoder layers, in order.
+        """The decoder layers, in order, with those of their projections that are in `called_once`.
 
         Raises:
             UnsupportedModelError: the model has none.
         """
-        self._ask("linears", "shared")
+        self._ask("linears", "shared", "repeated")
+        taken = {projection.name for projection in self.called_once}
         return tuple(
             Block(
                 name,
                 module,
-                self._kept(p for p in self._found.linears[name] if p.name not in self._found.shared),
+                tuple(p for p in self._found.linears[name] if p.name in taken),
                 self._kept_mlps(mlp for mlp in self._found.gated_mlps if f"{mlp.name}.".startswith(f"{name}.")),
                 self._kept(self._found.experts[name]),
             )
@@ -142,6 +146,13 @@ class Anatomy:
         return self._kept(p for p in self._found.all_linears if p.name not in self._found.shared)
 
     @property
+    def called_once(self) -> tuple[Projection, ...]:
+        """`projections` without those that a pass of the model calls several times: for what depends on the distribution of
+        their inputs."""
+        self._ask("repeated")
+        return tuple(p for p in self.projections if p.name not in self._found.repeated)
+
+    @property
     def with_shared(self) -> tuple[Projection, ...]:
         """`projections`, and those that share their weight: for what is exact and leaves the weight as it is stored. A module with several paths
         appears once, under the first."""
@@ -151,7 +162,7 @@ class Anatomy:
 
     @property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
-        """Every gated MLP whose forward is down(act(gate(x)) * up(x)), which is tried on a few rows."""
+        """Every gated MLP of projections in `called_once` whose forward is down(act(gate(x)) * up(x)), which is tried on a few rows."""
         self._ask("gated_mlps")
         return self._kept_mlps(self._found.gated_mlps)
 
@@ -206,8 +217,8 @@ class Anatomy:
 class _Found:
     """The parts of a model and the refusals of each, found once."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use]):
+        self.model, self.uses = model, uses
         self.refusals: dict[str, list[Refusal]] = {part: [] for part in PARTS}
 
     @cached_property
@@ -250,12 +261,28 @@ class _Found:
                 if refusal is None:
                     device = device or (module.weight.device, path)
                     refusal = _elsewhere(path, module, *device)
+                if refusal is None and path in self.uses and self.uses[path].bypasses:
+                    reason = "the model reads its weight without calling it, and so would pass by what takes its place"
+                    refusal = Refusal(path, _kind(module), reason, "leave it as it is with strict=False")
                 if refusal is None:
                     kept.append(Projection(path, ROLES.get(path.removeprefix(f"{name}.")), module))
                 else:
                     self.refusals["linears"].append(refusal)
             found[name] = tuple(kept)
         return found
+
+    @cached_property
+    def repeated(self) -> dict[str, Refusal]:
+        """Why projections that are called several times in one pass cannot be calibrated, by their paths."""
+        repeated = {}
+        for projection in self.all_linears:
+            calls = self.uses[projection.name].calls if projection.name in self.uses else 1
+            if calls > 1 and projection.name not in self.shared:
+                reason = f"it is called {calls} times in one forward pass, on inputs of different kinds"
+                remedy = "use hasten.DenseDecode, or strict=False"
+                repeated[projection.name] = Refusal(projection.name, _kind(projection.module), reason, remedy)
+        self.refusals["repeated"] += repeated.values()
+        return repeated
 
     @cached_property
     def all_linears(self) -> tuple[Projection, ...]:
@@ -329,8 +356,8 @@ class _Found:
 
     @cached_property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
-        projections = {p.name: p for p in self.all_linears if p.name not in self.shared}
-        refusals = {r.name: r for r in self.refusals["linears"]} | self.shared
+        projections = {projection.name: projection for projection in self.all_linears}
+        refusals = {r.name: r for r in self.refusals["linears"]} | self.shared | self.repeated
         alike: set[tuple] = set()
         found = []
         for layer_name, layer in self.layers.items():

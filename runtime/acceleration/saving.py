@@ -8,11 +8,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.arrangement import arrange
 from hasten.acceleration.checksums import full
+from hasten.acceleration.inference import Inference
 from hasten.acceleration.install import install, installed_on
 from hasten.acceleration.plan import Plan
+from hasten.acceleration.preflight import examine
 from hasten.acceleration.techniques import Settings
 from hasten.errors import SavedPlanError, StateError, UnsupportedModelError
 
@@ -84,7 +85,8 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
         raise SavedPlanError(f"the plan in {directory} belongs to another model")
     model = model.to(device) if dtype == "auto" else model.to(device, dtype)
     try:
-        assignments = arrange(plan, Anatomy(model))
+        inference = Inference(model)
+        assignments = arrange(plan, examine(inference))
         settings = []
         for each in assignments:
             saved = data["settings"].get(type(each.technique).__name__)
@@ -94,7 +96,7 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
                 else each.technique.read(Settings(saved), each.anatomy)
             )
             settings.append(own)
-        install(model, plan, assignments, settings)
+        install(inference, plan, assignments, settings)
     except (UnsupportedModelError, ValueError) as error:
         raise SavedPlanError(f"{directory} holds a model that its plan does not fit: {error}") from error
     return model

@@ -24,8 +24,9 @@ SCALES = (3.0, 5.0, 10.0)
 PICTURE_SCALE = 10.0
 STEPS = 50
 CONDITIONAL, FULL = "conditional only", "CFG"
-# The interval is SDXL's (arXiv 2404.07724) and the bound on APG's norm SDXL's 15, which grows as the square root of the number of elements, for 64
-# elements in place of 65,536. CFG++ has a strength in place of a scale; its authors pair strength 1 with scale 12.5.
+# The interval is SDXL's (arXiv 2404.07724) and the bound on APG's norm SDXL's 15, which grows as the square root of the
+# number of elements, for 64 elements in place of 65,536. CFG++ has a strength in place of a scale; its authors pair
+# strength 1 with scale 12.5.
 METHODS: dict[str, Callable[[float], Guide]] = {
     CONDITIONAL: lambda scale: ClassifierFreeGuidance(1.0),
     FULL: ClassifierFreeGuidance,
@@ -41,7 +42,8 @@ METHODS: dict[str, Callable[[float], Guide]] = {
 class Result:
     """One method at one scale.
 
-    evaluations: rows that the model computed, per digit. distance: to CFG at that scale from the same noise, if it ran, root mean square over pixels.
+    evaluations: rows that the model computed, per digit. distance: to CFG at that scale from the same noise, if it ran,
+        root mean square over pixels.
     """
 
     method: str
@@ -81,7 +83,9 @@ def run(plot: str, json_file: Path | None, quick: bool) -> None:
 
 
 def compare(scales: Sequence[float], count: int) -> list[Result]:
-    """Every method at every scale, the conditional prediction alone once (at scale 1), on the same `count` digits and noises."""
+    """Every method at every scale, the conditional prediction alone once (at scale 1), on the same `count` digits and
+    noises.
+    """
     folder = hasten.embedded_model("digit-diffusion")
     model, classifier = hasten.DigitDiffusion.load(folder), hasten.DigitClassifier.load(folder)
     labels, seeds = torch.arange(count) % 10, range(count)
@@ -121,7 +125,8 @@ def _show(results: Sequence[Result], count: int) -> None:
     title = f"Guidance on the embedded digit model: {count} digits per row, {STEPS} steps of DDIM"
     tables.show(title, columns, rows, labels=2)
     typer.echo(
-        "Evaluations: rows that the model computed, per digit. Accuracy: a classifier sees the digit that was asked for.\n"
+        "Evaluations: rows that the model computed, per digit. "
+        "Accuracy: a classifier sees the digit that was asked for.\n"
         "Saturation: pixels that a picture would clip. Contrast: mean |x0|. From CFG: distance to CFG at that scale.\n"
         "CFG++ has a strength in place of a scale: scale / 12.5."
     )

@@ -12,7 +12,9 @@ COLUMNS = 10
 
 
 def draw(path: Path, results: Sequence["Result"]) -> None:
-    """Draws the first digits of each result, as dark ink on paper, under a caption with what the method cost and how good all its digits are."""
+    """Draws the first digits of each result, as dark ink on paper, under a caption with what the method cost and how
+    good all its digits are.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 0.95 * len(results) + 0.4))

@@ -16,11 +16,12 @@ from hasten.pipelines.session import Session
 
 
 class Guider(BaseGuidance):
-    """A guide inside loops that ask a guider: one pass for each prediction, the conditional one first; see `hasten.guider`.
+    """A guide inside loops that ask a guider: one pass for each prediction, the conditional one first; see
+    `hasten.guider`.
 
-    A guider is shown neither x_t nor its noise level. x_t is read from the denoiser's input in the conditional pass, and
-    the level from the scheduler. So the guide is asked right after the conditional pass, and the unconditional one is
-    added to the step's batches where the guide wants it: the loop goes through them one after the other. x_t has the
+    A guider is shown neither x_t nor its noise level. x_t is read from the denoiser's input in the conditional pass,
+    and the level from the scheduler. So the guide is asked right after the conditional pass, and the unconditional one
+    is added to the step's batches where the guide wants it: the loop goes through them one after the other. x_t has the
     dtype that the denoiser computes in.
 
     `run` is the record of all calls so far, as in `hasten.guided`.
@@ -37,7 +38,7 @@ class Guider(BaseGuidance):
         self.register_to_config(guide=str(guide))
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
-        """Begins a step; the first one of a call that this guider is shown also begins the call, with an empty memory."""
+        """Begins a step; the first one of a call that this guider is shown also begins the call."""
         last = self._step
         super().set_state(step, num_inference_steps, timestep)
         self._hidden = None
@@ -144,5 +145,5 @@ class Guider(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        """How many passes a step may have; pipelines ask before their loop whether they need unconditional embeddings."""
+        """How many passes a step may have; pipelines ask it to know whether they need unconditional embeddings."""
         return len(self._input_predictions) if self._enabled else 1

@@ -28,8 +28,8 @@ def _no_rescale(pipe: Any, prediction: torch.Tensor, conditional: torch.Tensor) 
 
 
 def _rescale_deviation(pipe: Any, prediction: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
-    """`guidance_rescale`: pulls the standard deviation towards the conditional one's (Lin et al. 2023, arXiv 2305.08891,
-    section 3.4).
+    """`guidance_rescale`: pulls the standard deviation towards the conditional one's (Lin et al. 2023, arXiv
+    2305.08891, section 3.4).
     """
     share = getattr(pipe, "guidance_rescale", 0.0)  # some of the loops have none
     if share == 0:
@@ -57,7 +57,7 @@ def _limit_norm(pipe: Any, prediction: torch.Tensor, conditional: torch.Tensor) 
 
 
 def _z_image(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """Z-Image predicts x0 - noise as a list of [C, 1, H, W]; its scheduler gets noise - x0, [B, C, H, W], in float32."""
+    """Z-Image predicts x0 - noise, a list of [C, 1, H, W]; its scheduler gets noise - x0 in float32, [B, C, H, W]."""
     return -torch.stack([output.float() for output in outputs]).squeeze(2)
 
 
@@ -66,11 +66,13 @@ class Family:
     """How the denoising loop of some pipelines calls its denoiser.
 
     denoisers: the attributes of the pipeline where denoisers are; each present one is wrapped.
-    layout: "batched", one call a step with the passes of `order` along the batch, or "sequential", one call for each pass in this order.
+    layout: "batched", one call a step with the passes of `order` along the batch, or "sequential", one call for each
+        pass, in that order.
     order: the passes that the loop computes where guidance is on.
     input: the name of the denoiser's argument that holds x_t, its first.
     beside: the attributes of models that the loop calls before the denoiser with the same batch (ControlNets).
-    lists: batched inputs and outputs are lists with one entry for a row; otherwise tensors with the rows along their first dimension.
+    lists: batched inputs and outputs are lists with one entry for a row; otherwise tensors with the rows along their
+        first dimension.
     more_channels: after the sample's channels (dimension 1) the denoiser's input holds others.
     to_sample: what the loop does to a denoiser's prediction before the scheduler gets it, guidance aside.
     rescale: what the loop does to a guided prediction after guidance.
@@ -149,7 +151,7 @@ DENOISERS: dict[str, str] = {
 
 
 def family_of(pipe: Any) -> Family:
-    """How the loop of a pipeline calls its denoiser. A subclass that keeps its parent's `__call__` has its parent's loop.
+    """How the loop of a pipeline calls its denoiser; a subclass that keeps its parent's `__call__` has its loop.
 
     Raises:
         UnsupportedModelError: the loop is not known, which names what is missing, or the pipeline is distilled and has

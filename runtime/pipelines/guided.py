@@ -1,5 +1,7 @@
-"""A guide decides what a diffusers pipeline samples with, and which passes are computed at all: `with hasten.guided(pipe, guide) as run` for the
-pipelines that combine predictions themselves, `hasten.guider(guide, scheduler)` for those that ask a guider component.
+"""A guide decides what a diffusers pipeline samples with, and which passes are computed at all.
+
+`with hasten.guided(pipe, guide) as run` is for the pipelines that combine predictions themselves,
+`hasten.guider(guide, scheduler)` for those that ask a guider component.
 """
 
 from __future__ import annotations
@@ -25,28 +27,33 @@ from hasten.pipelines.record import Run
 
 @contextmanager
 def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
-    """Runs every call of `pipe` in the block under `guide`; afterwards, also after an exception, the pipeline is what it was.
+    """Runs every call of `pipe` in the block under `guide`; afterwards, also after an exception, the pipeline is what
+    it was.
 
-    At each step the guide says which predictions it needs; the others are not computed (nor their share of a ControlNet). What it makes of them takes
-    the place of what the pipeline itself combined, exactly, on its way into the scheduler's step. So the pipeline's own guidance scale no longer
-    matters, but it must be such that the pipeline makes an unconditional pass: `guidance_scale` above 1 (Z-Image: above 0), for Flux, Qwen-Image and
-    HunyuanVideo `true_cfg_scale` above 1 and a negative prompt. Every call of the pipeline starts with an empty memory.
+    At each step the guide says which predictions it needs; the others are not computed (nor their share of a
+    ControlNet). What it makes of them takes the place of what the pipeline itself combined, exactly, on its way into
+    the scheduler's step. So the pipeline's own guidance scale no longer matters, but it must be such that the pipeline
+    makes an unconditional pass: `guidance_scale` above 1 (Z-Image: above 0), for Flux, Qwen-Image and HunyuanVideo
+    `true_cfg_scale` above 1 and a negative prompt. Every call of the pipeline starts with an empty memory.
 
     Args:
         pipe: a diffusers pipeline, one of `hasten.pipelines.families.FAMILIES`.
         guide: see `hasten.guidance.diffusion.guide`.
-        rescale: do to the guide's prediction what the pipeline itself does to a guided one: `guidance_rescale`, Z-Image's `cfg_normalization`,
-            Qwen-Image's norm for each token, which it has no argument to turn off. False: the guide's prediction is final.
+        rescale: do to the guide's prediction what the pipeline itself does to a guided one: `guidance_rescale`,
+            Z-Image's `cfg_normalization`, Qwen-Image's norm for each token, which it has no argument to turn off.
+            False: the guide's prediction is final.
 
     Yields:
         The run's record, filled while the pipeline runs.
 
     Raises:
         TypeError: guide is no Guide.
-        UnsupportedModelError: the pipeline's loop or its scheduler is not known, or it has no unconditional pass at all.
-        StateError: the pipeline, or a part that it shares with another one, is guided already, or its denoiser has a cache of diffusers enabled.
-        ValueError: in the block: the guide needs a pass that this call of the pipeline does not make, it is for other samplers (CFG++ and its eta), or
-            predictions are not finite.
+        UnsupportedModelError: the pipeline's loop or its scheduler is not known, or it has no unconditional pass at
+            all.
+        StateError: the pipeline, or a part that it shares with another one, is guided already, or its denoiser has a
+            cache of diffusers enabled.
+        ValueError: in the block: the guide needs a pass that this call of the pipeline does not make, it is for other
+            samplers (CFG++ and its eta), or predictions are not finite.
     """
     _check_guide(guide)
     check_diffusers()
@@ -55,7 +62,8 @@ def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
     for name in family.denoisers:
         if getattr(getattr(pipe, name, None), "is_cache_enabled", False):
             raise StateError(
-                f"{name} keeps what one step computes for the next (enable_cache); a pass that is skipped leaves that stale: call {name}.disable_cache()"
+                f"{name} keeps what one step computes for the next (enable_cache); a pass that is skipped leaves "
+                f"that stale: call {name}.disable_cache()"
             )
     if hasattr(pipe.scheduler.step, "hasten_loop"):
         raise StateError(f"{type(pipe).__name__} is guided already; leave the other `with hasten.guided(...)` first")
@@ -68,10 +76,11 @@ def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
 
 
 def run_key(pipe: Any, *, steps: int, scale: float, shape: tuple[int, ...]) -> RunKey:
-    """The key of LinearAG's coefficients for runs of `pipe`. Fitted and loaded under it, they are refused by any other pipeline that differs in what counts.
+    """The key of LinearAG's coefficients for runs of `pipe`. Fitted and loaded under it, they are refused by any other
+    pipeline that differs in what counts.
 
-    model holds the denoisers' classes and a digest of their weights (name, shape and dtype of each, and its first values); scheduler its class and a
-    digest of its configuration.
+    model holds the denoisers' classes and a digest of their weights (name, shape and dtype of each, and its first
+    values); scheduler its class and a digest of its configuration.
 
     Args:
         steps: the number of denoising steps.
@@ -106,8 +115,9 @@ def run_key(pipe: Any, *, steps: int, scale: float, shape: tuple[int, ...]) -> R
 def guider(guide: Guide, scheduler: Any) -> Any:
     """The guide as a guider component: `pipe.update_components(guider=hasten.guider(guide, pipe.scheduler))`.
 
-    For modular pipelines of SDXL, SD3, Wan, Qwen-Image and Z-Image. A pipeline with a second guider (Wan 2.2's `guider_2`) takes the same object twice:
-    then what the guide remembers survives the change of denoisers. Qwen-Image's loop gives the guide's prediction the norms of the conditional one.
+    For modular pipelines of SDXL, SD3, Wan, Qwen-Image and Z-Image. A pipeline with a second guider (Wan 2.2's
+    `guider_2`) takes the same object twice: then what the guide remembers survives the change of denoisers.
+    Qwen-Image's loop gives the guide's prediction the norms of the conditional one.
 
     Args:
         guide: see `hasten.guidance.diffusion.guide`.

@@ -22,7 +22,7 @@ from hasten.pipelines.session import Session
 
 
 class Loop:
-    """The wrappers for one pipeline under one guide. `install` puts them in place, also again, and `uninstall` takes them off."""
+    """The wrappers for one pipeline under one guide: `install` puts them on, also again, `uninstall` takes them off."""
 
     def __init__(self, pipe: Any, family: Family, guide: Guide, run: Run, rescale: bool):
         self.pipe, self.family = pipe, family
@@ -31,7 +31,9 @@ class Loop:
         self.patches: list[tuple[Any, str, Any, Callable]] = []
 
     def install(self) -> None:
-        """Wraps whatever is not wrapped yet: offloading puts a new forward on a denoiser after each call of the pipeline."""
+        """Wraps whatever is not wrapped yet: offloading puts a new forward on a denoiser after each call of the
+        pipeline.
+        """
         for names, wrapper in ((self.family.denoisers, self._denoise), (self.family.beside, self._beside)):
             for module in (getattr(self.pipe, name, None) for name in names):
                 if module is None:
@@ -105,7 +107,10 @@ class Loop:
             self._refuse_unguided()
 
     def _order(self, rows: int) -> tuple[Pass, ...]:
-        """The passes of a step whose first call of the denoiser gets so many rows: batched loops may guide some steps."""
+        """The passes of a step whose first call of the denoiser gets so many rows.
+
+        A batched loop may guide at some steps only, and then gives the conditional rows alone at the others.
+        """
         batch = self.session.call.batch
         if self.family.layout == "sequential":
             guided = True
@@ -215,8 +220,8 @@ class Loop:
         expected = call.timesteps[call.first]
         if not expected.is_at(float(timestep)):
             raise ValueError(
-                f"the loop begins at timestep {float(timestep):g}, expected {expected.time:g}, {call.count} steps before "
-                "the end of the scheduler's: a run that stops before its last step is not supported"
+                f"the loop begins at timestep {float(timestep):g}, expected {expected.time:g}, {call.count} steps "
+                "before the end of the scheduler's: a run that stops before its last step is not supported"
             )
         if len(sample) != rows:
             raise ValueError(

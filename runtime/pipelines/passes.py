@@ -17,10 +17,12 @@ def split(output: Any, passes: Sequence[Pass]) -> dict[Pass, Any]:
 
 
 def take(inputs: Any, rows: int, order: Sequence[Pass], kept: Sequence[Pass], lists: bool) -> Any:
-    """The inputs of a denoiser call, where everything that holds `rows` rows, or a multiple, is left with those of the kept passes.
+    """The inputs of a denoiser call, where everything that holds `rows` rows, or a multiple, is left with those of the
+    kept passes.
 
     Args:
-        inputs: tensors in nested tuples, lists and dicts. Rows lie along the first dimension of tensors, or with `lists` along lists too.
+        inputs: tensors in nested tuples, lists and dicts. Rows lie along the first dimension of tensors, or with
+            `lists` along lists too.
         rows: how many the call has, the passes of `order` one after the other.
     """
     if len(kept) == len(order):
@@ -36,7 +38,7 @@ def take(inputs: Any, rows: int, order: Sequence[Pass], kept: Sequence[Pass], li
 
 
 def fill(outputs: Any, order: Sequence[Pass], kept: Sequence[Pass]) -> Any:
-    """The output of the kept passes, a tensor or a list of rows, with the conditional rows where passes were left out."""
+    """The output of the kept passes, a tensor or a list of rows; others are filled with the conditional rows."""
     if len(kept) == len(order):
         return outputs
     parts = split(outputs, kept)
@@ -53,7 +55,7 @@ def _join(parts: list[Any]) -> Any:
 
 
 def _map(function: Callable[[Any], Any], value: Any, lists: bool) -> Any:
-    """`function` of every tensor that has a first dimension; with `lists` of every list too, instead of what it holds."""
+    """`function` of every tensor that has a first dimension; with `lists` of every list instead of its entries."""
     if isinstance(value, torch.Tensor):
         return function(value) if value.ndim else value
     if isinstance(value, list) and lists:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Evaluations:
     """What the denoiser computed.
 
-    per_step: (rows, calls) of every step; a row is one sample in one pass, full guidance makes two of each. full: how many
-    rows there would be with all of the pipeline's passes at every step.
+    per_step: (rows, calls) of every step; a row is one sample in one pass, full guidance makes two of each. full: how
+    many rows there would be with all of the pipeline's passes at every step.
     """
 
     per_step: tuple[tuple[int, int], ...]
@@ -43,8 +43,8 @@ class Evaluations:
 class StepRecord:
     """A step that is over.
 
-    index: in its call, from 0. sigma: its noise level. rows, calls: what the denoiser computed. full: the rows of all of
-    the pipeline's passes. recorded: by name, what the guide recorded.
+    index: in its call, from 0. sigma: its noise level. rows, calls: what the denoiser computed. full: the rows of all
+    of the pipeline's passes. recorded: by name, what the guide recorded.
     """
 
     index: int
@@ -87,12 +87,12 @@ class Run:
 
     @property
     def trace(self) -> list[dict[str, Any]]:
-        """For every step: `call` (of the pipeline) and `step`, both from 0, `sigma`, `rows`, `calls`, and what the guide
-        recorded (numbers and lists).
+        """For every step: `call` (of the pipeline) and `step`, both from 0, `sigma`, `rows`, `calls`, and what the
+        guide recorded (numbers and lists).
 
         Where both passes were computed also `cosine`, `update_norm` and `conditional_norm` for each row, see
-        `hasten.guidance.diffusion.adaptive.agreement`, measured in `space`: in the guide's own, or else on what the model
-        predicts.
+        `hasten.guidance.diffusion.adaptive.agreement`, measured in `space`: in the guide's own, or else on what the
+        model predicts.
 
         Reading it waits for the device.
         """

@@ -1,6 +1,7 @@
-"""The schedulers of diffusers, as data: the noise levels of their timesteps, how a step draws noise, what the denoiser predicts.
+"""The schedulers of diffusers, as data: the noise levels of their timesteps, the noise that their steps draw anew, and
+what the denoiser predicts.
 
-This is the one place that knows schedulers. They differ in the sample that `step` takes, x_t = alpha * x0 + sigma * noise.
+This is the one place that knows schedulers. They differ in the alpha and sigma of x_t = alpha * x0 + sigma * noise.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Timestep:
-    """One evaluation of the denoiser: `time` as the scheduler counts it, the sample's level, and where the step leads."""
+    """One evaluation of the denoiser: `time` as the scheduler counts it, its noise level, where its step leads."""
 
     time: float
     level: Level
@@ -112,8 +113,8 @@ class Sampler:
     levels: of every evaluation, and last where the run ends.
     ends: of every evaluation, where its step leads, unless to the level of the next.
     eta: pairs (eta, settings of the scheduler's configuration). With these settings its steps are of first order and
-        draw that share of their noise anew: 0 none, as DDIM and Euler, 1 as Euler ancestral. With none of them its steps
-        read earlier predictions too, or draw all noise anew. An eta that the call gives to `step` comes before.
+        draw that share of their noise anew: 0 none, as DDIM and Euler, 1 as Euler ancestral. With none of them its
+        steps read earlier predictions too, or draw all noise anew. An eta that the call gives to `step` comes before.
     """
 
     levels: Callable[[Any], list[Level]]

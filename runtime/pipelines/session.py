@@ -1,7 +1,7 @@
 """A guide's session with one pipeline: what a wrapped denoising loop and a guider component have in common.
 
-A call of the pipeline is `begin`, and each of its steps is `open` (the guide says which passes it needs), `combine` (the
-guide's prediction, checked) and `close` (the step goes into the record).
+A call of the pipeline is `begin`, and each of its steps is `open` (the guide says which passes it needs), `combine`
+(the guide's prediction, checked) and `close` (the step goes into the record).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A Gaussian mixture whose denoiser is known in closed form, in every parameterization, on every schedule, in float64; and what counts its calls."""
+"""A Gaussian mixture whose denoiser is known in closed form, in every parameterization, on every schedule, in float64;
+and what counts its calls.
+"""
 
 import math
 
@@ -33,7 +35,9 @@ class Mixture:
         self.variances, self.axes = torch.linalg.eigh(covariances)
 
     def posterior(self, x, alpha, sigma, name):
-        """E[x0 | x_t] and E[noise | x_t], each [B, d]: sums of the components' posteriors, weighted by their responsibilities for x [B, d]."""
+        """E[x0 | x_t] and E[noise | x_t], each [B, d]: sums of the components' posteriors, weighted by their
+        responsibilities for x [B, d].
+        """
         which = self.classes[name]
         variances, axes, means = self.variances[which], self.axes[which], self.means[which]
         total = alpha**2 * variances + sigma**2  # [K, d]

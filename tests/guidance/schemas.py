@@ -235,7 +235,7 @@ def _value(schema, draw, depth):
 
 
 def orders(value, limit: int = 4000) -> list:
-    """The value with the properties of its objects in every order (`limit` of them at most); a grammar fixes one of them."""
+    """The value with the properties of its objects in every order, `limit` at most; a grammar fixes one of them."""
     return list(itertools.islice(_orders(value), limit))
 
 

@@ -1,4 +1,6 @@
-"""Adaptive Guidance: classifier-free guidance bit for bit until it stops, exact counts, per-sample measures, and the lag."""
+"""Adaptive Guidance: classifier-free guidance bit for bit until it stops, exact counts, per-sample measures, and the
+lag.
+"""
 
 import math
 
@@ -128,7 +130,9 @@ def test_equal_predictions_lose_nothing():
 
 
 def test_the_first_unguided_step_is_off_by_the_update_it_leaves_out():
-    """The closed form of the error: |a' d_x0 + s' d_noise| with d_noise = (scale - 1) * (conditional - unconditional)."""
+    """The closed form of the error: |a' d_x0 + s' d_noise| with d_noise = (scale - 1) * (conditional -
+    unconditional).
+    """
     schedule = SCHEDULES["vp"](N)
     stop = 6
     full = run(AdaptiveGuidance(5.0, math.inf)).trace[stop]["update_norm"]

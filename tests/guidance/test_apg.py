@@ -1,4 +1,6 @@
-"""Adaptive projected guidance: its laws, in x0 space whatever the model predicts, and that these laws reject the known wrong forms."""
+"""Adaptive projected guidance: its laws, in x0 space whatever the model predicts, and that these laws reject the known
+wrong forms.
+"""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ N = 10
 
 @dataclass(frozen=True)
 class WrongApg(Guide):
-    """As it is often written: on the model's own predictions ("model"), or with the update added to the unconditional prediction."""
+    """As it is often written: on the model's own predictions ("model"), or with the update added to the unconditional
+    prediction.
+    """
 
     scale: float
     eta: float = 0.0

@@ -1,4 +1,6 @@
-"""CFG++: its samplers against their published forms, the guide against its samplers, and that the wrong form for flows is rejected."""
+"""CFG++: its samplers against their published forms, the guide against its samplers, and that the wrong form for flows
+is rejected.
+"""
 
 import itertools
 import math
@@ -39,7 +41,9 @@ def euler(model, schedule, x, strength):
 
 
 def euler_on_flow(model, schedule, x, strength, guided_share=lambda next_sigma: 1 - next_sigma):
-    """With velocities: x' = x - share * sigma * u_guided + ... ; the form of variance-exploding samplers has share 1."""
+    """With velocities: x' = x - share * sigma * u_guided + ... ; the form of variance-exploding samplers
+    has share 1.
+    """
     for _, sigma, _, next_sigma in pairs(schedule):
         c, u = (model.predict(x, 1 - sigma, sigma, name, "flow") for name in ("conditional", "unconditional"))
         share = guided_share(next_sigma)
@@ -155,7 +159,9 @@ def test_order_of_convergence_without_a_difference_to_guide(sampler, expected, g
 
 
 def test_2m_keeps_guided_and_unconditional_predictions_apart():
-    """Where no prediction ever changes, a difference of predictions of one kind vanishes, and 2M is Euler; one of mixed kinds does not."""
+    """Where no prediction ever changes, a difference of predictions of one kind vanishes, and 2M is Euler; one of mixed
+    kinds does not.
+    """
     c, u = torch.randn(2, 4, 6, dtype=torch.float64)
     schedule = log_uniform(N)  # which ends before sigma = 0, where every sampler returns the guided prediction
     constant = lambda x, alpha, sigma: (c, u)  # noqa: E731

@@ -1,4 +1,6 @@
-"""Classifier-free guidance, intervals, cutoff and two scales: identities, and evaluations counted by the denoiser itself."""
+"""Classifier-free guidance, intervals, cutoff and two scales: identities, and evaluations counted by the denoiser
+itself.
+"""
 
 import math
 from dataclasses import replace

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import walks
 
+from hasten.guidance.text import bitmask
 from hasten.guidance.text.constraints import (
     Choice,
     Constraint,
@@ -126,6 +127,15 @@ def test_where_no_mask_can_be_filled_none_is(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_where_no_mask_can_be_filled_every_token_is_checked(name):
+    bound = bind(name)
+    for _, state in states(bound, 6, count=1):
+        mask = np.full(bitmask.words(walks.LENGTH) + 1, -1, np.int32)
+        assert bound.fill_mask_or_check(state, mask) == (0 if name in FILLING else walks.LENGTH)
+        assert bitmask.members(mask, 32 * len(mask)).tolist() == walks.allowed(bound, state)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_the_end_is_valid_where_the_text_is_complete(name):
     bound = bind(name)
     assert walks.accepts(bound, COMPLETE[name])
@@ -222,6 +232,19 @@ def test_a_text_that_the_vocabulary_cannot_end():
     for _ in range(2):
         assert bound.allowed(state).tolist() == [] and bound.allowed_text(state) == "nothing"
         assert not bound.check(state, 0) and not bound.check(state, 1)
+
+
+def test_what_a_text_stands_for():
+    corpus = Substring(["ab 12", "12"])
+    schema = JsonSchema({"type": ["integer", "null"]})
+    assert schema.value("12") == 12 and schema.value("null") is None
+    assert corpus.value("12") == corpus.places("12") == [(0, 3), (1, 0)]
+    assert len(Substring("a" * 500).value("a")) == 100
+    for constraint in (Regex("12"), Choice(["12"]), Grammar('start: "12"'), Predicate(str.isdigit), Constraint()):
+        assert constraint.value("12") is None
+    assert (Regex("[0-9]+") & schema & corpus).value("12") == 12
+    assert (corpus & Choice(["12"]) & schema).value("12") == corpus.places("12")
+    assert (Regex("12") & Choice(["12"])).value("12") is None
 
 
 def test_unbound_constraints_have_no_language_of_their_own():

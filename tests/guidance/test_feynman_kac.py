@@ -1,4 +1,6 @@
-"""Feynman-Kac correctors: sampled moments and normalisers against closed forms that plain guidance misses, and the resampling by itself."""
+"""Feynman-Kac correctors: sampled moments and normalisers against closed forms that plain guidance misses, and the
+resampling by itself.
+"""
 
 import functools
 import math
@@ -63,7 +65,9 @@ def measured(case, steps, corrector, weighted):
 
 
 def errors(case, corrector, weighted=True):
-    """Of mean, variance and normaliser in standard errors (those over the groups), [3]; two step sizes are extrapolated to none."""
+    """Of mean, variance and normaliser in standard errors (those over the groups), [3]; two step sizes are extrapolated
+    to none.
+    """
     extrapolated = 2 * measured(case, 80, corrector, weighted) - measured(case, 40, corrector, weighted)
     exact = torch.tensor([*tilted(case, 1.0, 0.0)[:2], 1.0], dtype=torch.float64)
     return (extrapolated.mean(dim=1) - exact) / (extrapolated.std(dim=1) / math.sqrt(GROUPS))
@@ -129,7 +133,9 @@ def test_every_increment_is_a_case_of_the_general_one():
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_mean_increment_is_the_change_of_the_normaliser_with_a_drift_too(case):
-    """Variance preserving, dx = -x / 2 dt + dW with alpha = e^(-t / 2): d log Z / d tau is the increment's mean over the tilted density, by quadrature."""
+    """Variance preserving, dx = -x / 2 dt + dW with alpha = e^(-t / 2): d log Z / d tau is the increment's mean over
+    the tilted density, by quadrature.
+    """
     level = lambda t: (math.exp(-t / 2), math.sqrt(1 - math.exp(-t)))  # noqa: E731
     t, h = 0.8, 1e-4
     mean, variance, _ = tilted(case, *level(t))

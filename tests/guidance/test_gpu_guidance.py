@@ -1,4 +1,6 @@
-"""Guidance and rejection on a GPU against the same on the CPU: keys and predictions stay there, only answers and candidates travel."""
+"""Guidance and rejection on a GPU against the same on the CPU: keys and predictions stay there, only answers and
+candidates travel.
+"""
 
 import math
 

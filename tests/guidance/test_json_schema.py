@@ -1,4 +1,4 @@
-"""JSON schemas: what is accepted is what jsonschema accepts, over hundreds of schemas; what cannot be enforced is refused by name."""
+"""JSON schemas: accepted is what jsonschema accepts, over hundreds of schemas; what cannot be enforced is refused."""
 
 import json
 import random

@@ -1,4 +1,6 @@
-"""LinearAG: exact where the unconditional prediction is linear in the past, scored by brute force where it is not, and bound to its runs."""
+"""LinearAG: exact where the unconditional prediction is linear in the past, scored by brute force where it is not, and
+bound to its runs.
+"""
 
 import json
 import math
@@ -26,7 +28,9 @@ KEY = RunKey("mixture", "ddim on vp", N, SCALE, (D,), "epsilon")
 
 
 def gaussians():
-    """Two Gaussians that differ in their mean alone: everything lies in the span of the first noise and the two means."""
+    """Two Gaussians that differ in their mean alone: everything lies in the span of the first noise and the
+    two means.
+    """
     means = torch.randn(2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     weights, identity = torch.ones(2, dtype=torch.float64), torch.eye(D, dtype=torch.float64)
     return Mixture(weights, means, 0.5 * identity.expand(2, D, D), {"conditional": [0], "unconditional": [1]})

@@ -113,7 +113,7 @@ def test_draw_uses_the_estimator():
 @pytest.mark.parametrize("width", [3, 64, 65, 1000])
 @pytest.mark.parametrize("rate", [0.02, 1.0])
 def test_the_lazy_order_is_that_of_draws_without_replacement(width, rate):
-    """First and second token against their joint law. At 1000 tokens of nearly equal mass most of them are outside the first race."""
+    """First and second token against their joint law. Of 1000 tokens of nearly equal mass few are in the first race."""
     logits = (-rate * torch.arange(width, dtype=torch.float64) ** 0.5)[None]
     p = logits[0].softmax(-1)
     runs = 20_000
@@ -135,7 +135,7 @@ def test_the_lazy_order_is_that_of_draws_without_replacement(width, rate):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_whole_order_is_that_of_draws_without_replacement(size):
-    """A first race smaller than the vocabulary: all 24 orders through the common key of the others, its horizon and the next race."""
+    """A first race smaller than the vocabulary: all 24 orders through the others' common key and the next race."""
     p = [F(8, 20), F(6, 20), F(5, 20), F(1, 20)]
     runs = 10_000
     logits = rows_of(p, 1)

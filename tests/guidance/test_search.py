@@ -1,4 +1,6 @@
-"""The search for a policy: within its budget, no worse than any interval, and stable under every exchange of one step."""
+"""The search for a policy: within its budget, no worse than any interval, and stable under every exchange
+of one step.
+"""
 
 import itertools
 

@@ -17,7 +17,8 @@ LETTERS, LENGTH, EOS = 3, 4, 3
 class Toy:
     """Texts over 3 letters of at most 4 tokens. A text is a number: its letters in base 4, each plus 1.
 
-    p[text, token] is the law of the next token, the last the end; valid[text, token] the check. A text that reaches full length counts if it is wanted.
+    p[text, token] is the law of the next token, the last the end; valid[text, token] the check. A text that reaches
+    full length counts if it is wanted.
     """
 
     p: torch.Tensor
@@ -35,7 +36,7 @@ def number(text):
 
 
 def toy(looks_ahead):
-    """With `looks_ahead` the check refuses exactly the prefixes that no wanted text continues, else it knows only complete texts."""
+    """With `looks_ahead` the check refuses exactly the prefixes of no wanted text, else it knows complete texts alone."""
     generator = torch.Generator().manual_seed(11)
     texts = [text for length in range(LENGTH + 1) for text in itertools.product(range(LETTERS), repeat=length)]
     p = -torch.rand(4 ** (LENGTH + 1), LETTERS + 1, dtype=torch.float64, generator=generator).log()

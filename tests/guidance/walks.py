@@ -1,4 +1,4 @@
-"""Walks of a constraint over a small vocabulary: every byte, some longer tokens that cross borders (one twice), two EOS ids, a special one and padding."""
+"""Walks of a constraint over a small vocabulary: every byte, longer tokens (one twice), two EOS, a special, padding."""
 
 import random
 

@@ -31,7 +31,9 @@ class Plain(Guide):
 
 @dataclass(frozen=True)
 class Aim(Guide):
-    """Whatever the denoiser says: the prediction that means x0 = target, from the step's own sample, alpha and sigma."""
+    """Whatever the denoiser says: the prediction that means x0 = target, from the step's own sample, alpha
+    and sigma.
+    """
 
     target: torch.Tensor
     noises: list[torch.Tensor] = field(default_factory=list)
@@ -52,7 +54,9 @@ class Aim(Guide):
         }[step.parameterization]
 
     def check_noise(self):
-        """A deterministic solver keeps x0 and noise where they are, so alpha and sigma were right at every step if the noise is the same at each."""
+        """A deterministic solver keeps x0 and noise where they are, so alpha and sigma were right at every step if the
+        noise is the same at each.
+        """
         assert len(self.noises) > 1
         for noise in self.noises[1:]:
             torch.testing.assert_close(noise, self.noises[0], rtol=0, atol=1e-3)

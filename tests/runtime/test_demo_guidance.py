@@ -61,7 +61,9 @@ def study():
 
 @pytest.mark.parametrize(("criterion", "space"), [("cosine", "epsilon"), ("cosine", "x0"), ("update", "x0")])
 def test_a_calibrated_threshold_stops_when_it_should(study, monkeypatch, criterion, space):
-    """On the digits that it was set on, the mean number of guided steps is the one asked for, up to the one digit that the threshold moves."""
+    """On the digits that it was set on, the mean number of guided steps is the one asked for, up to the one digit that
+    the threshold moves.
+    """
     count, steps = 20, 12
     monkeypatch.setattr(study, "STEPS", steps)
     monkeypatch.setattr(study, "GUIDED_STEPS", 7.5)

@@ -1,4 +1,6 @@
-"""The embedded digit model: it loads, repeats, draws what it is asked for, counts what it computes, and refuses bad input."""
+"""The embedded digit model: it loads, repeats, draws what it is asked for, counts what it computes, and refuses bad
+input.
+"""
 
 import json
 import math
@@ -72,7 +74,9 @@ def test_a_seed_gives_the_same_digit_again_whatever_is_drawn_beside_it(model):
 
 
 def test_the_unconditional_class_averages_over_digits(model):
-    """At the noisiest time a digit's class says most about it: the unconditional x0 lies nearer to every class's than these to each other."""
+    """At the noisiest time a digit's class says most about it: the unconditional x0 lies nearer to every class's than
+    these to each other.
+    """
     time = model.config.latest
     alpha, sigma = alpha_sigma(time)
     x = model.noise(range(10))

@@ -81,7 +81,7 @@ def test_the_law_is_the_models_law_given_the_constraint(name, method):
 
 
 def test_the_law_is_the_same_where_a_mask_spares_the_next_walk(monkeypatch):
-    """A mask after one refusal, and at once where the one before found less than 0.9 of the law valid: fewer checks, and still unbiased."""
+    """A mask after one refusal, and at once after one that found less than 0.9 of the law valid: still unbiased."""
     model, tokenizer = toy()
     law = law_of_texts(model, "abc", LONGEST)
     checks = {}
@@ -224,7 +224,7 @@ def test_resampling_reads_nothing_again():
 
 
 def test_every_law_is_that_of_the_particles_own_text(monkeypatch):
-    """What is drawn from is what a fresh prefill of prompt and text gives, after forks and with particles that have ended."""
+    """It is what a fresh prefill of prompt and text gives, after forks and with particles that have ended."""
     model, tokenizer = toy()
     grow, compared = ParticleFilter._grow, []
 

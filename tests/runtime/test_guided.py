@@ -1,4 +1,6 @@
-"""Guided pipelines: what is computed, what comes out, and that the pipeline is afterwards what it was. Real loops, tiny random weights."""
+"""Guided pipelines: what is computed, what comes out, and that the pipeline is afterwards what it was. Real loops, tiny
+random weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Guided pipelines with more conditions than a prompt: ControlNets, IP-Adapters, and an image with a scale of its own."""
+"""Guided pipelines with more conditions than a prompt: ControlNets, IP-Adapters, and an image with a scale
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def with_ip_adapter():
 @BATCHES
 @pytest.mark.parametrize("pictures", [1, 2], ids=["one picture", "two pictures"])
 def test_an_ip_adapter_gets_the_embeddings_of_the_passes_that_are_computed(batch, pictures):
-    """The loop repeats [unconditional; conditional] embeddings for its batch; of two pictures it then has twice as many rows as of x_t."""
+    """The loop repeats [unconditional; conditional] embeddings for its batch; of two pictures it then has twice as many
+    rows as of x_t.
+    """
     pipe, both = with_ip_adapter(), randn(2 * pictures, 1, 6, seed=30)
     expected = call(pipe, SD, batch, ip_adapter_image_embeds=[both])
     assert not torch.equal(expected, call(pipe, SD, batch, ip_adapter_image_embeds=[both.flip(0)]))

@@ -1,4 +1,6 @@
-"""The schedulers of diffusers: a guide's sample, alpha and sigma are the scheduler's at every step, and what is not known is refused."""
+"""The schedulers of diffusers: a guide's sample, alpha and sigma are the scheduler's at every step, and what is not
+known is refused.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def test_every_known_scheduler_is_tested():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @EVERY
 def test_sample_alpha_and_sigma_are_the_schedulers(kind, prediction):
-    """With one x0 predicted throughout, a sampler ends there, and its noise stays as it is, or standard normal if the sampler draws it anew."""
+    """With one x0 predicted throughout, a sampler ends there, and its noise stays as it is, or standard normal if the
+    sampler draws it anew.
+    """
     if (kind, prediction) in WITHOUT:
         return
     pipe, aim = build(kind, prediction_type=prediction), Aim(torch.full((1, 4, 8, 8), 0.5))
@@ -114,8 +118,8 @@ def test_plain_guidance_equals_the_unmodified_pipeline(kind):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_cfg_plus_plus_runs_inside_unmodified_schedulers(monkeypatch, kind, settings, eta, steps):
-    """Every step guides x0 and puts the unconditional noise back (arXiv 2406.08070, algorithm 2), as far down as the scheduler's own step leads
-    before it adds what it draws anew, here nothing.
+    """Every step guides x0 and puts the unconditional noise back (arXiv 2406.08070, algorithm 2), as far down as the
+    scheduler's own step leads before it adds what it draws anew, here nothing.
     """
     expected, found = [], []
 

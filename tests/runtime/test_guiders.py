@@ -43,7 +43,9 @@ from hasten.pipelines.guided import guided, guider
 
 @dataclass(frozen=True)
 class Modular:
-    """The denoising blocks of a modular pipeline, the classic pipeline of the same model, and the shape of its x_T without the batch."""
+    """The denoising blocks of a modular pipeline, the classic pipeline of the same model, and the shape of its x_T
+    without the batch.
+    """
 
     blocks: type
     case: Case

@@ -1,4 +1,6 @@
-"""hasten's guides in the pipelines of diffusers: identities that hold in every parameterization, and evaluations counted by a hook."""
+"""hasten's guides in the pipelines of diffusers: identities that hold in every parameterization, and evaluations
+counted by a hook.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def test_a_key_tells_models_and_schedulers_apart(case):
 
 @pytest.mark.parametrize("case", [SD, QWEN], ids=["guidance_rescale", "norms of tokens"])
 def test_what_is_guided_by_an_estimate_is_rescaled_like_all_that_is_guided(case):
-    """Where the estimate is exact, here the unconditional prediction of step 0 itself, one pass or two make no difference."""
+    """Where the estimate is exact, here the unconditional prediction of step 0 itself, one pass or two make no
+    difference.
+    """
     pipe = case.build()
     parameterization, shape = ("epsilon", (4, 8, 8)) if case is SD else ("flow", (4, 16))
     with guided(pipe, ClassifierFreeGuidance(SCALE)):

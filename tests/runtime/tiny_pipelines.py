@@ -1,4 +1,6 @@
-"""Pipelines of diffusers with tiny random weights, built from configurations, and the arguments of a call that needs no text encoder."""
+"""Pipelines of diffusers with tiny random weights, built from configurations, and the arguments of a call that needs no
+text encoder.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ STEPS = 6
 
 @dataclass(frozen=True)
 class Case:
-    """build() makes the pipeline; arguments(batch) those of a guided call; first names the layer that every evaluation of a denoiser runs first."""
+    """build() makes the pipeline; arguments(batch) those of a guided call; first names the layer that every evaluation
+    of a denoiser runs first.
+    """
 
     build: Callable[[], Any]
     arguments: Callable[[int], dict[str, Any]]
@@ -339,7 +343,8 @@ HUNYUAN = Case(
     ),
     "x_embedder",
 )
-# Z-Image's own scale counts from 0; it embeds the patches of all its rows as one matrix, so its rows are counted at the attention.
+# Z-Image's own scale counts from 0; it embeds the patches of all its rows as one matrix, so its rows are counted at the
+# attention.
 Z_IMAGE = Case(
     z_image,
     lambda batch: {

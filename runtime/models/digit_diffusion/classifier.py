@@ -1,4 +1,4 @@
-"""The classifier of digits, and what it says about samples: are they the digit that was asked for, and are they burnt?"""
+"""The classifier of digits, and what is measured of samples: the digit that they show, saturation and contrast."""
 
 from __future__ import annotations
 
@@ -59,12 +59,15 @@ class DigitClassifier(nn.Module):
 def saturation(samples: torch.Tensor) -> torch.Tensor:
     """The share of each sample's pixels that a picture would clip, [B]: 0 for real digits.
 
-    Digits have 17 grey levels from -1 to 1, 1/8 apart; a pixel is clipped where rounding to the nearest level leaves that range, |x0| > 1 + 1/16.
-    Imagen calls such pixels saturated (Saharia et al. 2022, section 2.3). Samples are taken as the sampler leaves them, unclamped.
+    Digits have 17 grey levels from -1 to 1, 1/8 apart; a pixel is clipped where rounding to the nearest level leaves
+    that range, |x0| > 1 + 1/16. Imagen calls such pixels saturated (Saharia et al. 2022, section 2.3). Samples are
+    taken as the sampler leaves them, unclamped.
     """
     return (samples.abs() > 1 + HALF_LEVEL).flatten(1).float().mean(-1)
 
 
 def contrast(samples: torch.Tensor) -> torch.Tensor:
-    """The mean |x0| of each sample's pixels, unclamped, [B]: how far from mid-grey it is, as colour saturation is for colours."""
+    """The mean |x0| of each sample's pixels, unclamped, [B]: how far from mid-grey it is, as colour saturation is for
+    colours.
+    """
     return samples.abs().flatten(1).mean(-1)

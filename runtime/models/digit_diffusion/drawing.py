@@ -18,7 +18,8 @@ from hasten.models.digit_diffusion.modeling import DigitDiffusion, alpha_sigma
 class Drawing:
     """What `draw` returns.
 
-    samples: x0, [B, 1, 8, 8], unclamped. rows: predictions of one digit that the model computed, over all steps; calls: its forward calls.
+    samples: x0, [B, 1, 8, 8], unclamped. rows: predictions of one digit that the model computed, over all steps; calls:
+        its forward calls.
     seconds: wall time of the run. trace: what the guide recorded at each step.
     """
 

@@ -1,7 +1,8 @@
 """The diffusion transformer: patches of 8 x 8 digits, adaLN-Zero, v-prediction on the cosine schedule.
 
-Peebles and Xie 2023 ("Scalable Diffusion Models with Transformers", section 3.2) for the blocks, Salimans and Ho 2022 ("Progressive Distillation",
-appendix D) for v and the schedule, Ho and Salimans 2022 ("Classifier-Free Diffusion Guidance") for the unconditional class.
+Peebles and Xie 2023 ("Scalable Diffusion Models with Transformers", section 3.2) for the blocks, Salimans and Ho 2022
+("Progressive Distillation", appendix D) for v and the schedule, Ho and Salimans 2022 ("Classifier-Free Diffusion
+Guidance") for the unconditional class.
 
 Shapes: B digits of [1, 8, 8] in [-1, 1] (-1 is paper, 1 is ink), T = 16 patches, C channels.
 """
@@ -21,7 +22,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class DigitDiffusionConfig:
-    """Sizes of the transformer. `latest` is the noisiest time that sampling starts from, where alpha = cos(pi / 2 * latest) is small but not 0."""
+    """Sizes of the transformer. `latest` is the noisiest time that sampling starts from, where alpha = cos(pi / 2 *
+    latest) is small but not 0.
+    """
 
     size: int = 8
     patch: int = 2
@@ -60,9 +63,11 @@ class Block(nn.Module):
 
 
 class DigitDiffusion(nn.Module):
-    """Predicts v = alpha * noise - sigma * x0 of a noisy digit x_t = alpha * x0 + sigma * noise, for a digit or for none.
+    """Predicts v = alpha * noise - sigma * x0 of a noisy digit x_t = alpha * x0 + sigma * noise, for a digit or for
+    none.
 
-    alpha = cos(pi / 2 * time) and sigma = sin(pi / 2 * time), time in [0, 1]. `unconditional` is the label that stands for no class.
+    alpha = cos(pi / 2 * time) and sigma = sin(pi / 2 * time), time in [0, 1]. `unconditional` is the label that stands
+    for no class.
     """
 
     def __init__(self, config: DigitDiffusionConfig | None = None):
@@ -159,7 +164,8 @@ class DigitDiffusion(nn.Module):
             raise ValueError(f"labels must be int64 of [{x.shape[0]}], not {labels.dtype} of {list(labels.shape)}")
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.unconditional:
             raise ValueError(
-                f"labels must be digits, 0 to 9, or {self.unconditional} for none, not {int(labels.min())} to {int(labels.max())}"
+                f"labels must be digits, 0 to 9, or {self.unconditional} for none, "
+                f"not {int(labels.min())} to {int(labels.max())}"
             )
         if time.numel() and not 0 <= float(time.min()) <= float(time.max()) <= 1:
             raise ValueError(f"time must lie in [0, 1], not {float(time.min())} to {float(time.max())}")
