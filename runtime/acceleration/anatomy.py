@@ -23,7 +23,7 @@ from hasten.acceleration.families import (
 from hasten.acceleration.uses import Use
 from hasten.errors import Refusal, UnsupportedModelError
 
-PARTS = ("linears", "shared", "repeated", "gated_mlps", "experts", "head")
+PARTS = ("linears", "shared", "gated_mlps", "experts", "head")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Where a gated MLP is compared with its definition: the size of its inputs, of which the largest is past the limits that models clip gates at, and
 # the relative distance that rounding makes.
@@ -149,8 +149,12 @@ class Anatomy:
     def called_once(self) -> tuple[Projection, ...]:
         """`projections` without those that a pass of the model calls several times: for what depends on the distribution of
         their inputs."""
-        self._ask("repeated")
         return tuple(p for p in self.projections if p.name not in self._found.repeated)
+
+    @property
+    def repeated(self) -> tuple[Refusal, ...]:
+        """Why those that are called several times are not among `called_once`."""
+        return tuple(r for r in self._found.repeated.values() if r.name not in self._left_out)
 
     @property
     def with_shared(self) -> tuple[Projection, ...]:
@@ -281,7 +285,6 @@ class _Found:
                 reason = f"it is called {calls} times in one forward pass, on inputs of different kinds"
                 remedy = "use hasten.DenseDecode, or strict=False"
                 repeated[projection.name] = Refusal(projection.name, _kind(projection.module), reason, remedy)
-        self.refusals["repeated"] += repeated.values()
         return repeated
 
     @cached_property
