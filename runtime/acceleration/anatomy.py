@@ -126,7 +126,7 @@ class Anatomy:
         Raises:
             UnsupportedModelError: the model has none.
         """
-        self._ask("linears", "shared", "repeated")
+        self._ask("linears", "shared")
         taken = {projection.name for projection in self.called_once}
         return tuple(
             Block(

@@ -76,11 +76,11 @@ def test_a_module_that_is_called_twice():
     mlp.__class__ = type("TwiceMLP", (stock,), {"forward": lambda self, x: stock.forward(self, stock.forward(self, x))})
     anatomy = Anatomy(model, run(model))
     assert len(anatomy.projections) == 14 and not anatomy.refusals
-    assert len(anatomy.called_once) == 11
-    assert [refusal.name.rpartition(".")[2] for refusal in anatomy.refusals] == ["gate_proj", "up_proj", "down_proj"]
-    assert all("called 2 times" in refusal.reason for refusal in anatomy.refusals)
-    assert [len(block.projections) for block in anatomy.blocks] == [7, 4]
+    assert len(anatomy.called_once) == 11 and [len(block.projections) for block in anatomy.blocks] == [7, 4]
+    assert [refusal.name.rpartition(".")[2] for refusal in anatomy.repeated] == ["gate_proj", "up_proj", "down_proj"]
+    assert all("called 2 times" in refusal.reason for refusal in anatomy.repeated) and not anatomy.refusals
     assert [mlp.name for mlp in anatomy.gated_mlps] == ["model.layers.0.mlp"]
+    assert [refusal.name for refusal in anatomy.refusals] == ["model.layers.1.mlp.gate_proj"]
 
 
 def test_calls_are_counted_in_each_pass():
