@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 KINDS = {
-    "causal": (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING),
-    "image-text": (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    "causal": "CAUSAL_LM",
+    "image-text": "IMAGE_TEXT_TO_TEXT",
+    "encoder-decoder": "SEQ_TO_SEQ_CAUSAL_LM",
+    "speech": "SPEECH_SEQ_2_SEQ",
 }
 VOCABULARY, WIDTH, INNER, HEADS, GROUPS, HEAD = 320, 64, 96, 4, 2, 16
 
@@ -162,6 +159,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
+    "blip-2": {"image_token_index": VOCABULARY - 1},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "chameleon": {"vocabulary_map": {"<image>": 319, "IMGIMGAZ": 318, "IMGIMGBZ": 317}},
     "cohere_compass_text": {
@@ -197,6 +195,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "florence_vision": {"depths": (1, 1), "patch_size": (3, 3), "patch_stride": (2, 2), "patch_padding": (1, 1)}
     | {"patch_prenorm": (False, True), "embed_dim": (32, 64), "num_heads": (2, 2), "num_groups": (2, 2)}
     | {"window_size": 2},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": SHARED_KEYS
     | PER_LAYER_INPUT
     | {"intermediate_size": INNER, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
@@ -214,15 +213,20 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0},
     "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
     "hunyuan_vl_vision": {"max_image_size": 64, "img_max_token_num": 64},
+    "instructblip": {"image_token_index": VOCABULARY - 1},
+    "instructblipvideo": {"video_token_index": VOCABULARY - 1},
     "janus_vqgan": AUTOENCODER,
     "chameleon_vqgan": AUTOENCODER | {"resolution": 16},
     "emu3_vqgan": AUTOENCODER,
+    "kosmos-2": {"latent_query_num": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "longcat_flash": {"zero_expert_num": 2, "head_dim": 8},
     "mamba2": MAMBA2 | {"num_heads": 8},
+    "mllama_vision_model": {"intermediate_layers_indices": [0], "vision_output_dim": 2 * WIDTH},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [16, 16], "patch_size": 4},
+    "mistral4": {"qk_rope_head_dim": HEAD},
     "muse_spark_audio": {"patch_sizes": (4, 2), "hidden_sizes": (32, WIDTH), "depths": (1, 1)},
     "muse_spark_text": {"moe_hidden_size": WIDTH},
     "nemotron": {"num_key_value_heads": GROUPS},
@@ -261,30 +265,49 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 # Types that no tiny configuration builds, with the reason.
 TIMM = "its vision tower is one of timm's, which is not installed"
 SHARED = "all its layers share the keys and values of another model, and transformers' own check refuses such a decoder"
+SPEECH = "its speech tower has sizes of its own, which the rules do not shrink"
 IMPOSSIBLE: dict[str, str] = {
     "fast_vlm": TIMM,
+    "fun_asr_nano": SPEECH,
     "gemma3n": TIMM,
     "gemma4_assistant": SHARED,
     "gemma4_unified_assistant": SHARED,
+    "kyutai_speech_to_text": SPEECH,
+    "moonshine_streaming": SPEECH,
+    "nemo_speechlm": SPEECH,
     "perception_lm": TIMM,
+    "seamless_m4t": SPEECH,
+    "seamless_m4t_v2": SPEECH,
+    "vibevoice": SPEECH,
+    "vibevoice_asr": SPEECH,
 }
+
+
+def types(kind: str) -> list[str]:
+    """The model types of the classes of a kind: one of `KINDS`."""
+    return list(getattr(modeling_auto, f"MODEL_FOR_{KINDS[kind]}_MAPPING_NAMES"))
 
 
 def causal_types() -> list[str]:
     """The model types of transformers' causal-LM classes."""
-    return list(KINDS["causal"][0])
+    return types("causal")
 
 
 def image_text_types() -> list[str]:
     """The model types of transformers' image-text-to-text classes."""
-    return list(KINDS["image-text"][0])
+    return types("image-text")
+
+
+def model_class(kind: str, model_type: str) -> type[nn.Module]:
+    """The class that transformers maps a type to."""
+    return getattr(modeling_auto, f"MODEL_FOR_{KINDS[kind]}_MAPPING")[CONFIG_MAPPING[model_type]]
 
 
 def configuration(kind: str, model_type: str) -> PreTrainedConfig:
     """The tiny configuration from which `build` makes the model: of the type, or the part that its class takes."""
     config_class = CONFIG_MAPPING[model_type]
     config = _shrunk(config_class, {}, {})
-    taken = KINDS[kind][1][config_class].config_class
+    taken = model_class(kind, model_type).config_class
     if not isinstance(config, taken):
         config = next((part for part in vars(config).values() if isinstance(part, taken)), config)
     if kind == "causal" and getattr(config, "is_decoder", None) is False:
@@ -293,7 +316,7 @@ def configuration(kind: str, model_type: str) -> PreTrainedConfig:
 
 
 def build(kind: str, model_type: str, seed: int = 0) -> nn.Module:
-    """The class of a kind ("causal" or "image-text") for a type, in eval mode, in float32, with weights from `seed`.
+    """The class of a kind of `KINDS` for a type, in eval mode, in float32, with weights from `seed`.
 
     Raises:
         ValueError: the type is in `IMPOSSIBLE`; the message gives the reason.
@@ -302,7 +325,7 @@ def build(kind: str, model_type: str, seed: int = 0) -> nn.Module:
         raise ValueError(f"{model_type} cannot be built: {IMPOSSIBLE[model_type]}")
     config = configuration(kind, model_type)
     torch.manual_seed(seed)
-    model = KINDS[kind][1][CONFIG_MAPPING[model_type]](config)
+    model = model_class(kind, model_type)(config)
     _randomise(model)
     return model.eval()
 
@@ -321,6 +344,8 @@ def _shrunk(config_class: type, given: dict[str, Any], ids: dict[int, int]) -> P
             values[name] = _shrunk(type(value), _given(value), ids)
         elif (name in SIZES and type(value) is int) or name == "head_dim":
             values[name] = SIZES[name]
+        elif name in ("image_size", "patch_size") and isinstance(value, list | tuple) and len(value) == 2:
+            values[name] = type(value)([SIZES[name]] * 2)
         elif name in AT_MOST_ONE and value:
             values[name] = 1
         elif name.endswith(("token_id", "token_index", "_id")) and type(value) is int and value >= VOCABULARY:

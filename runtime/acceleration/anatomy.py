@@ -1,6 +1,7 @@
 """What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the structure; names are in `families`."""
 
-from collections.abc import Collection, Iterable, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,7 @@ from hasten.acceleration.families import (
     ROLES,
     GatedNames,
 )
+from hasten.acceleration.uses import Use
 from hasten.errors import Refusal, UnsupportedModelError
 
 PARTS = ("linears", "shared", "gated_mlps", "experts", "head")
@@ -94,11 +96,13 @@ class Anatomy:
 
     Attributes:
         model: the model.
+        uses: how a pass of the model calls its modules, from `hasten.acceleration.uses`; without, every projection passes
+            for one that is called once.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use] | None = None):
         self.model = model
-        self._found = _Found(model)
+        self._found = _Found(model, uses or {})
         self._asked: dict[str, None] = {}
         self._left_out: frozenset[str] = frozenset()
 
@@ -139,6 +143,17 @@ class Anatomy:
         """Every projection of every layer, without the head, and without those that share their weight with another module."""
         self._ask("linears", "shared")
         return self._kept(p for p in self._found.all_linears if p.name not in self._found.shared)
+
+    @property
+    def called_once(self) -> tuple[Projection, ...]:
+        """`projections` without those that a pass of the model calls several times: for what depends on the distribution of
+        their inputs."""
+        return tuple(p for p in self.projections if p.name not in self._found.repeated)
+
+    @property
+    def repeated(self) -> tuple[Refusal, ...]:
+        """Why those that are called several times are not among `called_once`."""
+        return tuple(r for r in self._found.repeated.values() if r.name not in self._left_out)
 
     @property
     def with_shared(self) -> tuple[Projection, ...]:
@@ -205,8 +220,8 @@ class Anatomy:
 class _Found:
     """The parts of a model and the refusals of each, found once."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use]):
+        self.model, self.uses = model, uses
         self.refusals: dict[str, list[Refusal]] = {part: [] for part in PARTS}
 
     @cached_property
@@ -249,12 +264,27 @@ class _Found:
                 if refusal is None:
                     device = device or (module.weight.device, path)
                     refusal = _elsewhere(path, module, *device)
+                if refusal is None and path in self.uses and self.uses[path].bypasses:
+                    reason = "the model reads its weight without calling it, and so would pass by what takes its place"
+                    refusal = Refusal(path, _kind(module), reason, "leave it as it is with strict=False")
                 if refusal is None:
                     kept.append(Projection(path, ROLES.get(path.removeprefix(f"{name}.")), module))
                 else:
                     self.refusals["linears"].append(refusal)
             found[name] = tuple(kept)
         return found
+
+    @cached_property
+    def repeated(self) -> dict[str, Refusal]:
+        """Why projections that are called several times in one pass cannot be calibrated, by their paths."""
+        repeated = {}
+        for projection in self.all_linears:
+            calls = self.uses[projection.name].calls if projection.name in self.uses else 1
+            if calls > 1 and projection.name not in self.shared:
+                reason = f"it is called {calls} times in one forward pass, on inputs of different kinds"
+                remedy = "use hasten.DenseDecode, or strict=False"
+                repeated[projection.name] = Refusal(projection.name, _kind(projection.module), reason, remedy)
+        return repeated
 
     @cached_property
     def all_linears(self) -> tuple[Projection, ...]:
@@ -533,14 +563,20 @@ def _unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
 def _distance_from_gated(mlp: GatedMLP) -> float:
     """The largest relative distance of what the module computes from down(act(gate(x)) * up(x)), over rows of small and large inputs."""
     linear = nn.functional.linear
-    weights = [p.weight for p in (mlp.gate, mlp.up, mlp.gate_up) if p]
-    biases = [p.bias for p in (mlp.gate, mlp.up, mlp.gate_up) if p]
+    if mlp.gate_up:
+        weights, bias = mlp.gate_up.weight.chunk(2), mlp.gate_up.bias
+        biases = (None, None) if bias is None else bias.chunk(2)
+    else:
+        weights, biases = (mlp.gate.weight, mlp.up.weight), (mlp.gate.bias, mlp.up.bias)
     rows = torch.randn(len(CHECK_SCALES), weights[0].shape[1], generator=torch.Generator().manual_seed(0))
     rows = rows.to(weights[0].device, weights[0].dtype)
-    sizes = torch.stack([linear(rows, weight).abs().amax(-1) for weight in weights]).amax(0)
-    rows = rows / sizes[:, None] * torch.tensor(CHECK_SCALES, device=rows.device, dtype=rows.dtype)[:, None]
-    projected = [linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+    # Of gates and what they multiply, the smaller reach the scale.
+    sizes = torch.stack([linear(rows, weight).abs().amax(-1) for weight in weights]).amin(0)
+    scales = torch.tensor(CHECK_SCALES, device=rows.device, dtype=rows.dtype) / sizes.masked_fill(sizes == 0, 1)
+    rows = rows * scales[:, None]
+    gate, up = (linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     expected = linear(getattr(mlp.module, mlp.activation)(gate) * up, mlp.down.weight, mlp.down.bias).float()
     output = type(mlp.module).forward(mlp.module, rows[None])[0].float()
-    return float(((output - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
+    finite = expected.isfinite().all(-1)  # the largest row can overflow
+    distances = (output - expected)[finite].norm(dim=-1) / expected[finite].norm(dim=-1).clamp(min=1e-30)
+    return float(distances.max()) if len(distances) else math.inf

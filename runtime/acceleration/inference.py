@@ -1,21 +1,400 @@
-"""Temporary: running a model on token ids."""
+"""How the text decoder of any transformers model is run: on token ids, or on what a processor returns.
 
+A run neither depends on what the model remembers of earlier inputs nor changes it. What goes wrong inside the model
+comes out as an `UnsupportedModelError` that names what the model was given.
+"""
+
+import contextlib
 import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from hasten.model_facts import cache_of, device_of
+from hasten.errors import HastenError, UnsupportedModelError
+from hasten.model_facts import device_of, longest_input, vocabulary
+
+Inputs = torch.Tensor | Mapping[str, Any]
+
+# Arguments that take a cache; an output carries it under the same name.
+CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Attributes in which models remember something of their last inputs, with what stands there before the first.
+REMEMBERED = {"rope_deltas": None}
+# Inputs that have a value for each token, besides those of the ids' own shape: masks over images.
+ROWS = ("cross_attention_mask", "image_attention_mask")
+# Inputs that a step needs again, by model type.
+EVERY_STEP = {"idefics": ("pixel_values",), "kosmos-2": ("pixel_values", "image_embeds")}
+# Model types that make positions of their own, of other lengths than their input.
+OWN_POSITIONS = ("reformer", "xlnet")
+# Beginnings of the names of tokens that stand for something else than text, in configurations.
+PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
+# Inputs that are not 0 at such tokens.
+KINDS_OF_TOKENS = {"mm_token_type_ids", "image_embeds_position_mask"}
+# What a processor returns besides, and no forward takes.
+NOT_FORWARDED = ("labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
+EXAMPLE_TOKENS = 4
 
 
-def prefill(model, ids):
-    return model(input_ids=ids.to(device_of(model)), use_cache=True)
+@dataclass(slots=True)
+class Reading:
+    """What a decoder has read so far, and what its next step takes.
+
+    `ids` are the tokens [B, T]; `mask` [B, T] is 0 at padding, None without any; `cache` is empty for models without;
+    `along` are the other arguments of each step; `text_only` is False where the prompt held more than text.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    text_only: bool
+    cache: dict[str, object] = field(default_factory=dict)
+    along: dict[str, object] = field(default_factory=dict)
 
 
-def step(model, ids, run):
-    return model(input_ids=ids.to(device_of(model)), use_cache=True, **cache_of(run))
+class Inference:
+    """Runs the text decoder of a model as `generate` would: with positions, masks and caches as the model takes them.
+
+    A decoder-only model reads token ids. An encoder-decoder that is given ids alone reads them with its encoder and
+    with its decoder, as a denoising pass does; of what a processor returns, the decoder gets `decoder_input_ids`, else
+    `labels`, else the ids that the encoder gets. A multimodal model whose forward needs more than token ids is run on
+    its inner language model where it has one. A model without a cache reads the whole text in every step.
+
+    Args:
+        model: a model of transformers, in eval mode.
+        example: inputs like those that it will be run on; by default a few token ids.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run on such inputs; the message names what it was given.
+    """
+
+    def __init__(self, model: nn.Module, example: Inputs | None = None):
+        self.model = self.target = model
+        if example is None:
+            example = torch.arange(min(EXAMPLE_TOKENS, longest_input(model)))
+        try:
+            self._probe(example)
+        except UnsupportedModelError as refusal:
+            whole = isinstance(example, Mapping) or model.config.is_encoder_decoder
+            inner = None if whole else inner_language_model(model)
+            if inner is None:
+                raise
+            self.target = inner
+            try:
+                self._probe(example)
+            except UnsupportedModelError:
+                raise refusal from None
+
+    def _probe(self, example: Inputs) -> None:
+        """Runs the example, to find out how the target takes and returns its cache."""
+        parameters = inspect.signature(self.target.forward).parameters
+        self.parameters = parameters.keys()
+        self.encodes = "decoder_input_ids" in parameters and self.target.config.is_encoder_decoder
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.takes_flag = anything or "use_cache" in parameters
+        example = self.cut(example, max(EXAMPLE_TOKENS, self.shortest_prefix(example)))
+        for makes_cache in (False, True) if self.takes_flag else ():
+            self.has_cache, self.makes_cache = True, makes_cache
+            # An AttributeError is a configuration's from which transformers cannot make a cache.
+            with contextlib.suppress(UnsupportedModelError, AttributeError), undisturbed(self.model):
+                _, reading = self.prefill(example)
+                if any(map(_is_filled, reading.cache.values())):
+                    self.step(reading, reading.ids[:, -1:])
+                    return
+        self.has_cache = self.makes_cache = False
+        self.forward(example)
+
+    @torch.no_grad()
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        """One pass over `inputs` without a cache: logits [B, T, V], or of the last position alone where the model can.
+
+        Raises:
+            UnsupportedModelError: the model raised an error.
+        """
+        arguments, _ = self._arguments(inputs)
+        if self.takes_flag:
+            arguments["use_cache"] = False
+        if "logits_to_keep" in self.parameters:
+            arguments["logits_to_keep"] = 1
+        with undisturbed(self.model):
+            return self._run(arguments).logits
+
+    @torch.no_grad()
+    def prefill(self, inputs: Inputs, last: bool = False) -> tuple[torch.Tensor, Reading]:
+        """Reads a prompt: token ids [T] or [B, T], or what a processor returns. Use it and `step` in `undisturbed`.
+
+        Args:
+            last: of the logits, those of the last position are enough, as for `generate`.
+
+        Returns:
+            logits [B, T, V], or [B, 1, V] with `last` and of models that give no others; and the reading that `step`
+            continues.
+
+        Raises:
+            UnsupportedModelError: the model raised an error.
+        """
+        arguments, reading = self._arguments(inputs)
+        if self.encodes:
+            arguments = self._encoded(arguments)
+        if last and "logits_to_keep" in self.parameters:
+            arguments["logits_to_keep"] = 1
+        if self.takes_flag:
+            arguments["use_cache"] = self.has_cache
+        if self.makes_cache:
+            arguments["past_key_values"] = self._new_cache()
+        output = self._run(arguments)
+        if self.has_cache:
+            reading.cache = _caches(output) or _caches(arguments)
+        if reading.cache:
+            reading.along = self._for_each_step(arguments, output)
+        return output.logits, reading
+
+    @torch.no_grad()
+    def step(self, reading: Reading, ids: torch.Tensor) -> torch.Tensor:
+        """Reads further tokens `ids` [B, t], usually t = 1, and adds them to `reading`; returns their logits [B, t, V].
+
+        Raises:
+            UnsupportedModelError: the model raised an error.
+        """
+        ids = ids.to(reading.ids.device)
+        reading.ids = torch.cat([reading.ids, ids], 1)
+        if reading.mask is not None:
+            reading.mask = torch.cat([reading.mask, reading.mask.new_ones(ids.shape)], 1)
+        new = ids.shape[1] if reading.cache else reading.ids.shape[1]
+        for name, value in () if reading.cache or self.encodes else reading.along.items():
+            if _is_of_tokens(name, value, reading.ids[:, : -ids.shape[1]]):
+                reading.along[name] = torch.cat([value, value[:, -1:].expand(-1, ids.shape[1], *value.shape[2:])], 1)
+        arguments = reading.along | reading.cache | self._text(reading, new)
+        if self.takes_flag:
+            arguments["use_cache"] = bool(reading.cache)
+        output = self._run(arguments)
+        reading.cache |= _caches(output) if reading.cache else {}
+        return output.logits[:, -ids.shape[1] :]
+
+    @torch.no_grad()
+    def decode(self, inputs: Inputs, prefix: int) -> torch.Tensor:
+        """Logits [B, T - prefix + 1, V] in float32, on the CPU, that follow positions prefix - 1 .. T - 1 of `inputs`:
+        a prefill of the first `prefix` tokens, then single steps. A prefix that cuts an image is made longer.
+
+        Raises:
+            UnsupportedModelError: the model raised an error.
+        """
+        ids = self.token_ids(inputs)
+        prefix = max(prefix, self.shortest_prefix(inputs))
+        with undisturbed(self.model):
+            logits, reading = self.prefill(self.cut(inputs, prefix), last=True)
+            rows = [logits[:, -1]]
+            for position in range(prefix, ids.shape[1]):
+                rows.append(self.step(reading, ids[:, position : position + 1])[:, -1])
+        return torch.stack(rows, 1).float().cpu()
+
+    def token_ids(self, inputs: Inputs) -> torch.Tensor:
+        """The tokens [B, T] that the decoder reads."""
+        return self._arguments(inputs)[1].ids
+
+    def shortest_prefix(self, inputs: Inputs) -> int:
+        """The number of tokens up to the last one that stands for something else than text; at least 1."""
+        ids = self.token_ids(inputs)
+        if self.encodes or self._arguments(inputs)[1].text_only:
+            return 1
+        stands = torch.zeros_like(ids, dtype=torch.bool)
+        for name, value in vars(self.target.config).items():
+            if name.startswith(PLACEHOLDERS) and isinstance(value, int):
+                stands |= ids == value
+        for name in KINDS_OF_TOKENS & inputs.keys():
+            stands |= inputs[name].to(ids.device) != 0
+        return max(1, int(stands.any(0).nonzero().max()) + 1) if stands.any() else 1
+
+    def cut(self, inputs: Inputs, tokens: int) -> Inputs:
+        """`inputs` without what the decoder reads after the first `tokens` tokens."""
+        if not isinstance(inputs, Mapping) and not self.encodes:
+            return inputs[..., :tokens]
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+        ids = self.token_ids(inputs)
+        if self.encodes:
+            return inputs | {"decoder_input_ids": ids[:, :tokens]}
+        return {name: value[:, :tokens] if _is_of_tokens(name, value, ids) else value for name, value in inputs.items()}
+
+    def random_prompt(self, tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+        """Token ids [batch, tokens] from a seed, for measuring time."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(vocabulary(self.target), (batch, tokens), generator=generator)
+
+    def _arguments(self, inputs: Inputs) -> tuple[dict[str, Any], Reading]:
+        """The arguments of a pass over `inputs`, and the reading that starts with it."""
+        device = device_of(self.model)
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+        inputs = {name: _on(value, device) for name, value in inputs.items()}
+        given = {name: value for name, value in inputs.items() if name not in NOT_FORWARDED}
+        names = ("decoder_input_ids", "labels", "input_ids") if self.encodes else ("input_ids",)
+        ids = next((inputs[name] for name in names if name in inputs), None)
+        if ids is None:
+            raise self._refusal(given, f"no {' nor '.join(names)} among what it was given")
+        ids = torch.atleast_2d(ids)
+        ids = ids[:, (ids >= 0).all(0)]  # labels are -100 at padding
+        mask = given.pop("decoder_attention_mask" if self.encodes else "attention_mask", None)
+        mask = None if mask is None or mask.bool().all() else mask
+        reading = Reading(ids, mask, text_only=not given.keys() - {"input_ids", "attention_mask", "decoder_input_ids"})
+        if self.encodes:
+            main = self.target.main_input_name
+            if "input_ids" in given and main == "input_ids":
+                given["input_ids"] = torch.atleast_2d(given["input_ids"])
+            else:
+                given.pop("input_ids", None)
+                if not given.keys() & {main, "encoder_outputs"}:
+                    raise self._refusal(inputs, f"its encoder reads {main}")
+        reading.along = {name: value for name, value in given.items() if name != names[0]}
+        return given | self._text(reading, ids.shape[1]), reading
+
+    def _text(self, reading: Reading, tokens: int) -> dict[str, Any]:
+        """The arguments for the last `tokens` of a reading: ids, and masks and positions where they are needed."""
+        if self.encodes:
+            mask = {"decoder_attention_mask": reading.mask} if reading.mask is not None else {}
+            return {"decoder_input_ids": reading.ids[:, -tokens:]} | mask
+        arguments = {"input_ids": reading.ids[:, -tokens:]}
+        if reading.mask is not None:
+            arguments["attention_mask"] = reading.mask
+        if (
+            "position_ids" in self.parameters
+            and reading.text_only
+            and self.target.config.model_type not in OWN_POSITIONS
+        ):
+            if reading.mask is not None:
+                positions = (reading.mask.long().cumsum(-1) - 1).clamp(min=0)
+            else:
+                positions = torch.arange(reading.ids.shape[1], device=reading.ids.device)[None]
+            arguments["position_ids"] = positions[:, -tokens:]
+        return arguments
+
+    def _for_each_step(self, arguments: dict[str, Any], output) -> dict[str, Any]:
+        """What a step takes besides its tokens and the cache."""
+        again = (
+            ("encoder_outputs", "attention_mask") if self.encodes else EVERY_STEP.get(self.target.config.model_type, ())
+        )
+        along = {name: arguments[name][:, -1:] for name in ROWS if name in arguments}
+        along |= {name: arguments[name] for name in again if name in arguments}
+        if self.encodes and (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
+            along.setdefault("encoder_outputs", BaseModelOutput(last_hidden_state=encoded))
+        return along
+
+    def _encoded(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """`arguments` with the output of the encoder for its inputs, where the encoder alone takes all of them."""
+        encoder = self.target.get_encoder()
+        inputs = {name: value for name, value in arguments.items() if not name.startswith(("decoder_", "encoder_"))}
+        if not inputs or not inputs.keys() <= inspect.signature(encoder.forward).parameters.keys():
+            return arguments
+        output = self._call(encoder, inputs)
+        kept = {name: value for name, value in arguments.items() if name not in inputs or name == "attention_mask"}
+        return kept | {"encoder_outputs": output}
+
+    def _new_cache(self) -> object:
+        """A cache as `generate` makes it, for models that fill one and make none."""
+        config = self.target.config.get_text_config(decoder=True)
+        cache = DynamicCache(config=config)
+        return EncoderDecoderCache(cache, DynamicCache(config=config)) if self.encodes else cache
+
+    def _run(self, arguments: dict[str, Any]):
+        """The target's output, with logits."""
+        output = self._call(self.target, arguments)
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor):
+            raise self._refusal(arguments, "its output has no logits")
+        ids = arguments["decoder_input_ids" if self.encodes else "input_ids"]
+        if not arguments.keys() - TEXT and logits.shape[1] not in (1, ids.shape[1]):
+            raise self._refusal(arguments, f"its logits {list(logits.shape)} are not one row for each token")
+        return output
+
+    def _call(self, module: nn.Module, arguments: dict[str, Any]):
+        """The output of the target or of its encoder."""
+        try:
+            return module(**arguments)
+        except (HastenError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            raise self._refusal(arguments, f"{type(error).__name__}: {lines[0]}") from error
+
+    def _refusal(self, arguments: dict[str, Any], reason: str) -> UnsupportedModelError:
+        given = ", ".join(
+            f"{name} {list(value.shape)}" for name, value in arguments.items() if isinstance(value, torch.Tensor)
+        )
+        return UnsupportedModelError(
+            "",
+            type(self.target).__qualname__,
+            f"it cannot be run on {given or 'what it was given'}: {reason}",
+            "give calibration= as dictionaries with all that its forward needs, as its processor returns them",
+        )
 
 
-@torch.no_grad()
-def forward(model, ids):
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(input_ids=ids[None].to(device_of(model)), use_cache=False, **last_only)
+CROSS_ATTENTION = ("cross", "encoder_attn", "encoder_decoder")
+TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHES}
+
+
+def inner_language_model(model: nn.Module) -> nn.Module | None:
+    """The language model with a head of its own that a multimodal model is built around, or None.
+
+    A decoder with cross-attention is none: on token ids alone, part of it would not run.
+    """
+    for _, module in sorted(model.named_modules(), key=lambda item: item[0].count(".")):
+        if module is model or not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
+            continue
+        crosses = any(part in name for name, _ in module.named_modules() for part in CROSS_ATTENTION)
+        if module.main_input_name == "input_ids" and (module.config.is_encoder_decoder or not crosses):
+            return module
+    return None
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """A block in which the model is run as if it had read nothing before, and after which it remembers what it did.
+
+    Put back are buffers that a run replaces, and attributes that are tensors or numbers, such as `rope_deltas` of
+    multimodal rotary positions. Not for blocks that change the model itself.
+    """
+    kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
+    try:
+        for module, attributes, _ in kept:
+            for name in REMEMBERED.keys() & attributes.keys():
+                setattr(module, name, REMEMBERED[name])
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            for name in _memory(module).keys() - attributes.keys():
+                delattr(module, name)
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def _memory(module: nn.Module) -> dict[str, object]:
+    """The attributes of a module that may hold something of its last inputs; flags and private ones are its own state."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (value is None or type(value) in (int, float) or torch.is_tensor(value))
+    }
+
+
+def _on(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _is_of_tokens(name: str, value: object, ids: torch.Tensor) -> bool:
+    """Whether an input has a value for each token of `ids` [B, T]."""
+    if name.startswith("qformer"):  # the tokens of another model, which reads the prompt alone
+        return False
+    return name in ROWS or (isinstance(value, torch.Tensor) and value.shape == ids.shape)
+
+
+def _caches(output) -> dict[str, object]:
+    """The caches among an output's values, or among arguments."""
+    found = {name: output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in CACHES}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _is_filled(cache: object) -> bool:
+    """Whether a model has written into a cache; caches that are no lists of layers are the model's own."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    return layers is None or any(getattr(layer, "is_initialized", True) for layer in layers)

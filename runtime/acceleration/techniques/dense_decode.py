@@ -14,7 +14,7 @@ from hasten.acceleration.edits import Edit, ReplaceForward
 from hasten.acceleration.experts import ExpertsLayout, decode_experts, layout_of
 from hasten.acceleration.forwards import Forward, decode_rows, matrix, product
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
-from hasten.kernels.linear.op import MAX_BATCH
+from hasten.kernels.storage import MAX_BATCH
 from hasten.model_facts import device_of
 
 
@@ -102,7 +102,7 @@ class DenseDecode(Technique):
 
 def _parts(anatomy: Anatomy) -> dict[str, Projection | Experts]:
     head = [anatomy.head] if anatomy.head else []
-    return {part.name: part for part in (*anatomy.projections, *anatomy.experts, *head)}
+    return {part.name: part for part in (*anatomy.with_shared, *anatomy.experts, *head)}
 
 
 def _shape(part: Projection | Experts) -> tuple:
