@@ -1,6 +1,6 @@
 """What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the structure; names are in `families`."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,9 +19,10 @@ from hasten.acceleration.families import (
     ROLES,
     GatedNames,
 )
+from hasten.acceleration.uses import Use
 from hasten.errors import Refusal, UnsupportedModelError
 
-PARTS = ("linears", "shared", "gated_mlps", "experts", "head")
+PARTS = ("linears", "shared", "repeated", "gated_mlps", "experts", "head")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Where a gated MLP is compared with its definition: the size of its inputs, of which the largest is past the limits that models clip gates at, and
 # the relative distance that rounding makes.
@@ -94,11 +95,13 @@ class Anatomy:
 
     Attributes:
         model: the model.
+        uses: how a pass of the model calls its modules, from `hasten.acceleration.uses`; without, every projection passes
+            for one that is called once.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use] | None = None):
         self.model = model
-        self._found = _Found(model)
+        self._found = _Found(model, uses or {})
         self._asked: dict[str, None] = {}
         self._left_out: frozenset[str] = frozenset()
 
@@ -139,6 +142,13 @@ class Anatomy:
         """Every projection of every layer, without the head, and without those that share their weight with another module."""
         self._ask("linears", "shared")
         return self._kept(p for p in self._found.all_linears if p.name not in self._found.shared)
+
+    @property
+    def called_once(self) -> tuple[Projection, ...]:
+        """`projections` without those that a pass of the model calls several times: for what depends on the distribution of
+        their inputs."""
+        self._ask("repeated")
+        return tuple(p for p in self.projections if p.name not in self._found.repeated)
 
     @property
     def with_shared(self) -> tuple[Projection, ...]:
@@ -205,8 +215,8 @@ class Anatomy:
 class _Found:
     """The parts of a model and the refusals of each, found once."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use]):
+        self.model, self.uses = model, uses
         self.refusals: dict[str, list[Refusal]] = {part: [] for part in PARTS}
 
     @cached_property
@@ -249,12 +259,28 @@ class _Found:
                 if refusal is None:
                     device = device or (module.weight.device, path)
                     refusal = _elsewhere(path, module, *device)
+                if refusal is None and path in self.uses and self.uses[path].bypasses:
+                    reason = "the model reads its weight without calling it, and so would pass by what takes its place"
+                    refusal = Refusal(path, _kind(module), reason, "leave it as it is with strict=False")
                 if refusal is None:
                     kept.append(Projection(path, ROLES.get(path.removeprefix(f"{name}.")), module))
                 else:
                     self.refusals["linears"].append(refusal)
             found[name] = tuple(kept)
         return found
+
+    @cached_property
+    def repeated(self) -> dict[str, Refusal]:
+        """Why projections that are called several times in one pass cannot be calibrated, by their paths."""
+        repeated = {}
+        for projection in self.all_linears:
+            calls = self.uses[projection.name].calls if projection.name in self.uses else 1
+            if calls > 1 and projection.name not in self.shared:
+                reason = f"it is called {calls} times in one forward pass, on inputs of different kinds"
+                remedy = "use hasten.DenseDecode, or strict=False"
+                repeated[projection.name] = Refusal(projection.name, _kind(projection.module), reason, remedy)
+        self.refusals["repeated"] += repeated.values()
+        return repeated
 
     @cached_property
     def all_linears(self) -> tuple[Projection, ...]:

@@ -5,15 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
-from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.arrangement import Assignment, arrange
 from hasten.acceleration.checksums import sampled
-from hasten.acceleration.inference import forward
+from hasten.acceleration.inference import Inference, Inputs
 from hasten.acceleration.plan import Plan
-from hasten.acceleration.preflight import refuse_unready
+from hasten.acceleration.preflight import examine, refuse_unready
 from hasten.acceleration.techniques import Technique
 from hasten.acceleration.windows import Texts, windows
 from hasten.model_facts import longest_input, progress, vocabulary
@@ -68,19 +66,19 @@ def calibrate(
         UnsupportedModelError, StateError: as `hasten.accelerate`.
     """
     refuse_unready(model)
-    assignments = arrange(Plan(plan), Anatomy(model), strict)
     pieces = windows(calibration, tokenizer, vocabulary(model), longest=longest_input(model))
-    return gather(model, assignments, pieces)
+    inference = Inference(model, pieces[0])
+    return gather(inference, arrange(Plan(plan), examine(inference, pieces[0]), strict), pieces)
 
 
-def gather(model: nn.Module, assignments: list[Assignment], pieces: list[torch.Tensor]) -> Statistics:
+def gather(inference: Inference, assignments: list[Assignment], pieces: list[Inputs]) -> Statistics:
     """`calibrate` on techniques that were arranged and windows that were checked."""
-    statistics = Statistics(model=sampled(model))
+    statistics = Statistics(model=sampled(inference.model))
     with contextlib.ExitStack() as hooks:
         for assignment in assignments:
             for handle in assignment.technique.listen(assignment.anatomy, statistics):
                 hooks.callback(handle.remove)
         for piece in progress(pieces, "calibrating", unit="window"):
-            forward(model, piece)
-            statistics.tokens += piece.numel()
+            inference.forward(piece)
+            statistics.tokens += inference.token_ids(piece).numel()
     return statistics

@@ -1,20 +1,20 @@
 """`accelerate`, `revert` and `accelerated`: one reversible change of a model in place."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import nn
 
 from hasten.acceleration import measure
-from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.arrangement import Assignment, arrange
 from hasten.acceleration.calibration import Statistics, gather
 from hasten.acceleration.checksums import sampled
 from hasten.acceleration.edits import Edit, Freeze, apply_all, undo_all
+from hasten.acceleration.inference import Inference, Inputs
 from hasten.acceleration.plan import Plan
-from hasten.acceleration.preflight import refuse_unready
+from hasten.acceleration.preflight import examine, refuse_unready
 from hasten.acceleration.report import Report, TechniqueReport
 from hasten.acceleration.self_check import self_check
 from hasten.acceleration.techniques import Settings, Technique
@@ -32,6 +32,7 @@ class Installed:
     settings: dict[str, Settings] = field(default_factory=dict)  # by the class names of techniques
     edits: list[Edit] = field(default_factory=list)
     strict: bool = True  # whether nothing was left out
+    example: Mapping[str, Any] | None = None  # what a processor returned, if the model was examined on that
     self_check: float = 0.0
 
 
@@ -80,34 +81,37 @@ def accelerate(
     """
     plan = Plan(plan)
     refuse_unready(model)
-    anatomy = Anatomy(model)
-    assignments = arrange(plan, anatomy, strict)
     statistics, pieces, heldout_pieces = _data(model, plan, calibration, tokenizer, heldout)
+    example = next(iter([*pieces, *heldout_pieces]), None)
+    inference = Inference(model, example)
+    anatomy = examine(inference, example)
+    assignments = arrange(plan, anatomy, strict)
     if not measure_drift:
         heldout_pieces = []
     regimes = dict.fromkeys(regime for each in assignments for regime in each.technique.regimes(each.anatomy))
-    before = measure.times(model, regimes) if measure_speed else {}
-    dense_logits = measure.heldout_logits(model, heldout_pieces)
+    before = measure.times(inference, regimes) if measure_speed else {}
+    dense_logits = measure.heldout_logits(inference, heldout_pieces)
     if statistics is None:
-        statistics = gather(model, assignments, pieces)
+        statistics = gather(inference, assignments, pieces)
     settings = [each.technique.settle(each.anatomy, statistics) for each in assignments]
 
     report = Report(plan, [], measure.memory(model), 0, 0.0, statistics.tokens)
-    with contextlib.closing(_installed(model, plan, assignments, settings)) as entries:
+    with contextlib.closing(_installed(inference, plan, assignments, settings)) as entries:
         for entry, edits in entries:
             if measure_speed:
-                after = measure.times(model, regimes)
+                after = measure.times(inference, regimes)
                 entry.timings = [measure.Timing(regime, before[regime], after[regime]) for regime in regimes]
                 before = after
             if heldout_pieces and not (entry.technique.exact and report.drift):
                 with measure.counted(edits) as activity:
-                    entry.drift = measure.drift(dense_logits, measure.heldout_logits(model, heldout_pieces))
+                    entry.drift = measure.drift(dense_logits, measure.heldout_logits(inference, heldout_pieces))
                 entry.active_share = activity.share
             report.memory_after = measure.memory(model)
             report.techniques.append(entry)
     report.techniques[0].skipped[:0] = [Skip(refusal.name, refusal.reason) for refusal in anatomy.refusals]
     report.self_check = installed_on(model).self_check
     installed_on(model).strict = strict
+    installed_on(model).example = example if isinstance(example, Mapping) else None
     return report
 
 
@@ -156,18 +160,18 @@ def revert(model: nn.Module) -> None:
     del model._hasten
 
 
-def install(model: nn.Module, plan: Plan, assignments: list[Assignment], settings: list[Settings]) -> None:
+def install(inference: Inference, plan: Plan, assignments: list[Assignment], settings: list[Settings]) -> None:
     """Carries out techniques whose settings are known, with the self-check and nothing measured."""
-    for _ in _installed(model, plan, assignments, settings):
+    for _ in _installed(inference, plan, assignments, settings):
         pass
 
 
 def _installed(
-    model: nn.Module, plan: Plan, assignments: list[Assignment], settings: list[Settings]
+    inference: Inference, plan: Plan, assignments: list[Assignment], settings: list[Settings]
 ) -> Iterator[tuple[TechniqueReport, list[Edit]]]:
     """Applies one technique after the other; each is given, with its edits, when the model runs with it. Whatever stops
     this, the caller too, restores the model."""
-    installed = Installed(plan)
+    model, installed = inference.model, Installed(plan)
     try:
         apply_all(model, [Freeze()], installed.edits)
         for assignment, own in zip(assignments, settings, strict=True):
@@ -178,16 +182,14 @@ def _installed(
             edited = list(dict.fromkeys(edit.part for edit in edits if edit.part))
             entry = TechniqueReport(technique, edited, own, technique.skips(anatomy, own), implied=assignment.implied)
             yield entry, edits
-        installed.self_check = self_check(model, installed.edits)
+        installed.self_check = self_check(inference, installed.edits)
     except BaseException:
         undo_all(model, installed.edits)
         raise
     model._hasten = installed
 
 
-def _data(
-    model, plan, calibration, tokenizer, heldout
-) -> tuple[Statistics | None, list[torch.Tensor], list[torch.Tensor]]:
+def _data(model, plan, calibration, tokenizer, heldout) -> tuple[Statistics | None, list[Inputs], list[Inputs]]:
     """Statistics if they were given or nothing needs them, windows to calibrate on, and windows to measure drift on."""
     longest = longest_input(model)
     calibrated = [technique for technique in plan if technique.calibrated]

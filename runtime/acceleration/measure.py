@@ -13,10 +13,10 @@ from torch import nn
 
 from hasten.acceleration.edits import Edit
 from hasten.acceleration.forwards import Forward
-from hasten.acceleration.inference import prefill, step
+from hasten.acceleration.inference import Inference, Inputs, undisturbed
 from hasten.acceleration.techniques.base import Regime
 from hasten.kernels.linear.op import MAX_BATCH
-from hasten.model_facts import device_of, longest_input, progress, synchronize, vocabulary
+from hasten.model_facts import device_of, longest_input, progress, synchronize
 
 DRIFT_PREFIX, DRIFT_TOKENS = 16, 256
 FEWEST, MOST = 4, 24  # repetitions of what is timed
@@ -51,21 +51,8 @@ class Drift:
     tokens: int
 
 
-@torch.no_grad()
-def decode_logits(model: nn.Module, ids: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Logits [T - prefix + 1, V] in float32 that follow positions prefix - 1 .. T - 1 of `ids` [T]: a prefill of `prefix`
-    tokens, then single steps."""
-    ids = ids[None]
-    run = prefill(model, ids[:, :prefix])
-    rows = [run.logits[0, -1].float()]
-    for position in range(prefix, ids.shape[1]):
-        run = step(model, ids[:, position : position + 1], run)
-        rows.append(run.logits[0, -1].float())
-    return torch.stack(rows).cpu()
-
-
 def heldout_logits(
-    model: nn.Module, pieces: list[torch.Tensor], tokens: int = DRIFT_TOKENS
+    inference: Inference, pieces: list[Inputs], tokens: int = DRIFT_TOKENS
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them [T - prefix, V]),
     up to `tokens` in all."""
@@ -73,10 +60,12 @@ def heldout_logits(
     for piece in progress(pieces, "measuring drift", unit="window"):
         if done >= tokens:
             break
-        prefix = min(DRIFT_PREFIX, piece.numel() // 2)
-        piece = piece[: prefix + tokens - done]
-        results.append((piece[prefix:], decode_logits(model, piece[:-1], prefix)))
-        done += piece.numel() - prefix
+        ids = inference.token_ids(piece)[0]
+        prefix = max(min(DRIFT_PREFIX, ids.numel() // 2), inference.shortest_prefix(piece))
+        ids = ids[: prefix + tokens - done]
+        logits = inference.decode(inference.cut(piece, ids.numel() - 1), prefix)[0]
+        results.append((ids[prefix:].cpu(), logits))
+        done += ids.numel() - prefix
     return results
 
 
@@ -123,36 +112,28 @@ def counted(edits: Iterable[Edit]):
         yield activity
 
 
-@torch.no_grad()
-def times(model: nn.Module, regimes: Iterable[Regime]) -> dict[Regime, float]:
+def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float]:
     """Median seconds of every regime, on random tokens after a warm-up. A regime that does not fit into the model's
     positions is shortened, and timed under its own name."""
-    generator = torch.Generator().manual_seed(0)
-    longest = longest_input(model)
+    longest = longest_input(inference.model)
     found = {}
     for regime in progress(list(regimes), "measuring speed", unit="regime"):
         spare = MOST + 1 if regime.tokens == 1 else 0
         context = max(min(regime.context, longest - regime.tokens - spare), 1 if regime.context else 0)
         tokens = min(regime.tokens, longest - context)
-        ids = torch.randint(vocabulary(model), (regime.batch, context + tokens), generator=generator)
-        found[regime] = _seconds_of(model, ids, context)
+        ids = inference.random_prompt(context + tokens, regime.batch)
+        with undisturbed(inference.model):
+            found[regime] = _seconds_of(inference, ids, context)
     return found
 
 
-def _seconds_of(model: nn.Module, ids: torch.Tensor, context: int) -> float:
-    device = device_of(model)
+def _seconds_of(inference: Inference, ids: torch.Tensor, context: int) -> float:
+    device = device_of(inference.model)
     if not context:
-        return settled(lambda: seconds(lambda: prefill(model, ids), device), most=5)
-    run = prefill(model, ids[:, :context])
-
-    def once() -> float:
-        nonlocal run
-        start = time.perf_counter()
-        run = step(model, ids[:, context:], run)
-        synchronize(device)
-        return time.perf_counter() - start
-
-    return settled(once, most=MOST if ids.shape[1] == context + 1 else 1)
+        return settled(lambda: seconds(lambda: inference.prefill(ids), device), most=5)
+    _, reading = inference.prefill(ids[:, :context])
+    most = MOST if ids.shape[1] == context + 1 else 1
+    return settled(lambda: seconds(lambda: inference.step(reading, ids[:, context:]), device), most)
 
 
 def settled(once: Callable[[], float], most: int) -> float:

@@ -1,7 +1,11 @@
-"""The state that a model must be in before it is changed."""
+"""What is looked at before a model is changed: its state, and how a short pass uses its modules."""
 
+import torch
 from torch import nn
 
+from hasten.acceleration.anatomy import Anatomy
+from hasten.acceleration.inference import Inference, Inputs, undisturbed
+from hasten.acceleration.uses import watched
 from hasten.errors import StateError, UnsupportedModelError
 
 
@@ -23,3 +27,18 @@ def refuse_unready(model: nn.Module) -> None:
             raise StateError(f"{name or 'the model'} is accelerated already: call hasten.revert on it first")
     if model.training:
         raise StateError("the model is in training mode: call model.eval() first")
+
+
+def examine(inference: Inference, inputs: Inputs | None = None) -> Anatomy:
+    """The anatomy of the model that `inference` runs, with the uses of its modules in a prefill of `inputs` (a few
+    tokens) and a decode step.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run.
+    """
+    model = inference.model
+    tokens = torch.zeros(1, 2, dtype=torch.int64) if inputs is None else inputs
+    with watched(model, inference.target) as found, undisturbed(model):
+        _, reading = inference.prefill(tokens)
+        inference.step(reading, reading.ids[:, -1:])
+    return Anatomy(model, found)

@@ -3,11 +3,11 @@
 import contextlib
 
 import torch
-from torch import nn
 
 from hasten.acceleration.edits import Edit
-from hasten.acceleration.inference import prefill, step
+from hasten.acceleration.inference import Inference, undisturbed
 from hasten.errors import HastenError
+from hasten.model_facts import device_of, longest_input
 
 # Relative distance of a module's output by kernel from its output by definition, on the same input.
 LIMIT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -15,7 +15,7 @@ TOKENS = 17
 
 
 @torch.no_grad()
-def self_check(model: nn.Module, edits: list[Edit]) -> float:
+def self_check(inference: Inference, edits: list[Edit]) -> float:
     """Runs the model with every edit verifying itself.
 
     Returns:
@@ -24,11 +24,14 @@ def self_check(model: nn.Module, edits: list[Edit]) -> float:
     Raises:
         HastenError: it is over LIMIT, so that a kernel is wrong on this machine; or the definition overflows.
     """
-    tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
+    model = inference.model
+    tokens = torch.zeros(1, min(TOKENS, longest_input(model) - 1), dtype=torch.int64)
     with contextlib.ExitStack() as stack:
         seen = [stack.enter_context(edit.verify(model)) for edit in edits]
-        run = prefill(model, tokens)
-        step(model, tokens[:, :1], run)
+        stack.enter_context(torch.autocast(device_of(model).type, enabled=False))
+        stack.enter_context(undisturbed(model))
+        _, reading = inference.prefill(tokens)
+        inference.step(reading, tokens[:, :1])
     worst = 0.0
     for verification in seen:
         if verification is None or not verification.calls:

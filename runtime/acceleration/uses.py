@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from hasten.acceleration.anatomy import Projection
-from hasten.errors import Refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +50,6 @@ def watched(model: nn.Module, target: nn.Module | None = None) -> Iterator[dict[
     finally:
         watch.end_pass()
         found.update({name: Use(watch.most[name], watch.bypasses[name]) for name in watch.holders})
-
-
-def refused_uses(projections: Iterable[Projection], found: Mapping[str, Use], calibrated: bool) -> tuple[Refusal, ...]:
-    """Why projections cannot be changed, given how the model uses them; a pass that does not call one at all is no reason.
-
-    Args:
-        calibrated: whether what replaces them depends on the distribution of their inputs.
-    """
-    refusals = []
-    for projection in projections:
-        use = found.get(projection.name, Use(0, 0))
-        kind = f"{type(projection.module).__module__}.{type(projection.module).__qualname__}"
-        if use.bypasses:
-            reason = "the model reads its weight without calling it, and so would pass by what takes its place"
-            refusals.append(Refusal(projection.name, kind, reason, "leave it as it is with strict=False"))
-        elif calibrated and use.calls > 1:
-            reason = f"it is called {use.calls} times in one forward pass, on inputs of different kinds"
-            refusals.append(Refusal(projection.name, kind, reason, "use hasten.DenseDecode, or strict=False"))
-    return tuple(refusals)
 
 
 class _Watch(TorchDispatchMode):

@@ -104,7 +104,7 @@ class DenseDecode(Technique):
 
 def _parts(anatomy: Anatomy) -> dict[str, Projection | Experts]:
     head = [anatomy.head] if anatomy.head else []
-    return {part.name: part for part in (*anatomy.projections, *anatomy.experts, *head)}
+    return {part.name: part for part in (*anatomy.with_shared, *anatomy.experts, *head)}
 
 
 def _shape(part: Projection | Experts) -> tuple:

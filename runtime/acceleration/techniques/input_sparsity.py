@@ -286,7 +286,7 @@ class InputSparsity(Technique):
 
 def _parts(anatomy: Anatomy) -> dict[str, Projection | Experts]:
     """What can skip inputs: the projections and the mixtures of experts."""
-    return {part.name: part for part in (*anatomy.projections, *anatomy.experts)}
+    return {part.name: part for part in (*anatomy.called_once, *anatomy.experts)}
 
 
 def _weights(part: Projection | Experts) -> list[torch.Tensor]:
