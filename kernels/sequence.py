@@ -1,31 +1,14 @@
-"""What the operators over sequences share: their shapes, the kinds of decay, packed sequences, and the checks.
+"""What the operators over sequences share: their shapes, the kinds of decay, packed sequences, and the checks of both.
 
 Letters: B rows of a batch, T tokens, H heads of q and k, Hv heads of v (a multiple of H; head h of v reads head h * H // Hv of q and k), K and V the
 sizes of a head, N sequences (B, or the number of packed ones).
 """
 
-import math
 from itertools import pairwise
 
 import torch
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-OPTIONAL = ("decay", "bias", "initial_state", "cu_seqlens")
-
-
-def check_arguments(scale: float = 1.0, **tensors: torch.Tensor | None) -> None:
-    """Raises ValueError for what is no tensor, or no number."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name in OPTIONAL):
-            raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
-
-
-def check_floating(name: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError unless the kernels and the definition compute in the tensor's dtype."""
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{name}: expected a floating dtype of at least 16 bits, got {tensor.dtype}")
+from .checks import check_device, check_floating, check_like, check_shape
 
 
 def state_dtype(q: torch.Tensor) -> torch.dtype:
@@ -34,7 +17,7 @@ def state_dtype(q: torch.Tensor) -> torch.dtype:
 
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raises ValueError unless q, k [B, T, H, K] and v [B, T, Hv, V] fit, T >= 1, in one floating dtype on one device."""
+    """Raises unless q, k [B, T, H, K] and v [B, T, Hv, V] fit, T >= 1, in one floating dtype on one device (see `checks`)."""
     if q.dim() != 4:
         raise ValueError(f"q: expected shape [B, T, H, K], got shape {list(q.shape)}")
     check_floating("q", q)
@@ -51,41 +34,26 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
     if v.shape[2] == 0 or v.shape[2] % H:
         raise ValueError(f"v: expected a multiple of the {H} heads of q and k, got {v.shape[2]} heads")
-    check_like(q, "k", k)
-    check_like(q, "v", v)
-
-
-def check_like(q: torch.Tensor, name: str, tensor: torch.Tensor, of: str = "q") -> None:
-    """Raises ValueError unless tensor has the dtype and the device of the tensor called `of`."""
-    if tensor.dtype != q.dtype:
-        raise ValueError(f"{name}: expected {q.dtype}, the dtype of {of}, got {tensor.dtype}")
-    check_device(q, name, tensor, of)
-
-
-def check_device(q: torch.Tensor, name: str, tensor: torch.Tensor, of: str = "q") -> None:
-    if tensor.device != q.device:
-        raise ValueError(f"{name}: expected on {q.device}, the device of {of}, got {tensor.device}")
+    check_like(q, "k", k, "q")
+    check_like(q, "v", v, "q")
 
 
 def check_decay(q: torch.Tensor, v: torch.Tensor, decay: torch.Tensor | None) -> None:
-    """Raises ValueError unless decay is None, [Hv], [B, T, Hv] or [B, T, Hv, K], floating, on the device of q."""
+    """Raises unless decay is None, [Hv], [B, T, Hv] or [B, T, Hv, K], floating, on the device of q."""
     if decay is None:
         return
     B, T, _, K = q.shape
     Hv = v.shape[2]
-    if list(decay.shape) not in ([Hv], [B, T, Hv], [B, T, Hv, K]):
-        shapes = f"[{Hv}], [{B}, {T}, {Hv}] or [{B}, {T}, {Hv}, {K}]"
-        raise ValueError(f"decay: expected shape {shapes}, got shape {list(decay.shape)}")
+    check_shape("decay", decay, [Hv], [B, T, Hv], [B, T, Hv, K])
     check_floating("decay", decay)
-    check_device(q, "decay", decay)
+    check_device(q, "decay", decay, "q")
 
 
 def check_beta(q: torch.Tensor, v: torch.Tensor, beta: torch.Tensor) -> None:
-    """Raises ValueError unless beta is [B, T, Hv], floating, on the device of q."""
-    if list(beta.shape) != list(v.shape[:3]):
-        raise ValueError(f"beta: expected shape {list(v.shape[:3])}, got shape {list(beta.shape)}")
+    """Raises unless beta is [B, T, Hv], floating, on the device of q."""
+    check_shape("beta", beta, list(v.shape[:3]))
     check_floating("beta", beta)
-    check_device(q, "beta", beta)
+    check_device(q, "beta", beta, "q")
 
 
 def check_signs(decay: torch.Tensor | None) -> None:
@@ -98,25 +66,25 @@ def check_signs(decay: torch.Tensor | None) -> None:
 
 
 def check_state(q: torch.Tensor, name: str, state: torch.Tensor | None, shape: list[int]) -> None:
-    """Raises ValueError unless state is None, or has this shape, the state's dtype and the device of q."""
+    """Raises unless state is None, or has this shape, the state's dtype and the device of q."""
     if state is None:
         return
-    if list(state.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got shape {list(state.shape)}")
+    check_shape(name, state, shape)
     if state.dtype != state_dtype(q):
-        raise ValueError(f"{name}: expected {state_dtype(q)}, got {state.dtype}")
-    check_device(q, name, state)
+        raise TypeError(f"{name}: expected {state_dtype(q)}, got {state.dtype}")
+    check_device(q, name, state, "q")
 
 
-def check_packing(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
-    """Raises ValueError unless cu_seqlens is None, or [N + 1] integers from 0 up to T, rising, with B = 1."""
+def check_packing(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+    """Raises unless cu_seqlens is None, or [N + 1] integers, with B = 1 in x [B, ...]."""
     if cu_seqlens is None:
         return
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        found = f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
-        raise ValueError(f"cu_seqlens: expected int32 or int64 of shape [N + 1], got {found}")
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens: expected B = 1 (sequences packed along T), got B = {q.shape[0]}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1], got shape {list(cu_seqlens.shape)}")
+    if x.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: expected B = 1 (sequences packed along T), got B = {x.shape[0]}")
 
 
 def boundaries(cu_seqlens: torch.Tensor, T: int) -> list[int]:
@@ -125,24 +93,6 @@ def boundaries(cu_seqlens: torch.Tensor, T: int) -> list[int]:
     if bounds[0] != 0 or bounds[-1] != T or any(end <= begin for begin, end in pairwise(bounds)):
         raise ValueError(f"cu_seqlens: expected to rise from 0 to T = {T}, got {bounds}")
     return bounds
-
-
-def refuse_gradients(definition: bool = True, **tensors: torch.Tensor | None) -> None:
-    """Raises ValueError where autograd would want a gradient: kernels have none, the definition (of all but steps) has."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            advice = "call it under torch.no_grad()"
-            if definition:
-                advice += ', or under hasten.kernels.backend.use("reference") for gradients'
-            raise ValueError(f"{name}: expected no gradient, got a tensor that requires grad: {advice}")
-
-
-def check_writable(name: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError where elements of a tensor that is to be updated share memory."""
-    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(
-            f"{name}: expected memory of its own for every element, got strides {tensor.stride()}: clone it"
-        )
 
 
 def per_sequence(form, tensors, decay, initial_state, bounds) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""How weights are stored: the dtypes that kernels read, the two layouts, and the checks that the linear operators share.
+"""How weights are stored: the dtypes that kernels read, the two layouts; and what the linear operators share, their largest batch and their checks.
 
 A weight is logically [N, K], as in torch.nn.Linear, or [E, N, K] for E experts. Row-major: a row (one output's weights) is contiguous, what nn.Linear
 has. Column-major: a column (one input's weights) is contiguous, so that columns of inputs that are zero need not be read.
@@ -10,8 +10,14 @@ import sys
 
 import torch
 
+from .checks import check_floating, check_like, check_shape
+
 # The codes that with_dtype() in simd.h knows.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# Rows of x that the kernels of the linear operators are written for (with_rows() in simd.h, B in triton.py). With more, torch's matrix product reads
+# the weights as seldom, and the union of what the rows need is nearly everything.
+MAX_BATCH = 8
 
 
 def is_row_major(weight: torch.Tensor) -> bool:
@@ -33,41 +39,23 @@ def to_column_major(weight: torch.Tensor) -> torch.Tensor:
     return columns.copy_(weight.detach().mT).mT
 
 
+def rows_of(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Rows of x [..., K]; 0 where nothing is to be multiplied."""
+    return x.numel() // x.size(-1) if weight.numel() else 0
+
+
 def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raises unless x [..., K], weight [N, K] and bias [N] or None fit, in one floating dtype and on one device."""
+    """Raises unless x [..., K], weight [N, K] and bias [N] or None fit, in one floating dtype and on one device (see `checks`)."""
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got shape {list(weight.shape)}")
     if x.dim() == 0 or x.size(-1) != weight.size(1):
         expected = f"[..., {weight.size(1)}] for a weight of shape {list(weight.shape)}"
         raise ValueError(f"x: expected shape {expected}, got shape {list(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    check_floating("x", x)
     check_like(x, "weight", weight)
     if bias is not None:
-        check_vector("bias", bias, weight.size(0))
+        check_shape("bias", bias, [weight.size(0)])
         check_like(x, "bias", bias)
-
-
-def check_like(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-    """Raises unless tensor has the dtype and the device of x."""
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device}, the device of x, got {tensor.device}")
-
-
-def check_setting(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-    """Raises unless tensor is float32, on the device of x: what says which columns or rows are active."""
-    if tensor.dtype != torch.float32:
-        raise TypeError(f"{name}: expected torch.float32, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device}, the device of x, got {tensor.device}")
-
-
-def check_vector(name: str, tensor: torch.Tensor, length: int) -> None:
-    """Raises unless tensor has shape [length]."""
-    if tensor.dim() != 1 or tensor.size(0) != length:
-        raise ValueError(f"{name}: expected shape {[length]}, got shape {list(tensor.shape)}")
 
 
 def check_row_major(weight: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from .. import backend, sequence
+from .. import backend, checks, sequence
 from . import cpu, reference
 
 MAX_WIDTH = 8
@@ -40,16 +40,17 @@ def causal_conv1d(
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, T = 0, an unknown activation, or an input that requires grad (see
-            `hasten.kernels.recurrence.linear_attention.linear_attention`).
+        TypeError: dtypes that do not fit.
+        ValueError: shapes or devices that do not fit, T = 0, or an unknown activation.
+        NotImplementedError: an input that requires grad (see `hasten.kernels.checks`).
     """
     silu = _is_silu(activation)
     tensors = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    sequence.check_arguments(**tensors)
+    checks.check_tensors(**tensors)
     if backend.is_reference():
         y, state = _run(x, weight, bias, silu, initial_state, cu_seqlens)
     else:
-        sequence.refuse_gradients(**tensors)
+        checks.refuse_gradients(**tensors)
         y, state = _op(x, weight, bias, silu, initial_state, cu_seqlens)
     return (y, state) if return_state else y
 
@@ -67,8 +68,8 @@ def causal_conv1d_update(
     Arguments, shapes (x [B, D, T], T = 1 in decode) and errors as in `causal_conv1d`.
     """
     tensors = {"x": x, "state": state, "weight": weight, "bias": bias}
-    sequence.check_arguments(**tensors)
-    sequence.refuse_gradients(**tensors, definition=False)
+    checks.check_tensors(**tensors)
+    checks.refuse_gradients(checks.IN_PLACE, **tensors)
     return _update_op(x, state, weight, bias, _is_silu(activation))
 
 
@@ -81,16 +82,16 @@ def _is_silu(activation) -> bool:
 def _check(x, weight, bias):
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x: expected shape [B, D, T], each of at least 1, got shape {list(x.shape)}")
-    sequence.check_floating("x", x)
+    checks.check_floating("x", x)
     if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not 1 <= weight.shape[1] <= MAX_WIDTH:
         expected = f"[{x.shape[1]}, W] with W from 1 to {MAX_WIDTH}"
         raise ValueError(f"weight: expected shape {expected}, got shape {list(weight.shape)}")
-    if bias is not None and list(bias.shape) != [x.shape[1]]:
-        raise ValueError(f"bias: expected shape [{x.shape[1]}], got shape {list(bias.shape)}")
+    if bias is not None:
+        checks.check_shape("bias", bias, [x.shape[1]])
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            sequence.check_floating(name, tensor)
-            sequence.check_device(x, name, tensor, "x")
+            checks.check_floating(name, tensor)
+            checks.check_device(x, name, tensor)
 
 
 def _check_sequence(x, weight, bias, initial_state, cu_seqlens):
@@ -98,10 +99,8 @@ def _check_sequence(x, weight, bias, initial_state, cu_seqlens):
     sequence.check_packing(x, cu_seqlens)
     if initial_state is not None:
         N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        shape = [N, x.shape[1], weight.shape[1] - 1]
-        if list(initial_state.shape) != shape:
-            raise ValueError(f"initial_state: expected shape {shape}, got shape {list(initial_state.shape)}")
-        sequence.check_like(x, "initial_state", initial_state, "x")
+        checks.check_shape("initial_state", initial_state, [N, x.shape[1], weight.shape[1] - 1])
+        checks.check_like(x, "initial_state", initial_state)
 
 
 def _check_update(x, state, weight, bias):
@@ -109,7 +108,7 @@ def _check_update(x, state, weight, bias):
     if state.dim() != 3 or state.shape[:2] != x.shape[:2] or state.shape[2] < weight.shape[1] - 1:
         expected = f"[{x.shape[0]}, {x.shape[1]}, S] with S of at least {weight.shape[1] - 1}"
         raise ValueError(f"state: expected shape {expected}, got shape {list(state.shape)}")
-    sequence.check_like(x, "state", state, "x")
+    checks.check_like(x, "state", state)
 
 
 def _run(x, weight, bias, silu, initial_state, cu_seqlens):
@@ -144,6 +143,7 @@ def _last_inputs(x, count, initial_state, bounds) -> torch.Tensor:
 
 def _run_update(x, state, weight, bias, silu):
     _check_update(x, state, weight, bias)
+    checks.check_writable("state", state)
     name = backend.choose(x)
     W = weight.shape[1]
     if name == "cpu" and state.is_contiguous():

@@ -6,10 +6,8 @@ on |x_j| * norm_j into cutoff_j = t / norm_j.
 
 import torch
 
-from .. import backend, storage
+from .. import backend, checks, storage
 from . import cpu, reference
-
-MAX_BATCH = 8  # rows; the union of what more rows need is nearly everything
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define("column_sparse_linear(Tensor x, Tensor weight, Tensor? cutoff=None, Tensor? bias=None) -> Tensor")
@@ -23,14 +21,14 @@ def column_sparse_linear(
     The product over the active columns. Column j is active unless |x[b, j]| <= cutoff[j] for every row b of x (all leading
     dimensions together), so a NaN is active; every row uses all active columns. Without a cutoff every column is active.
 
-    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH rows run as our own kernel, more as
-    the masked dense product. The weight comes from hasten.kernels.storage.to_column_major.
+    The weight comes from hasten.kernels.storage.to_column_major, or is `conv.weight.t()` of a transformers Conv1D, which stores [K, N]: neither is
+    copied. dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to hasten.kernels.storage.MAX_BATCH rows run as our own kernel, more
+    as the masked dense product.
     """
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        _check(x, weight, cutoff, bias)
-        return reference.column_sparse_linear(x, weight, cutoff, bias)
+    checks.check_tensors(x=x, weight=weight, cutoff=cutoff, bias=bias)
+    if backend.is_reference():
+        return _run(x, weight, cutoff, bias)
+    checks.refuse_gradients(x=x, weight=weight, cutoff=cutoff, bias=bias)
     return _op(x, weight, cutoff, bias)
 
 
@@ -38,24 +36,23 @@ def _check(x, weight, cutoff, bias):
     storage.check_linear(x, weight, bias)
     storage.check_column_major(weight)
     if cutoff is not None:
-        storage.check_vector("cutoff", cutoff, x.size(-1))
-        storage.check_setting(x, "cutoff", cutoff)
+        checks.check_shape("cutoff", cutoff, [x.size(-1)])
+        checks.check_float32(x, "cutoff", cutoff)
 
 
 def _run(x, weight, cutoff=None, bias=None):
     _check(x, weight, cutoff, bias)
     name = backend.choose(x)
-    N, K = weight.shape
-    rows = x.numel() // K
-    if rows == 0 or rows > MAX_BATCH or name == "reference":
+    rows = storage.rows_of(x, weight)
+    if name == "reference" or not 0 < rows <= storage.MAX_BATCH:
         return reference.column_sparse_linear(x, weight, cutoff, bias)
     x = x.contiguous()
+    cutoff = None if cutoff is None else cutoff.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if name == "triton":
         from . import triton
 
-        return triton.launch(x.view(rows, K), weight, cutoff, bias).view(*x.shape[:-1], N)
-    cutoff = None if cutoff is None else cutoff.contiguous()
-    bias = None if bias is None else bias.contiguous()
+        return triton.launch(x.view(rows, -1), weight, cutoff, bias).view(*x.shape[:-1], -1)
     return cpu.launch(x, weight, cutoff, bias)
 
 

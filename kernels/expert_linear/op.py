@@ -1,13 +1,12 @@
-"""Linear layers of a mixture of experts for a few tokens (decoding): each expert's weights are read once for all rows that
-picked it. With a cutoff the columns whose inputs are nearly zero are not read, as in hasten.kernels.column_sparse_linear.
+"""Linear layers of a mixture of experts for a few tokens (decoding): an expert is read once for all that picked it.
+
+With a cutoff the columns whose inputs are nearly zero are not read, as in hasten.kernels.column_sparse_linear.
 """
 
 import torch
 
-from .. import backend, storage
+from .. import backend, checks, storage
 from . import cpu, reference
-
-MAX_BATCH = 8  # tokens
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
@@ -25,22 +24,21 @@ def expert_linear(
 ) -> torch.Tensor:
     """x [T, K] (a row per token) or [T, P, K] (a row per pick), weight [E, N, K], ids int64 [T, P] -> [T, P, N].
 
-    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P of E experts each; bias [E, N] or
-    None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
+    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P of E experts each; bias [E, N]
+    or None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
 
-    cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked e (a
-    NaN is active). Those rows use all active columns of e, and the others are not read, for which every expert has to be
-    column-major (hasten.kernels.storage.to_column_major). Without a cutoff every column is active, and the experts may be
-    row-major or column-major.
+    cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked
+    e (a NaN is active). Those rows use all active columns of e, and the others are not read, for which every expert has
+    to be column-major (hasten.kernels.storage.to_column_major). Without a cutoff every column is active, and the
+    experts may be row-major or column-major.
 
-    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH tokens run as our own kernel, more as
-    the reference.
+    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to hasten.kernels.storage.MAX_BATCH tokens run
+    as our own kernel, more as the reference.
     """
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        _check(x, weight, ids, bias, cutoff)
-        return reference.expert_linear(x, weight, ids, bias=bias, cutoff=cutoff)
+    checks.check_tensors(x=x, weight=weight, ids=ids, bias=bias, cutoff=cutoff)
+    if backend.is_reference():
+        return _run(x, weight, ids, bias=bias, cutoff=cutoff)
+    checks.refuse_gradients(x=x, weight=weight, bias=bias, cutoff=cutoff)
     return _op(x, weight, ids, bias=bias, cutoff=cutoff)
 
 
@@ -52,34 +50,25 @@ def _check(x, weight, ids, bias, cutoff):
     if ids.dtype != torch.int64:
         raise TypeError(f"ids: expected torch.int64, got {ids.dtype}")
     (E, N, K), (T, P) = weight.shape, ids.shape
-    if tuple(x.shape) not in ((T, K), (T, P, K)):
-        expected = f"{[T, K]} or {[T, P, K]} for a weight of shape {[E, N, K]} and ids of shape {[T, P]}"
-        raise ValueError(f"x: expected shape {expected}, got shape {list(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-    storage.check_like(x, "weight", weight)
-    if ids.device != x.device:
-        raise ValueError(f"ids: expected on {x.device}, the device of x, got {ids.device}")
+    checks.check_shape("x", x, [T, K], [T, P, K])
+    checks.check_floating("x", x)
+    checks.check_like(x, "weight", weight)
+    checks.check_device(x, "ids", ids)
     if bias is not None:
-        _check_shape("bias", bias, E, N)
-        storage.check_like(x, "bias", bias)
+        checks.check_shape("bias", bias, [E, N])
+        checks.check_like(x, "bias", bias)
     if cutoff is not None:
-        _check_shape("cutoff", cutoff, E, K)
-        storage.check_setting(x, "cutoff", cutoff)
+        checks.check_shape("cutoff", cutoff, [E, K])
+        checks.check_float32(x, "cutoff", cutoff)
         storage.check_column_major(weight)
     elif not (storage.is_row_major(weight) or storage.is_column_major(weight)):
         raise ValueError(f"weight: expected row-major or column-major experts, got strides {weight.stride()}")
 
 
-def _check_shape(name, tensor, *shape):
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got shape {list(tensor.shape)}")
-
-
 def _run(x, weight, ids, *, bias=None, cutoff=None):
     _check(x, weight, ids, bias, cutoff)
     name = backend.choose(x)
-    if name == "reference" or len(ids) > MAX_BATCH or 0 in (*ids.shape, *weight.shape):
+    if name == "reference" or len(ids) > storage.MAX_BATCH or 0 in (*ids.shape, *weight.shape):
         return reference.expert_linear(x, weight, ids, bias=bias, cutoff=cutoff)
     x, ids = x.contiguous(), ids.contiguous()
     bias = None if bias is None else bias.contiguous()

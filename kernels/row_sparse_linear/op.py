@@ -5,10 +5,8 @@ The up projection of CATS (Lee et al. 2024): gate = act(gate_proj(x)).
 
 import torch
 
-from .. import backend, storage
+from .. import backend, checks, storage
 from . import cpu, reference
-
-MAX_BATCH = 8  # rows; the union of what more rows need is nearly everything
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
@@ -28,43 +26,37 @@ def row_sparse_linear(
     gate * (x @ weight.T + bias) for the active outputs, and exactly 0 for the others. Output n is active unless
     |gate[b, n]| <= threshold for every row b of x (all leading dimensions together), so a NaN is active.
 
-    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to MAX_BATCH rows run as our own kernel, more as
-    the masked dense product.
+    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to hasten.kernels.storage.MAX_BATCH rows run as our own kernel, more as the
+    masked dense product.
     """
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or gate.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        _check(x, weight, gate, threshold, bias)
-        return reference.row_sparse_linear(x, weight, gate, threshold, bias)
+    checks.check_tensors(x=x, weight=weight, gate=gate, threshold=threshold, bias=bias)
+    if backend.is_reference():
+        return _run(x, weight, gate, threshold, bias)
+    checks.refuse_gradients(x=x, weight=weight, gate=gate, threshold=threshold, bias=bias)
     return _op(x, weight, gate, threshold, bias)
 
 
 def _check(x, weight, gate, threshold, bias):
     storage.check_linear(x, weight, bias)
     storage.check_row_major(weight)
-    storage.check_like(x, "gate", gate)
-    expected = (*x.shape[:-1], weight.size(0))
-    if gate.shape != expected:
-        raise ValueError(f"gate: expected shape {list(expected)}, got shape {list(gate.shape)}")
-    if threshold.dim() != 0:
-        raise ValueError(f"threshold: expected shape [], got shape {list(threshold.shape)}")
-    storage.check_setting(x, "threshold", threshold)
+    checks.check_like(x, "gate", gate)
+    checks.check_shape("gate", gate, [*x.shape[:-1], weight.size(0)])
+    checks.check_shape("threshold", threshold, [])
+    checks.check_float32(x, "threshold", threshold)
 
 
 def _run(x, weight, gate, threshold, bias=None):
     _check(x, weight, gate, threshold, bias)
     name = backend.choose(x)
-    N, K = weight.shape
-    rows = x.numel() // K
-    if rows == 0 or rows > MAX_BATCH or name == "reference":
+    rows = storage.rows_of(x, weight)
+    if name == "reference" or not 0 < rows <= storage.MAX_BATCH:
         return reference.row_sparse_linear(x, weight, gate, threshold, bias)
     x, gate = x.contiguous(), gate.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if name == "triton":
         from . import triton
 
-        y = triton.launch(x.view(rows, K), weight, gate.view(rows, N), threshold, bias)
-        return y.view(*x.shape[:-1], N)
-    bias = None if bias is None else bias.contiguous()
+        return triton.launch(x.view(rows, -1), weight, gate.view(rows, -1), threshold, bias).view(gate.shape)
     return cpu.launch(x, weight, gate, threshold, bias)
 
 

@@ -5,7 +5,7 @@ SA-IS, linear in the text's length: Nong, Zhang and Chan 2009, "Linear Suffix Ar
 
 import torch
 
-from .. import backend
+from .. import backend, checks
 from . import cpu, reference
 
 LONGEST = 2**31 - 1
@@ -18,12 +18,15 @@ def suffix_array(text: torch.Tensor) -> torch.Tensor:
     compiler the definition in torch takes its place, with 50 N bytes and more time.
 
     Raises:
-        ValueError: another dtype, shape, device or length.
+        TypeError: no tensor, or another dtype.
+        ValueError: another shape, device, layout or length.
     """
-    if text.dtype != torch.uint8 or text.dim() != 1 or not text.is_cpu or not text.is_contiguous():
-        raise ValueError(
-            f"text: expected a contiguous uint8 tensor [N] on the CPU, got {text.dtype} {list(text.shape)} on {text.device}"
-        )
+    checks.check_tensors(text=text)
+    if text.dtype != torch.uint8:
+        raise TypeError(f"text: expected torch.uint8, got {text.dtype}")
+    if text.dim() != 1 or not text.is_cpu or not text.is_contiguous():
+        found = f"shape {list(text.shape)} and strides {text.stride()} on {text.device}"
+        raise ValueError(f"text: expected shape [N], contiguous, on the CPU, got {found}")
     if text.numel() > LONGEST:
         raise ValueError(f"text: expected at most {LONGEST} bytes, got {text.numel()}")
     if backend.is_reference() or backend.available()["cpu"]:

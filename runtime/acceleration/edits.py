@@ -142,15 +142,19 @@ class StoreColumnMajor(Edit):
     """Stores a parameter [..., N, K] column by column, in place: it stays the same object, and is kept once."""
 
     name: str
+    strides: tuple[int, ...] | None = None  # as it was stored
 
     def apply(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
+        strides = weight.stride()
         weight.data = to_column_major(weight.data)
+        self.strides = strides
 
     def undo(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
-        if not weight.is_contiguous():
-            weight.data = weight.data.contiguous()
+        if self.strides is not None and weight.stride() != self.strides:
+            stored = torch.empty_strided(weight.shape, self.strides, dtype=weight.dtype, device=weight.device)
+            weight.data = stored.copy_(weight.data)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from hasten.acceleration.edits import Edit
 from hasten.acceleration.forwards import Forward
 from hasten.acceleration.inference import Inference, Inputs, undisturbed
 from hasten.acceleration.techniques.base import Regime
-from hasten.kernels.linear.op import MAX_BATCH
+from hasten.kernels.storage import MAX_BATCH
 from hasten.model_facts import device_of, longest_input, progress, synchronize
 
 DRIFT_PREFIX, DRIFT_TOKENS = 16, 256

@@ -137,7 +137,7 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
     with _as_saved_plan_error(directory):
         settings = _read_settings(directory, saved, device)
         example = settings.pop(EXAMPLE, None)
-        example = example and _example(example, None if dtype == "auto" else dtype)
+        example = None if example is None else _example(example, None if dtype == "auto" else dtype)
         inference = Inference(model, example)
         assignments = arrange(plan, examine(inference, example), saved["strict"])
         install(inference, plan, assignments, _settled(assignments, settings))

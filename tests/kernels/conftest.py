@@ -1,14 +1,13 @@
-"""What the tests of the operators share."""
+"""The fixtures of the kernels' tests."""
 
 import shutil
 import warnings
 
+import harness
 import pytest
 import torch
 
 from hasten.kernels import cpu
-
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @pytest.fixture(params=cpu.ISAS)
@@ -22,29 +21,16 @@ def isa(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.fixture(params=harness.TOLERANCES, ids=harness.short)
 def dtype(request):
     return request.param
 
 
 @pytest.fixture
-def assert_close():
-    """Checks a result against the reference in float64, by the norm of the difference."""
-
-    def check(result, expected, tolerance=None):
-        assert result.shape == expected.shape
-        error = (result.double() - expected).norm() / expected.norm()
-        assert error <= (tolerance or TOLERANCES[result.dtype]), f"relative error {error:.1e} in {result.dtype}"
-
-    return check
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Fills what the operators allocate with NaN, so that an output that is not written shows."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
+def poisoned():
+    """Fills what the operators allocate with NaN during a test."""
+    with harness.poisoned():
+        yield
 
 
 @pytest.fixture

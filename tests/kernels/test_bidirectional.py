@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from harness import assert_close
 
 from hasten.kernels import backend
 from hasten.kernels.recurrence.linear_attention import bidirectional, bidirectional_linear_attention
@@ -104,7 +105,7 @@ def test_equal_values_come_out_as_they_are(form):
 
 @pytest.mark.parametrize("form", bidirectional.FORMS)
 @pytest.mark.parametrize("kind", DECAYS)
-def test_dtypes(form, kind, dtype, assert_close):
+def test_dtypes(form, kind, dtype):
     q, k, v = inputs(B=2, T=130, H=2, K=16, V=24, dtype=dtype)
     decay = draw_decay(kind, 2, 130, 2)
     o = bidirectional_linear_attention(q, k, v, decay=decay, form=form)
@@ -142,10 +143,6 @@ def test_gradients(form):
         ({"decay": torch.zeros(3)}, r"decay: expected shape \[2\] or \[1, 8, 2\], got shape \[3\]"),
         ({"decay": torch.zeros(1, 8, 2, 4)}, r"decay: expected shape \[2\] or .* got shape \[1, 8, 2, 4\]"),
         ({"decay": torch.tensor([0.5, 0.0])}, "decay: expected logarithms of at most 0, got 0.5"),
-        (
-            {"decay": torch.zeros(2, dtype=torch.int64)},
-            "decay: expected a floating dtype of at least 16 bits, got torch.int64",
-        ),
         ({"v": torch.randn(1, 8, 3, 4)}, "v: expected a multiple of the 2 heads of q and k, got 3 heads"),
         ({"k": torch.randn(1, 8, 2, 5)}, r"k: expected \[1, 8, 2, 4\], the shape of q, got shape \[1, 8, 2, 5\]"),
         ({"q": torch.randn(8, 2, 4)}, r"q: expected shape \[B, T, H, K\], got shape \[8, 2, 4\]"),
@@ -155,9 +152,3 @@ def test_errors(change, message):
     arguments = {"q": torch.randn(1, 8, 2, 4), "k": torch.randn(1, 8, 2, 4), "v": torch.randn(1, 8, 2, 4)}
     with pytest.raises(ValueError, match=message):
         bidirectional_linear_attention(**arguments | change)
-
-
-def test_kernels_refuse_gradients():
-    q, k, v = inputs(T=3, dtype=torch.float32)
-    with pytest.raises(ValueError, match="k: expected no gradient"):
-        bidirectional_linear_attention(q, k.requires_grad_(), v)

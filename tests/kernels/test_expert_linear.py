@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from harness import assert_close, short
 
-from hasten.kernels import storage
-from hasten.kernels.expert_linear import expert_linear, op, reference
+from hasten.kernels import backend, storage
+from hasten.kernels.expert_linear import expert_linear, reference
 
 # T, P, E, N, K
 SIZES = [
@@ -61,14 +62,14 @@ def test_the_definition_is_one_linear_layer_per_pick():
 
 
 @pytest.mark.parametrize("per_pick", [False, True], ids=["token", "pick"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_is_the_reference(isa, dtype, size, layout, per_pick, poisoned, assert_close):
+@pytest.mark.parametrize("size", SIZES, ids=short)
+def test_is_the_reference(isa, dtype, size, layout, per_pick, poisoned):
     x, weight, ids, bias = inputs(*size, dtype, layout, per_pick)
     assert_close(expert_linear(x, weight, ids, bias=bias), double(x, weight, ids, bias))
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_with_a_cutoff_it_is_the_reference(isa, dtype, size, poisoned, assert_close):
+@pytest.mark.parametrize("size", SIZES, ids=short)
+def test_with_a_cutoff_it_is_the_reference(isa, dtype, size, poisoned):
     x, weight, ids, bias = inputs(*size, dtype, storage.to_column_major)
     cutoff = cutoffs(size[2], size[4])
     assert_close(expert_linear(x, weight, ids, bias=bias, cutoff=cutoff), double(x, weight, ids, bias, cutoff))
@@ -105,7 +106,7 @@ def test_a_row_does_not_depend_on_its_neighbours(isa, dtype):
         assert torch.equal(together[t : t + 1], expert_linear(x[t : t + 1], weight, ids[t : t + 1], bias=bias))
 
 
-def test_what_is_skipped_is_not_read(isa, dtype, assert_close):
+def test_what_is_skipped_is_not_read(isa, dtype):
     x, weight, ids, bias = inputs(1, 3, 5, 129, 515, dtype, storage.to_column_major)
     ids[:] = torch.tensor([3, 0, 4])
     cutoff = cutoffs(5, 515)
@@ -114,7 +115,7 @@ def test_what_is_skipped_is_not_read(isa, dtype, assert_close):
     assert torch.equal(expert_linear(x, weight, ids, bias=bias, cutoff=cutoff), expected)
 
 
-def test_rows_of_one_expert_share_the_union_of_their_columns(isa, dtype, assert_close):
+def test_rows_of_one_expert_share_the_union_of_their_columns(isa, dtype):
     x, weight, _, bias = inputs(4, 2, 3, 129, 515, dtype, storage.to_column_major)
     ids, cutoff = torch.tensor([[0, 1], [1, 2], [2, 1], [0, 2]]), cutoffs(3, 515)
     together = expert_linear(x, weight, ids, bias=bias, cutoff=cutoff)
@@ -126,7 +127,7 @@ def test_rows_of_one_expert_share_the_union_of_their_columns(isa, dtype, assert_
         assert_close(together[t : t + 1], alone.double())
 
 
-def test_more_rows_on_one_expert_than_one_pass_takes(isa, dtype, layout, assert_close):
+def test_more_rows_on_one_expert_than_one_pass_takes(isa, dtype, layout):
     x, weight, ids, bias = inputs(5, 5, 3, 65, 70, dtype, layout, per_pick=True)
     ids[:] = 1
     ids[2, 2] = 0
@@ -183,7 +184,7 @@ def test_empty(size):
 
 
 def test_more_tokens_than_the_kernel_takes_and_float64_are_the_reference():
-    for x, weight, ids, bias in (inputs(op.MAX_BATCH + 1, 2, 3, 40, 30), inputs(2, 2, 3, 40, 30, torch.float64)):
+    for x, weight, ids, bias in (inputs(storage.MAX_BATCH + 1, 2, 3, 40, 30), inputs(2, 2, 3, 40, 30, torch.float64)):
         expected = reference.expert_linear(x, weight, ids, bias=bias)
         assert torch.equal(expert_linear(x, weight, ids, bias=bias), expected)
 
@@ -195,7 +196,8 @@ def test_gradients():
     def call(x, weight, bias):
         return expert_linear(x, weight, ids, bias=bias, cutoff=cutoff)
 
-    assert torch.autograd.gradcheck(call, [a.requires_grad_() for a in (x, weight, bias)])
+    with backend.use("reference"):
+        assert torch.autograd.gradcheck(call, [a.requires_grad_() for a in (x, weight, bias)])
 
 
 def test_column_major_experts():
@@ -220,9 +222,9 @@ def test_column_major_experts():
         (lambda a: {"ids": a["ids"][0]}, ValueError, r"ids: expected shape \[T, P\], got shape \[2\]"),
         (lambda a: {"ids": a["ids"].int()}, TypeError, "ids: expected torch.int64, got torch.int32"),
         (lambda a: {"ids": a["ids"].to("meta")}, ValueError, "ids: expected on cpu.* got meta"),
-        (lambda a: {"ids": a["ids"][1:]}, ValueError, r"x: expected shape \[1, 30\] or \[1, 2, 30\] .*got shape \[2, 30\]"),
-        (lambda a: {"x": a["x"][:, 1:]}, ValueError, r"x: expected shape \[2, 30\] .* got shape \[2, 29\]"),
-        (lambda a: {"x": a["x"].long()}, TypeError, "x: expected a floating dtype, got torch.int64"),
+        (lambda a: {"ids": a["ids"][1:]}, ValueError, r"x: expected shape \[1, 30\] or \[1, 2, 30\], got shape \[2, 30\]"),
+        (lambda a: {"x": a["x"][:, 1:]}, ValueError, r"x: expected shape \[2, 30\] or \[2, 2, 30\], got shape \[2, 29\]"),
+        (lambda a: {"x": a["x"].long()}, TypeError, "x: expected a floating dtype of at least 16 bits, got torch.int64"),
         (lambda a: {"bias": a["bias"][1:]}, ValueError, r"bias: expected shape \[3, 40\], got shape \[2, 40\]"),
         (lambda a: {"bias": a["bias"].double()}, TypeError, "bias: expected torch.float32"),
         (lambda a: {"cutoff": a["cutoff"][:, 1:]}, ValueError, r"cutoff: expected shape \[3, 30\], got shape \[3, 29\]"),

@@ -15,8 +15,6 @@ def x():
 
 def test_pointwise_maps(x):
     torch.testing.assert_close(features.elu_plus_one(x), torch.where(x > 0, x + 1, x.exp()))
-    torch.testing.assert_close(features.relu(x), (x + x.abs()) / 2)
-    torch.testing.assert_close(features.silu(x), x / (1 + (-x).exp()))
     y = x / (1 + (-x).exp()) + 0.5
     torch.testing.assert_close(features.silu_shifted(x), y / y.square().sum(-1, keepdim=True).sqrt())
 
@@ -25,9 +23,7 @@ def test_ranges(dtype):
     x = (10 * torch.randn(2, 50, 3, 16)).to(dtype)
     assert (features.elu_plus_one(x) >= 0).all() and (features.silu_shifted(x) > 0).all()
     torch.testing.assert_close(features.silu_shifted(x).float().norm(dim=-1), torch.ones(2, 50, 3), atol=1e-2, rtol=0)
-    assert all(
-        f(x).dtype == dtype for f in (features.elu_plus_one, features.relu, features.silu, features.silu_shifted)
-    )
+    assert features.elu_plus_one(x).dtype == features.silu_shifted(x).dtype == dtype
 
 
 @pytest.mark.parametrize("nu", [1, 2, 3])

@@ -3,26 +3,17 @@
 Every launcher against the reference in float64, outputs poisoned by NaN before the call; then the laws.
 """
 
-import os
-from unittest.mock import patch
-
 import pytest
 import torch
+from harness import DEVICE, TOLERANCES, TRITON_RUNS, assert_close, on_gpu, poisoned, short
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU, not the interpreter")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = TRITON_RUNS
 
 from hasten.kernels import backend  # noqa: E402 (after the skips)
 from hasten.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update, reference  # noqa: E402
 from hasten.kernels.causal_conv1d import triton as conv  # noqa: E402
 
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SIZES = [(1, 1, 1, 1), (2, 33, 1, 4), (1, 130, 15, 4), (2, 17, 140, 3), (1, 5, 33, 8), (3, 129, 17, 2)]  # B, D, T, W
 GPU_SIZES = [(1, 8192, 4096, 4), (8, 2048, 777, 4), (64, 4096, 1, 4), (1, 12288, 16384, 4)]
 LAYOUTS = {
@@ -33,10 +24,6 @@ LAYOUTS = {
 }
 
 
-def short(value):
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
-
-
 def make(B, D, T, W, dtype=torch.float32, N=None):
     """x, weight, bias, initial_state."""
     torch.manual_seed(B * 1000003 + D * 1009 + T * 11 + W)
@@ -44,22 +31,17 @@ def make(B, D, T, W, dtype=torch.float32, N=None):
     return [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
 
 
-def poisoned(call, *arguments):
-    """The result, where all that torch.empty returned was full of NaN before."""
-    empty = torch.empty
-    with patch.object(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))):
-        return call(*arguments)
+def run_poisoned(call, *arguments):
+    """The result, where all that was allocated was full of NaN before."""
+    with poisoned():
+        y = call(*arguments)
+    assert y.dtype == arguments[0].dtype
+    return y
 
 
 def expect(x, weight, bias, silu, initial, bounds=None):
     wide = [t if t is None else t.double() for t in (x, weight, bias, initial)]
     return reference.causal_conv1d(*wide[:3], silu, wide[3], bounds)[0]
-
-
-def assert_close(y, expected, dtype):
-    assert y.dtype == dtype and y.shape == expected.shape
-    error = (y.double() - expected).norm() / expected.norm().clamp_min(1e-30)
-    assert error <= TOLERANCES[dtype], error  # a NaN fails
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=short)
@@ -69,7 +51,7 @@ def test_matches_reference(size, layout, dtype):
     x, weight, bias, initial = make(*size, dtype)
     x = LAYOUTS[layout](x)
     for arguments in ((bias, True, initial), (None, False, None), (bias, False, None)):
-        assert_close(poisoned(conv.launch, x, weight, *arguments, None), expect(x, weight, *arguments), dtype)
+        assert_close(run_poisoned(conv.launch, x, weight, *arguments, None), expect(x, weight, *arguments))
 
 
 @on_gpu
@@ -78,8 +60,8 @@ def test_matches_reference(size, layout, dtype):
 def test_matches_reference_at_full_size(size, dtype):
     x, weight, bias, initial = make(*size, dtype)
     for layout in ("channels last", "tokens last"):
-        y = poisoned(conv.launch, LAYOUTS[layout](x), weight, bias, True, initial, None)
-        assert_close(y, expect(x, weight, bias, True, initial), dtype)
+        y = run_poisoned(conv.launch, LAYOUTS[layout](x), weight, bias, True, initial, None)
+        assert_close(y, expect(x, weight, bias, True, initial))
 
 
 @pytest.mark.parametrize("layout", ["channels last", "tokens last"])
@@ -95,7 +77,7 @@ def test_layout_of_the_output(layout):
 def test_packed_sequences_are_separate(layout):
     x, weight, bias, initial = make(1, 33, 300, 4, N=5)
     x, bounds = LAYOUTS[layout](x), [0, 1, 3, 131, 147, 300]
-    y = poisoned(conv.launch, x, weight, bias, True, initial, bounds)
+    y = run_poisoned(conv.launch, x, weight, bias, True, initial, bounds)
     for n in range(5):
         own = x[..., bounds[n] : bounds[n + 1]]
         alone = conv.launch(own, weight, bias, True, initial[n : n + 1], None)
@@ -119,9 +101,9 @@ def test_update_matches_reference(S, T, W, layout, dtype):
     x, weight, bias, _ = make(2, 133, T, W, dtype)
     x, state = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(2, 133, S).to(DEVICE, dtype))
     before = state.clone()
-    y = poisoned(conv.update, x, state, weight, bias, True)
+    y = run_poisoned(conv.update, x, state, weight, bias, True)
     assert y.is_contiguous()
-    assert_close(y, expect(x, weight, bias, True, before[..., S - (W - 1) :]), dtype)
+    assert_close(y, expect(x, weight, bias, True, before[..., S - (W - 1) :]))
     assert torch.equal(state, torch.cat([before, x], -1)[..., T:])
 
 
@@ -154,7 +136,7 @@ def test_silu_of_large_values():
 def test_weight_of_another_dtype():
     x, weight, bias, _ = make(1, 33, 20, 4, torch.float16)
     y = conv.launch(x, weight.float(), bias.float(), False, None, None)
-    assert_close(y, expect(x, weight, bias, False, None), torch.float16)
+    assert_close(y, expect(x, weight, bias, False, None))
 
 
 @on_gpu

@@ -3,34 +3,27 @@
 Against the definitions in float64, outputs poisoned by NaN before the call; then the laws.
 """
 
-import os
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import recurrence_cases as shared
 import torch
+from harness import DEVICE, INTERPRETED, TOLERANCES, TRITON_RUNS, assert_close, poisoned, short
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = TRITON_RUNS
 
-import test_recurrences as shared  # noqa: E402 (after the skips)
-
-from hasten.kernels import backend  # noqa: E402
+from hasten.kernels import backend  # noqa: E402 (after the skips)
 from hasten.kernels.recurrence import triton as triton_recurrence  # noqa: E402
 
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SIZES = (
     [(1, 24, 17), (33, 40, 16), (70, 16, 129)] if INTERPRETED else [*shared.SIZES, (1000, 128, 128), (4097, 64, 128)]
 )
 DTYPES = [torch.float32] if INTERPRETED else list(TOLERANCES)
 
 
-@pytest.fixture(params=["linear_attention", "delta_rule"])
+@pytest.fixture(params=shared.OPERATORS)
 def operator(request):
     return request.param
 
@@ -40,22 +33,12 @@ def here(values):
 
 
 def poisoned_run(function, *arguments, **settings):
-    """The result of Triton's kernels, where all that torch.empty returned was full of NaN before."""
-    empty, empty_like = torch.empty, torch.empty_like
-    with (
-        patch.object(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan)),
-        patch.object(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan)),
-        backend.use("triton"),
-    ):
+    """The result of Triton's kernels, where all that was allocated was full of NaN before."""
+    with poisoned(), backend.use("triton"):
         return function(*arguments, **settings)
 
 
-def close(found, expected):
-    error = (found.double() - expected.double()).norm() / expected.double().norm()
-    assert error <= TOLERANCES[found.dtype], f"relative error {error:.1e} in {found.dtype}"
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("kind", shared.DECAYS)
 @pytest.mark.parametrize(("T", "K", "V"), SIZES)
 def test_is_the_definition(operator, T, K, V, kind, dtype):
@@ -63,7 +46,7 @@ def test_is_the_definition(operator, T, K, V, kind, dtype):
     state = torch.randn(2, shared.HV, K, V).to(DEVICE)
     found = poisoned_run(shared.run, operator, tensors, decay, state)
     for x, y in zip(found, shared.definition(operator, tensors, decay, state), strict=True):
-        close(x, y)
+        assert_close(x, y)
 
 
 @pytest.mark.parametrize("layout", shared.STATES)
@@ -74,8 +57,8 @@ def test_step_is_the_definition(operator, kind, layout):
         state = torch.randn(2, shared.HV, K, V).to(DEVICE)
         o, final = shared.definition(operator, tensors, decay, state)
         mine = shared.STATES[layout](state)
-        close(poisoned_run(shared.step, operator, tensors, mine, decay), o)
-        close(mine, final)
+        assert_close(poisoned_run(shared.step, operator, tensors, mine, decay), o)
+        assert_close(mine, final)
 
 
 @pytest.mark.parametrize("kind", ["token", "component"])
@@ -87,7 +70,7 @@ def test_extreme_decays(operator, kind):
         for x, y in zip(
             poisoned_run(shared.run, operator, tensors, decay), shared.definition(operator, tensors, decay), strict=True
         ):
-            close(x, y)
+            assert_close(x, y)
 
 
 def test_packed_sequences_are_separate(operator):
@@ -147,7 +130,7 @@ def test_what_tensor_cores_cut_off(operator, cut_off):
     tensors = here([q, k + 1, v + 1, *(torch.full_like(beta, 1.9) for beta in betas)])
     found = poisoned_run(shared.run, operator, tensors)
     for x, y in zip(found, shared.definition(operator, tensors), strict=True):
-        close(x.half(), y)
+        assert_close(x.half(), y)
 
 
 def test_heads_too_wide(operator):

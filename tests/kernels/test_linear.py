@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from harness import assert_close
 
-from hasten.kernels import backend
-from hasten.kernels.linear import linear, op, reference
+from hasten.kernels import backend, storage
+from hasten.kernels.linear import linear, reference
 
 SIZES = [(1, 1, 1), (1, 37, 53), (2, 129, 1000), (3, 4, 31), (4, 300, 257), (5, 65, 64), (8, 7, 2049), (1, 1030, 4100)]
 
@@ -15,7 +16,7 @@ def inputs(B, N, K, dtype=torch.float32):
 
 @pytest.mark.parametrize(("B", "N", "K"), SIZES)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
-def test_is_the_reference(isa, dtype, B, N, K, with_bias, poisoned, assert_close):
+def test_is_the_reference(isa, dtype, B, N, K, with_bias, poisoned):
     x, weight, bias = inputs(B, N, K, dtype)
     bias = bias if with_bias else None
     expected = reference.linear(x.double(), weight.double(), bias.double() if with_bias else None)
@@ -51,7 +52,7 @@ def test_bits_do_not_depend_on_threads_or_calls(isa, dtype, B, threads):
         assert torch.equal(linear(x, weight, bias), first)
 
 
-def test_a_row_does_not_depend_on_the_batch(isa, dtype, assert_close):
+def test_a_row_does_not_depend_on_the_batch(isa, dtype):
     x, weight, bias = inputs(8, 130, 257, dtype)
     together = linear(x, weight, bias)
     for b in range(8):
@@ -69,8 +70,31 @@ def test_leading_dimensions_and_strides(isa):
 
 
 def test_more_rows_than_the_kernel_takes():
-    x, weight, bias = inputs(op.MAX_BATCH + 1, 40, 30)
+    x, weight, bias = inputs(storage.MAX_BATCH + 1, 40, 30)
     torch.testing.assert_close(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("B", [1, 3, 8, 9])
+def test_a_column_major_weight_is_read_as_it_lies(isa, dtype, B, poisoned):
+    x, weight, bias = inputs(B, 129, 515, dtype)
+    stored = weight.t().contiguous()  # [K, N], as Conv1D of transformers keeps it
+    assert_close(linear(x, stored.t(), bias), reference.linear(x.double(), weight.double(), bias.double()))
+
+
+def test_a_column_major_weight_is_not_copied(monkeypatch):
+    addresses = []
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda tensor: addresses.append(tensor.data_ptr()) or tensor)
+    x, weight, bias = inputs(2, 40, 30)
+    stored = weight.t().clone(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(linear(x, stored.t(), bias), torch.nn.functional.linear(x, weight, bias))
+    assert stored.data_ptr() not in addresses
+
+
+@pytest.mark.parametrize(("N", "K"), [(0, 3), (3, 0)])
+def test_nothing_to_multiply(N, K):
+    x, weight, bias = inputs(2, N, K)
+    assert torch.equal(linear(x, weight, bias), bias.expand(2, N))
+    assert torch.equal(linear(x, weight.t().contiguous().t(), bias), bias.expand(2, N))
 
 
 def test_float64_is_the_reference():
@@ -78,9 +102,10 @@ def test_float64_is_the_reference():
     assert torch.equal(linear(x, weight, bias), reference.linear(x, weight, bias))
 
 
-def test_gradients():
+def test_gradients_of_the_definition():
     arguments = [a.requires_grad_() for a in inputs(2, 4, 3, torch.float64)]
-    assert torch.autograd.gradcheck(linear, arguments)
+    with backend.use("reference"):
+        assert torch.autograd.gradcheck(linear, arguments)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +114,11 @@ def test_gradients():
         (lambda x, w, b: (x[:, 1:], w, b), ValueError, r"x: expected shape \[..., 30\] .* got shape \[2, 29\]"),
         (lambda x, w, b: (x, w[0], b), ValueError, r"weight: expected shape \[N, K\], got shape \[30\]"),
         (lambda x, w, b: (x, w, b[1:]), ValueError, r"bias: expected shape \[40\], got shape \[39\]"),
-        (lambda x, w, b: (x.int(), w, b), TypeError, "x: expected a floating dtype, got torch.int32"),
+        (lambda x, w, b: (x.int(), w, b), TypeError, "x: expected a floating dtype of .* got torch.int32"),
         (lambda x, w, b: (x, w.half(), b), TypeError, "weight: expected torch.float32.* got torch.float16"),
         (lambda x, w, b: (x, w, b.half()), TypeError, "bias: expected torch.float32.* got torch.float16"),
         (lambda x, w, b: (x, w.to("meta"), b), ValueError, "weight: expected on cpu.* got meta"),
-        (lambda x, w, b: (x, w.t().contiguous().t(), b), ValueError, r"expected row-major.* call .contiguous\(\)"),
+        (lambda x, w, b: (x, w.repeat(1, 2)[:, ::2], b), ValueError, r"expected row-major.* call .contiguous\(\)"),
     ],
 )
 def test_errors(change, error, message):

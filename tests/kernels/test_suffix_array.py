@@ -59,12 +59,18 @@ def test_of_a_longer_text_against_the_definition():
 
 
 @pytest.mark.parametrize(
-    "text",
-    [torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)[::2]],
-    ids=["float", "2-d", "strided"],
+    ("text", "error", "message"),
+    [
+        (b"banana", TypeError, "text: expected a tensor, got b'banana'"),
+        (torch.zeros(4), TypeError, "text: expected torch.uint8, got torch.float32"),
+        (torch.zeros(2, 2, dtype=torch.uint8), ValueError, r"text: expected shape \[N\], .* got shape \[2, 2\]"),
+        (torch.zeros(8, dtype=torch.uint8)[::2], ValueError, r"text: .* contiguous, .* strides \(2,\) on cpu"),
+        (torch.zeros(4, dtype=torch.uint8, device="meta"), ValueError, "text: .* on the CPU, .* on meta"),
+    ],
+    ids=["bytes", "float", "2-d", "strided", "device"],
 )
-def test_wrong_texts(text):
-    with pytest.raises(ValueError, match="text: expected a contiguous uint8 tensor"):
+def test_wrong_texts(text, error, message):
+    with pytest.raises(error, match=message):
         suffix_array(text)
 
 

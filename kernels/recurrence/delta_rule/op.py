@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from ... import backend, sequence
+from ... import backend, checks, sequence
 from . import chunked, cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
@@ -50,15 +50,16 @@ def delta_rule(
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
     Raises:
-        ValueError: as `hasten.kernels.recurrence.linear_attention.linear_attention`.
+        TypeError, ValueError, NotImplementedError: as `hasten.kernels.recurrence.linear_attention.linear_attention`.
     """
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "initial_state": initial_state}
     tensors["cu_seqlens"] = cu_seqlens
-    sequence.check_arguments(scale, **tensors)
+    checks.check_tensors(**tensors)
+    checks.check_number("scale", scale)
     if backend.is_reference():
         o, state = _run(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens)
     else:
-        sequence.refuse_gradients(**tensors)
+        checks.refuse_gradients(**tensors)
         o, state = _op(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens)
     return (o, state) if return_state else o
 
@@ -79,8 +80,9 @@ def delta_rule_step(
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `delta_rule`.
     """
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "state": state}
-    sequence.check_arguments(scale, **tensors)
-    sequence.refuse_gradients(**tensors, definition=False)
+    checks.check_tensors(**tensors)
+    checks.check_number("scale", scale)
+    checks.refuse_gradients(checks.IN_PLACE, **tensors)
     return _step_op(q, k, v, beta, state, decay, scale, l2_norm)
 
 
@@ -119,7 +121,7 @@ def _triton(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
 
 def _run_step(q, k, v, beta, state, decay, scale, l2_norm):
     _check(q, k, v, beta, decay, state, name="state")
-    sequence.check_writable("state", state)
+    checks.check_writable("state", state)
     sequence.check_signs(decay)
     name = backend.choose(q)
     if name == "reference":

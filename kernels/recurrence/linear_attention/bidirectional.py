@@ -5,7 +5,7 @@ LION (Afzal et al. 2025, arXiv 2502.16249): three forms of one map, for training
 
 import torch
 
-from ... import sequence
+from ... import checks, sequence
 from .op import linear_attention
 
 FORMS = ("chunked", "full", "recurrent")
@@ -34,7 +34,8 @@ def bidirectional_linear_attention(
             "recurrent" are plain torch and have gradients; they are the definition, twice.
 
     Raises:
-        ValueError: an unknown form, a decay of another shape or above 0, and as `linear_attention`.
+        ValueError: an unknown form, or a decay of another shape or above 0.
+        TypeError, ValueError, NotImplementedError: as `linear_attention`, the last in the chunked form alone.
     """
     _check(q, k, v, decay, form)
     if form == "chunked":
@@ -50,11 +51,11 @@ def bidirectional_linear_attention(
 def _check(q, k, v, decay, form):
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    checks.check_tensors(q=q, k=k, v=v, decay=decay)
     sequence.check_heads(q, k, v)
     if decay is not None:
         B, T, Hv = v.shape[:3]
-        if list(decay.shape) not in ([Hv], [B, T, Hv]):
-            raise ValueError(f"decay: expected shape [{Hv}] or [{B}, {T}, {Hv}], got shape {list(decay.shape)}")
+        checks.check_shape("decay", decay, [Hv], [B, T, Hv])
         sequence.check_decay(q, v, decay)
         sequence.check_signs(decay)
 

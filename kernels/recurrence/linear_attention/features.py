@@ -1,5 +1,7 @@
 """What linear-attention methods do to q and k before the recurrence, and the decays that they give it.
 
+relu (cosFormer, SUPRA, L2ViT) and silu (TransNormerLLM, MiniMax-01) are torch's own.
+
 Letters as in `linear_attention`: x [B, T, H, D] of any floating dtype, differentiable. Every decay is a logarithm, ready for `decay=`.
 """
 
@@ -12,16 +14,6 @@ from torch.nn import functional
 def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
     """elu(x) + 1, above 0: [..., D] -> [..., D] (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
     return functional.elu(x) + 1
-
-
-def relu(x: torch.Tensor) -> torch.Tensor:
-    """max(x, 0): [..., D] -> [..., D] (cosFormer, Qin et al. 2022, arXiv 2202.08791; SUPRA and L2ViT)."""
-    return functional.relu(x)
-
-
-def silu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(x): [..., D] -> [..., D] (TransNormerLLM, Qin et al. 2024, arXiv 2307.14995; MiniMax-01, arXiv 2501.08313)."""
-    return functional.silu(x)
 
 
 def silu_shifted(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +43,7 @@ def sum_normalize(features: torch.Tensor) -> torch.Tensor:
 
 
 def cosformer(x: torch.Tensor, positions: torch.Tensor, longest: float) -> torch.Tensor:
-    """[x sin(pi i / 2M), x cos(pi i / 2M)]: [B, T, H, D] -> [B, T, H, 2 D] (cosFormer, arXiv 2202.08791), x after `relu`.
+    """[x sin(pi i / 2M), x cos(pi i / 2M)]: [B, T, H, D] -> [B, T, H, 2 D] (cosFormer, arXiv 2202.08791), x after relu.
 
     positions [T] or [B, T] are i, from 1 on; longest is M, the longest sequence. A state holds only for the M that it was computed with.
     """
@@ -102,7 +94,7 @@ def bounded_linear_attention(
 ) -> torch.Tensor:
     """o = tau_h q (K^T V) / max(q . sum k, bound), every token with all others: q, k [B, T, H, K], v [B, T, H, V] -> [B, T, H, V].
 
-    L2ViT (Zheng 2025, arXiv 2501.16182): q and k after `relu`, tau [H] learned per head, K^-1/2 at first. The bound keeps a small normaliser from
+    L2ViT (Zheng 2025, arXiv 2501.16182): q and k after relu, tau [H] learned per head, K^-1/2 at first. The bound keeps a small normaliser from
     blowing the output up. Sums are in float32 or wider.
     """
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:

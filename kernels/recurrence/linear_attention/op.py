@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from ... import backend, sequence
+from ... import backend, checks, sequence
 from . import chunked, cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
@@ -53,15 +53,18 @@ def linear_attention(
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a scale that is not finite, T = 0, a positive decay (on a CPU; on a GPU such a sequence becomes NaN), or an input
-            that requires grad: the kernels have no gradients, `hasten.kernels.backend.use("reference")` has.
+        TypeError: dtypes that do not fit, or a scale that is no number.
+        ValueError: shapes or devices that do not fit, a scale that is not finite, T = 0, or a positive decay (on a CPU; on a GPU such a sequence
+            becomes NaN).
+        NotImplementedError: an input that requires grad: the kernels have no gradients, `hasten.kernels.backend.use("reference")` has.
     """
     tensors = {"q": q, "k": k, "v": v, "decay": decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    sequence.check_arguments(scale, **tensors)
+    checks.check_tensors(**tensors)
+    checks.check_number("scale", scale)
     if backend.is_reference():
         o, state = _run(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
     else:
-        sequence.refuse_gradients(**tensors)
+        checks.refuse_gradients(**tensors)
         o, state = _op(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens)
     return (o, state) if return_state else o
 
@@ -81,8 +84,9 @@ def linear_attention_step(
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `linear_attention`.
     """
     tensors = {"q": q, "k": k, "v": v, "decay": decay, "state": state}
-    sequence.check_arguments(scale, **tensors)
-    sequence.refuse_gradients(**tensors, definition=False)
+    checks.check_tensors(**tensors)
+    checks.check_number("scale", scale)
+    checks.refuse_gradients(checks.IN_PLACE, **tensors)
     return _step_op(q, k, v, state, decay, scale, normalize)
 
 
@@ -143,7 +147,7 @@ def _with_ones(q, k, v):
 
 def _run_step(q, k, v, state, decay, scale, normalize):
     _check(q, k, v, decay, state, normalize, name="state")
-    sequence.check_writable("state", state)
+    checks.check_writable("state", state)
     sequence.check_signs(decay)
     V = v.shape[3]
     q, k, values = _with_ones(q, k, v) if normalize else (q, k, v)

@@ -14,7 +14,7 @@ from hasten.acceleration.edits import Edit, ReplaceForward
 from hasten.acceleration.experts import ExpertsLayout, decode_experts, layout_of
 from hasten.acceleration.forwards import Forward, decode_rows, matrix, product
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
-from hasten.kernels.linear.op import MAX_BATCH
+from hasten.kernels.storage import MAX_BATCH
 from hasten.model_facts import device_of
 
 
