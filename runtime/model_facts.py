@@ -1,5 +1,6 @@
 """Facts about a language model that several wings need, and the progress bar that they all show."""
 
+import contextlib
 import os
 import sys
 
@@ -10,13 +11,18 @@ from tqdm.auto import tqdm
 
 def vocabulary(model: nn.Module) -> int:
     """The number of token ids that the model embeds: 0 to one less."""
-    return model.get_input_embeddings().num_embeddings
+    embeddings = None
+    with contextlib.suppress(NotImplementedError):
+        embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", 0) or model.config.get_text_config(decoder=True).vocab_size
 
 
 def longest_input(model: nn.Module) -> int:
     """The number of positions that the model was made for; `sys.maxsize` where its configuration names none."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions if positions and positions > 0 else sys.maxsize  # XLNet, without such a limit, has -1
+    config = model.config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_target_positions")
+    positions = next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
+    return positions if positions > 0 else sys.maxsize  # XLNet, without such a limit, has -1
 
 
 def cache_of(output) -> dict[str, object]:

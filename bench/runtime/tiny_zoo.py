@@ -159,6 +159,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
+    "blip-2": {"image_token_index": VOCABULARY - 1},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "chameleon": {"vocabulary_map": {"<image>": 319, "IMGIMGAZ": 318, "IMGIMGBZ": 317}},
     "cohere_compass_text": {
@@ -194,6 +195,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "florence_vision": {"depths": (1, 1), "patch_size": (3, 3), "patch_stride": (2, 2), "patch_padding": (1, 1)}
     | {"patch_prenorm": (False, True), "embed_dim": (32, 64), "num_heads": (2, 2), "num_groups": (2, 2)}
     | {"window_size": 2},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": SHARED_KEYS
     | PER_LAYER_INPUT
     | {"intermediate_size": INNER, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
@@ -211,13 +213,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0},
     "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
     "hunyuan_vl_vision": {"max_image_size": 64, "img_max_token_num": 64},
+    "instructblip": {"image_token_index": VOCABULARY - 1},
+    "instructblipvideo": {"video_token_index": VOCABULARY - 1},
     "janus_vqgan": AUTOENCODER,
     "chameleon_vqgan": AUTOENCODER | {"resolution": 16},
     "emu3_vqgan": AUTOENCODER,
+    "kosmos-2": {"latent_query_num": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "longcat_flash": {"zero_expert_num": 2, "head_dim": 8},
     "mamba2": MAMBA2 | {"num_heads": 8},
+    "mllama_vision_model": {"intermediate_layers_indices": [0], "vision_output_dim": 2 * WIDTH},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [16, 16], "patch_size": 4},
     "mistral4": {"qk_rope_head_dim": HEAD},
@@ -338,6 +344,8 @@ def _shrunk(config_class: type, given: dict[str, Any], ids: dict[int, int]) -> P
             values[name] = _shrunk(type(value), _given(value), ids)
         elif (name in SIZES and type(value) is int) or name == "head_dim":
             values[name] = SIZES[name]
+        elif name in ("image_size", "patch_size") and isinstance(value, list | tuple) and len(value) == 2:
+            values[name] = type(value)([SIZES[name]] * 2)
         elif name in AT_MOST_ONE and value:
             values[name] = 1
         elif name.endswith(("token_id", "token_index", "_id")) and type(value) is int and value >= VOCABULARY:

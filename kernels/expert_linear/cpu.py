@@ -39,8 +39,10 @@ def launch(
     cutoff: torch.Tensor | None,
     column_major: bool,
 ) -> torch.Tensor:
-    """x [T, K] or [T, P, K], weight [E, N, K] with contiguous weight or (column_major) weight.mT, ids [T, P], bias [E, N] or None, cutoff
-    [E, K] fp32 or None, all else contiguous -> [T, P, N] in x's dtype."""
+    """x [T, K] or [T, P, K], weight [E, N, K], ids [T, P], bias [E, N] or None, cutoff [E, K] fp32 or None -> [T, P, N]
+
+    All contiguous but a column-major weight, of which weight.mT is; a cutoff needs that.
+    """
     (T, P), (E, N, K) = ids.shape, weight.shape
     per_token = x.dim() == 2
     y = x.new_empty(T, P, N)

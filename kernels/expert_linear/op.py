@@ -1,5 +1,6 @@
-"""Linear layers of a mixture of experts for a few tokens (decoding): each expert's weights are read once for all rows that
-picked it. With a cutoff the columns whose inputs are nearly zero are not read, as in hasten.kernels.column_sparse_linear.
+"""Linear layers of a mixture of experts for a few tokens (decoding): an expert is read once for all that picked it.
+
+With a cutoff the columns whose inputs are nearly zero are not read, as in hasten.kernels.column_sparse_linear.
 """
 
 import torch
@@ -23,16 +24,16 @@ def expert_linear(
 ) -> torch.Tensor:
     """x [T, K] (a row per token) or [T, P, K] (a row per pick), weight [E, N, K], ids int64 [T, P] -> [T, P, N].
 
-    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P of E experts each; bias [E, N] or
-    None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
+    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P of E experts each; bias [E, N]
+    or None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
 
-    cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked e (a
-    NaN is active). Those rows use all active columns of e, and the others are not read, for which every expert has to be
-    column-major (hasten.kernels.storage.to_column_major). Without a cutoff every column is active, and the experts may be
-    row-major or column-major.
+    cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked
+    e (a NaN is active). Those rows use all active columns of e, and the others are not read, for which every expert has
+    to be column-major (hasten.kernels.storage.to_column_major). Without a cutoff every column is active, and the
+    experts may be row-major or column-major.
 
-    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to hasten.kernels.storage.MAX_BATCH tokens
-    run as our own kernel, more as the reference.
+    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to hasten.kernels.storage.MAX_BATCH tokens run
+    as our own kernel, more as the reference.
     """
     checks.check_tensors(x=x, weight=weight, ids=ids, bias=bias, cutoff=cutoff)
     if backend.is_reference():
@@ -49,9 +50,7 @@ def _check(x, weight, ids, bias, cutoff):
     if ids.dtype != torch.int64:
         raise TypeError(f"ids: expected torch.int64, got {ids.dtype}")
     (E, N, K), (T, P) = weight.shape, ids.shape
-    if tuple(x.shape) not in ((T, K), (T, P, K)):
-        expected = f"{[T, K]} or {[T, P, K]} for a weight of shape {[E, N, K]} and ids of shape {[T, P]}"
-        raise ValueError(f"x: expected shape {expected}, got shape {list(x.shape)}")
+    checks.check_shape("x", x, [T, K], [T, P, K])
     checks.check_floating("x", x)
     checks.check_like(x, "weight", weight)
     checks.check_device(x, "ids", ids)

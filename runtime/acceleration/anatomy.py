@@ -1,5 +1,6 @@
 """What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the structure; names are in `families`."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from hasten.acceleration.families import (
 from hasten.acceleration.uses import Use
 from hasten.errors import Refusal, UnsupportedModelError
 
-PARTS = ("linears", "shared", "repeated", "gated_mlps", "experts", "head")
+PARTS = ("linears", "shared", "gated_mlps", "experts", "head")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Where a gated MLP is compared with its definition: the size of its inputs, of which the largest is past the limits that models clip gates at, and
 # the relative distance that rounding makes.
@@ -147,8 +148,12 @@ class Anatomy:
     def called_once(self) -> tuple[Projection, ...]:
         """`projections` without those that a pass of the model calls several times: for what depends on the distribution of
         their inputs."""
-        self._ask("repeated")
         return tuple(p for p in self.projections if p.name not in self._found.repeated)
+
+    @property
+    def repeated(self) -> tuple[Refusal, ...]:
+        """Why those that are called several times are not among `called_once`."""
+        return tuple(r for r in self._found.repeated.values() if r.name not in self._left_out)
 
     @property
     def with_shared(self) -> tuple[Projection, ...]:
@@ -279,7 +284,6 @@ class _Found:
                 reason = f"it is called {calls} times in one forward pass, on inputs of different kinds"
                 remedy = "use hasten.DenseDecode, or strict=False"
                 repeated[projection.name] = Refusal(projection.name, _kind(projection.module), reason, remedy)
-        self.refusals["repeated"] += repeated.values()
         return repeated
 
     @cached_property
@@ -564,14 +568,20 @@ def _unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
 def _distance_from_gated(mlp: GatedMLP) -> float:
     """The largest relative distance of what the module computes from down(act(gate(x)) * up(x)), over rows of small and large inputs."""
     linear = nn.functional.linear
-    weights = [p.weight for p in (mlp.gate, mlp.up, mlp.gate_up) if p]
-    biases = [p.bias for p in (mlp.gate, mlp.up, mlp.gate_up) if p]
+    if mlp.gate_up:
+        weights, bias = mlp.gate_up.weight.chunk(2), mlp.gate_up.bias
+        biases = (None, None) if bias is None else bias.chunk(2)
+    else:
+        weights, biases = (mlp.gate.weight, mlp.up.weight), (mlp.gate.bias, mlp.up.bias)
     rows = torch.randn(len(CHECK_SCALES), weights[0].shape[1], generator=torch.Generator().manual_seed(0))
     rows = rows.to(weights[0].device, weights[0].dtype)
-    sizes = torch.stack([linear(rows, weight).abs().amax(-1) for weight in weights]).amax(0)
-    rows = rows / sizes[:, None] * torch.tensor(CHECK_SCALES, device=rows.device, dtype=rows.dtype)[:, None]
-    projected = [linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+    # Of gates and what they multiply, the smaller reach the scale.
+    sizes = torch.stack([linear(rows, weight).abs().amax(-1) for weight in weights]).amin(0)
+    scales = torch.tensor(CHECK_SCALES, device=rows.device, dtype=rows.dtype) / sizes.masked_fill(sizes == 0, 1)
+    rows = rows * scales[:, None]
+    gate, up = (linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     expected = linear(getattr(mlp.module, mlp.activation)(gate) * up, mlp.down.weight, mlp.down.bias).float()
     output = type(mlp.module).forward(mlp.module, rows[None])[0].float()
-    return float(((output - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
+    finite = expected.isfinite().all(-1)  # the largest row can overflow
+    distances = (output - expected)[finite].norm(dim=-1) / expected[finite].norm(dim=-1).clamp(min=1e-30)
+    return float(distances.max()) if len(distances) else math.inf

@@ -46,7 +46,10 @@ class Edit:
         raise NotImplementedError
 
     def check(self, model: nn.Module) -> None:
-        """Raises `StateError` where `undo` would restore the wrong thing, or the weights are not those it was made for."""
+        """Raises `StateError` where `undo` would restore the wrong thing."""
+
+    def check_weights(self) -> None:
+        """Raises `StateError` where the weights are not those that it was made for."""
 
     def undo(self, model: nn.Module) -> None:
         """Undoes `apply`, also one that was interrupted; may be repeated."""
@@ -98,6 +101,10 @@ class ReplaceForward(Edit):
                 f"the forward of {self.name} was replaced after hasten.accelerate: undo that, then hasten.revert(model)"
             )
 
+    def check_weights(self) -> None:
+        if self.forward.watch is not None:
+            self.forward.watch.check(self.forward.weights(), thorough=True)
+
     def undo(self, model: nn.Module) -> None:
         if self.module is not None:
             vars(self.module).pop("forward", None)
@@ -135,15 +142,19 @@ class StoreColumnMajor(Edit):
     """Stores a parameter [..., N, K] column by column, in place: it stays the same object, and is kept once."""
 
     name: str
+    strides: tuple[int, ...] | None = None  # as it was stored
 
     def apply(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
+        strides = weight.stride()
         weight.data = to_column_major(weight.data)
+        self.strides = strides
 
     def undo(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
-        if not weight.is_contiguous():
-            weight.data = weight.data.contiguous()
+        if self.strides is not None and weight.stride() != self.strides:
+            stored = torch.empty_strided(weight.shape, self.strides, dtype=weight.dtype, device=weight.device)
+            weight.data = stored.copy_(weight.data)
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
-"""The fused experts of a mixture: how a `transformers` module stores them, and a decode step that reads only what is picked.
+"""The fused experts of a mixture: how a `transformers` module stores them, and a decode step that reads those picked.
 
-From transformers 5 on the experts of a layer are one module with a few [E, ...] parameters, called with the hidden states, the picked experts and their
-weights; flags on the module say how (`transformers.integrations.moe.use_experts_implementation`). Experts that are modules of `nn.Linear`s (Switch
-Transformers, NLLB-MoE) are not of this kind: each `nn.Linear` is an ordinary projection.
+The experts of a layer are one module with a few [E, ...] parameters, called with the hidden states, the picked experts
+and their weights; flags on the module say how (`transformers.integrations.moe.use_experts_implementation`). Experts
+that are modules of `nn.Linear`s (Switch Transformers, NLLB-MoE) are not of this kind: their `nn.Linear`s are
+projections like any other.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from hasten.kernels import storage
 from hasten.kernels.expert_linear import expert_linear
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,9 +22,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeight:
-    """One linear map of every expert, [E, N, K]; `name` and `bias` are paths of parameters in the experts module.
+    """One linear map of every expert, [E, N, K].
 
-    `transposed`: the parameter holds [E, K, N]. `flat`: it holds the experts below each other, in two dimensions.
+    `name` and `bias` are paths of parameters in the experts module. `transposed`: the parameter holds [E, K, N].
+    `flat`: it holds the experts below each other, in two dimensions.
     """
 
     name: str
@@ -43,6 +46,18 @@ class ExpertWeight:
             weight = weight[:experts]
         return weight.mT if self.transposed else weight
 
+    def by_columns(self, module: nn.Module) -> torch.Tensor | None:
+        """A tensor for the parameter's place, of its shape, with column-major experts; the same if they already are.
+
+        None for a flat parameter of rows, which cannot hold columns.
+        """
+        tensor = self.parameter(module).detach()
+        if self.flat:
+            return tensor if self.transposed else None
+        if self.transposed:
+            return tensor.contiguous()
+        return tensor if storage.is_column_major(tensor) else storage.to_column_major(tensor)
+
     def bias_of(self, module: nn.Module) -> torch.Tensor | None:
         """The bias [E, N], or None."""
         return None if self.bias is None else attrgetter(self.bias)(module)
@@ -52,11 +67,12 @@ class ExpertWeight:
 class ExpertsLayout:
     """How an experts module stores and applies its experts.
 
-    `inputs` are the maps that read the hidden states. `gate` says what comes of their outputs: the module's own `_apply_gate` ("own"), or `activation`
-    (a path in the module) on the first half times the second ("halves"), on the first map's times the second map's ("apart"), or on the only one
-    ("none"). `norm` is the path of a norm after each expert. `dispatch`: the module gets the picked experts of each token ("picked"), or each expert gets
-    every token, scaled, or zero where it was not picked ("every": hidden states [E * T, H] alone, as in Llama 4). `identity`: an id of E or more
-    is an expert that returns its input.
+    `inputs` are the maps that read the hidden states. `gate` says what comes of their outputs: what the module's own
+    `_apply_gate` gives ("own"), or `activation`, a path in the module, on the first half times the second half
+    ("halves"), on the first map's output times the second map's ("apart"), or on the only output ("none"). `norm` is
+    the path of a norm after each expert. `dispatch`: the module is called with the picked experts of each token and
+    their weights ("picked"), or with hidden states alone, [E * T, H], where each expert has a row for every token, zero
+    where it was not picked ("every", as Llama 4 does). `identity`: an expert of number E or more returns its input.
     """
 
     experts: int
@@ -88,12 +104,11 @@ def layout_of(module: nn.Module) -> ExpertsLayout | None:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why `decode_experts` cannot run a module that holds fused experts; None for one that it can run, and for modules of other kinds."""
+    """Why `decode_experts` cannot run a module of fused experts; None where it can, and for any other module."""
     found = _read(module)
     return found if isinstance(found, str) else None
 
 
-@torch.no_grad()
 def decode_experts(
     module: nn.Module,
     layout: ExpertsLayout,
@@ -105,10 +120,11 @@ def decode_experts(
     """What `module.forward` computes, for a few tokens; each picked expert is read once.
 
     Args:
-        hidden: [T, H] or [..., H] of T rows; [E * T, H] if each expert gets every token.
-        top_k_index: int64 [T, P]; None if each expert gets every token, like the next.
-        top_k_weights: [T, P].
-        cutoffs: by the name of an ExpertWeight, [E, K] float32: inputs that small are skipped. Its experts must be column-major.
+        hidden: [T, H], or [..., H] of T rows; [E * T, H] where each expert has a row for every token.
+        top_k_index: int64 [T, P], P experts for each token; None where each expert has a row for every token.
+        top_k_weights: [T, P]; None like top_k_index.
+        cutoffs: by the name of an ExpertWeight, [E, K] float32: expert e skips input j where it is at most [e, j] in
+            magnitude (see hasten.kernels.expert_linear). That weight's experts must be column-major.
 
     Returns:
         A tensor of hidden's shape and dtype.
@@ -124,13 +140,12 @@ def decode_experts(
     return y.to(hidden.dtype).view(hidden.shape)
 
 
-@torch.no_grad()
 def expert_inputs(
     module: nn.Module, layout: ExpertsLayout, hidden: torch.Tensor, top_k_index: torch.Tensor | None = None
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """For every expert that was picked, its number and what each of its maps reads, by the map's name: rows [rows, K].
+    """Every picked expert with what each of its maps reads, by the map's name: [rows, K], a row for each pick.
 
-    Arguments as for `decode_experts`, of any number of tokens.
+    Arguments as for `decode_experts`, of any number of tokens. For calibration.
     """
     x = hidden.reshape(-1, layout.hidden)
     if layout.dispatch == "every":
@@ -164,7 +179,7 @@ def _linear(module, layout, weight, x, ids, cutoffs):
 
 
 def _gated(module, layout, outputs):
-    """What comes between the maps: the module's own gate and activation."""
+    """What `down` reads: the gate and activation of the outputs of `inputs`, [..., I]."""
     if layout.gate == "own":
         return module._apply_gate(*outputs)
     activation = attrgetter(layout.activation)(module)
@@ -175,7 +190,7 @@ def _gated(module, layout, outputs):
 
 
 def _sent(x, layout):
-    """x [E * T, H], zero where an expert was not picked -> its picked rows [T, P, H] and their experts [T, P], -1 where there are fewer."""
+    """x [E * T, H], zero rows where an expert was not picked -> picked rows [T, P, H], experts [T, P], -1 for none."""
     sent = x.view(layout.experts, -1, layout.hidden).transpose(0, 1)  # [T, E, H]
     picked = sent.any(-1)  # a NaN counts
     ids = picked.int().topk(max(1, int(picked.sum(1).max())), dim=1).indices
@@ -191,10 +206,8 @@ def _decode_every(module, layout, hidden, cutoffs):
     return out[:, :-1].transpose(0, 1).reshape(hidden.shape)
 
 
-_APPLIES_NO_GATE = (
-    "Llama4TextExperts",
-    "LongcatFlashExperts",
-)  # outside transformers' interface of experts: act_fn(gate) * up
+# Outside transformers' interface of experts, so without an `_apply_gate`: act_fn(gate) * up.
+_HALVES = ("Llama4TextExperts", "LongcatFlashExperts")
 
 
 def _read(module: nn.Module) -> ExpertsLayout | str | None:
@@ -219,24 +232,28 @@ def _fused(module: nn.Module, up: str, up_shape: tuple[int, ...], down_shape: tu
         gate = "none"
     elif hasattr(module, "_apply_gate"):
         gate = "own"
-    elif kind in _APPLIES_NO_GATE:
+    elif kind in _HALVES:
         gate = "halves"
     else:
         return "it has no _apply_gate, by which transformers' experts say how their gate is applied"
+    if gate != "own" and not hasattr(module, "act_fn"):
+        return "it has no act_fn"
     fitting = [transposed for transposed in (False, True) if _fits(up_shape, down_shape, transposed, gate)]
     transposed = getattr(module, "is_transposed", fitting[0] if len(fitting) == 1 else None)
     if transposed not in fitting:
-        return f"its weights have shapes {list(up_shape)} and {list(down_shape)}, is_transposed={transposed}: no map there and back"
-    biases = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 2}
-    if biases != ({f"{up}_bias", "down_proj_bias"} if getattr(module, "has_bias", False) else set()):
-        return f"it has the parameters {', '.join(sorted(biases)) or 'of no bias'}, has_bias={getattr(module, 'has_bias', False)}"
+        shapes = f"{up} {list(up_shape)} and down_proj {list(down_shape)}"
+        return f"its weights have the shapes {shapes} and is_transposed is {transposed}, which do not fit"
+    has_bias = getattr(module, "has_bias", False)
+    found = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 2}
+    if found != ({f"{up}_bias", "down_proj_bias"} if has_bias else set()):
+        return f"has_bias is {has_bias}, and its parameters of two dimensions are {', '.join(sorted(found)) or 'none'}"
     E, N, K = _logical(down_shape, transposed)
     return ExpertsLayout(
         experts=E,
         hidden=N,
         intermediate=K,
-        inputs=(ExpertWeight(up, f"{up}_bias" if biases else None, transposed),),
-        down=ExpertWeight("down_proj", "down_proj_bias" if biases else None, transposed),
+        inputs=(ExpertWeight(up, f"{up}_bias" if has_bias else None, transposed),),
+        down=ExpertWeight("down_proj", "down_proj_bias" if has_bias else None, transposed),
         gate=gate,
         activation="act_fn",
         norm="post_expert_norm" if getattr(module, "has_post_expert_norm", False) else None,
@@ -263,7 +280,7 @@ def _logical(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
 
 
 def _fits(up: tuple[int, ...], down: tuple[int, ...], transposed: bool, gate: str) -> bool:
-    """Whether the maps lead from the hidden size to the intermediate size and back. There may be more experts in `up` (LongCat's identities)."""
+    """Whether the maps lead from the hidden size to the intermediate size and back; `up` may have more experts."""
     (_, up_N, up_K), (_, down_N, down_K) = _logical(up, transposed), _logical(down, transposed)
     return up_K == down_N and up_N == (down_K if gate == "none" else 2 * down_K) and up[0] >= down[0]
 
@@ -282,7 +299,8 @@ def _unreadable(module: nn.Module, layout: ExpertsLayout) -> str | None:
         if tensor.device.type == "meta":
             return f"{weight.name} is offloaded or on the meta device"
         if type(tensor.data) is not torch.Tensor or tensor.dtype not in DTYPES:
-            return f"{weight.name} is a {type(tensor.data).__name__} of {tensor.dtype}: quantised, distributed, or of a kind that hasten does not know"
+            kind = f"a {type(tensor.data).__name__} of {tensor.dtype}"
+            return f"{weight.name} is {kind}: quantised, distributed, or of a kind that hasten does not know"
         if not (tensor.is_contiguous() or tensor.mT.is_contiguous()):
             return f"{weight.name} is stored with strides {tuple(tensor.stride())}"
     return None

@@ -22,7 +22,12 @@ class Forward:
     Args:
         module: whose forward it is.
         name: the module's name in the model.
+
+    Attributes:
+        watch: notices changes of `weights()` where something was derived from them.
     """
+
+    watch: "Watch | None" = None
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name

@@ -25,13 +25,15 @@ CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 # Attributes in which models remember something of their last inputs, with what stands there before the first.
 REMEMBERED = {"rope_deltas": None}
 # Inputs that have a value for each token, besides those of the ids' own shape: masks over images.
-ROWS = ("cross_attention_mask", "image_attention_mask", "image_embeds_position_mask")
+ROWS = ("cross_attention_mask", "image_attention_mask")
 # Inputs that a step needs again, by model type.
-EVERY_STEP = {"idefics": ("pixel_values",)}
+EVERY_STEP = {"idefics": ("pixel_values",), "kosmos-2": ("pixel_values", "image_embeds")}
 # Model types that make positions of their own, of other lengths than their input.
 OWN_POSITIONS = ("reformer", "xlnet")
 # Beginnings of the names of tokens that stand for something else than text, in configurations.
 PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
+# Inputs that are not 0 at such tokens.
+KINDS_OF_TOKENS = {"mm_token_type_ids", "image_embeds_position_mask"}
 # What a processor returns besides, and no forward takes.
 NOT_FORWARDED = ("labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
 EXAMPLE_TOKENS = 4
@@ -89,12 +91,13 @@ class Inference:
         """Runs the example, to find out how the target takes and returns its cache."""
         parameters = inspect.signature(self.target.forward).parameters
         self.parameters = parameters.keys()
-        self.encodes = "decoder_input_ids" in parameters
+        self.encodes = "decoder_input_ids" in parameters and self.target.config.is_encoder_decoder
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes_flag = anything or "use_cache" in parameters
         for makes_cache in (False, True) if self.takes_flag else ():
             self.has_cache, self.makes_cache = True, makes_cache
-            with contextlib.suppress(UnsupportedModelError), undisturbed(self.model):
+            # An AttributeError is a configuration's from which transformers cannot make a cache.
+            with contextlib.suppress(UnsupportedModelError, AttributeError), undisturbed(self.model):
                 _, reading = self.prefill(example)
                 if any(map(_is_filled, reading.cache.values())):
                     self.step(reading, reading.ids[:, -1:])
@@ -128,6 +131,10 @@ class Inference:
             UnsupportedModelError: the model raised an error.
         """
         arguments, reading = self._arguments(inputs)
+        if self.encodes and reading.text_only:
+            encoder = {name: arguments[name] for name in ("input_ids", "attention_mask") if name in arguments}
+            arguments["encoder_outputs"] = self._call(self.target.get_encoder(), encoder)
+            del arguments["input_ids"]
         if self.takes_flag:
             arguments["use_cache"] = self.has_cache
         if self.makes_cache:
@@ -151,6 +158,9 @@ class Inference:
         if reading.mask is not None:
             reading.mask = torch.cat([reading.mask, reading.mask.new_ones(ids.shape)], 1)
         new = ids.shape[1] if reading.cache else reading.ids.shape[1]
+        for name, value in () if reading.cache or self.encodes else reading.along.items():
+            if _is_of_tokens(name, value, reading.ids[:, : -ids.shape[1]]):
+                reading.along[name] = torch.cat([value, value[:, -1:].expand(-1, ids.shape[1], *value.shape[2:])], 1)
         arguments = reading.along | reading.cache | self._text(reading, new)
         if self.takes_flag:
             arguments["use_cache"] = bool(reading.cache)
@@ -188,8 +198,8 @@ class Inference:
         for name, value in vars(self.target.config).items():
             if name.startswith(PLACEHOLDERS) and isinstance(value, int):
                 stands |= ids == value
-        if isinstance(kinds := inputs.get("mm_token_type_ids"), torch.Tensor):
-            stands |= kinds.to(ids.device) != 0
+        for name in KINDS_OF_TOKENS & inputs.keys():
+            stands |= inputs[name].to(ids.device) != 0
         return max(1, int(stands.any(0).nonzero().max()) + 1) if stands.any() else 1
 
     def cut(self, inputs: Inputs, tokens: int) -> Inputs:
@@ -200,12 +210,7 @@ class Inference:
         ids = self.token_ids(inputs)
         if self.encodes:
             return inputs | {"decoder_input_ids": ids[:, :tokens]}
-        return {
-            name: value[:, :tokens]
-            if isinstance(value, torch.Tensor) and (value.shape == ids.shape or name in ROWS)
-            else value
-            for name, value in inputs.items()
-        }
+        return {name: value[:, :tokens] if _is_of_tokens(name, value, ids) else value for name, value in inputs.items()}
 
     def random_prompt(self, tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
         """Token ids [batch, tokens] from a seed, for measuring time."""
@@ -222,11 +227,11 @@ class Inference:
         ids = next((inputs[name] for name in names if name in inputs), None)
         if ids is None:
             raise self._refusal(given, f"no {' nor '.join(names)} among what it was given")
-        ids = (ids if ids.dim() > 1 else ids[None]).clamp(min=0)
+        ids = torch.atleast_2d(ids)
+        ids = ids[:, (ids >= 0).all(0)]  # labels are -100 at padding
         mask = given.pop("decoder_attention_mask" if self.encodes else "attention_mask", None)
         mask = None if mask is None or mask.bool().all() else mask
-        text_only = not given.keys() - {"input_ids"}
-        reading = Reading(ids, mask, text_only)
+        reading = Reading(ids, mask, text_only=not given.keys() - {"input_ids", "attention_mask", "decoder_input_ids"})
         if self.encodes:
             main = self.target.main_input_name
             if "input_ids" in given and main == "input_ids":
@@ -235,7 +240,7 @@ class Inference:
                 given.pop("input_ids", None)
                 if not given.keys() & {main, "encoder_outputs"}:
                     raise self._refusal(inputs, f"its encoder reads {main}")
-        reading.along = {name: value for name, value in given.items() if not self._is_of_tokens(name, value, ids)}
+        reading.along = {name: value for name, value in given.items() if name != names[0]}
         return given | self._text(reading, ids.shape[1]), reading
 
     def _text(self, reading: Reading, tokens: int) -> dict[str, Any]:
@@ -258,22 +263,15 @@ class Inference:
             arguments["position_ids"] = positions[:, -tokens:]
         return arguments
 
-    def _is_of_tokens(self, name: str, value: object, ids: torch.Tensor) -> bool:
-        """Whether an input has a value for each token that the decoder reads, so that a step cannot take it whole."""
-        if self.encodes:
-            return name.startswith("decoder_")
-        return name in ROWS or (isinstance(value, torch.Tensor) and value.shape[-2:] == ids.shape)
-
     def _for_each_step(self, arguments: dict[str, Any], output) -> dict[str, Any]:
         """What a step takes besides its tokens and the cache."""
+        again = (
+            ("encoder_outputs", "attention_mask") if self.encodes else EVERY_STEP.get(self.target.config.model_type, ())
+        )
         along = {name: arguments[name][:, -1:] for name in ROWS if name in arguments}
-        along |= {
-            name: arguments[name] for name in EVERY_STEP.get(self.target.config.model_type, ()) if name in arguments
-        }
-        if self.encodes:
-            encoded = getattr(output, "encoder_last_hidden_state", None)
-            along |= {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded)} if encoded is not None else {}
-            along |= {name: arguments[name] for name in ("attention_mask",) if name in arguments}
+        along |= {name: arguments[name] for name in again if name in arguments}
+        if self.encodes and (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
+            along.setdefault("encoder_outputs", BaseModelOutput(last_hidden_state=encoded))
         return along
 
     def _new_cache(self) -> object:
@@ -284,13 +282,7 @@ class Inference:
 
     def _run(self, arguments: dict[str, Any]):
         """The target's output, with logits."""
-        try:
-            output = self.target(**arguments)
-        except (HastenError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            raise self._refusal(arguments, f"{type(error).__name__}: {lines[0]}") from error
+        output = self._call(self.target, arguments)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor):
             raise self._refusal(arguments, "its output has no logits")
@@ -298,6 +290,16 @@ class Inference:
         if not arguments.keys() - TEXT and logits.shape[1] not in (1, ids.shape[1]):
             raise self._refusal(arguments, f"its logits {list(logits.shape)} are not one row for each token")
         return output
+
+    def _call(self, module: nn.Module, arguments: dict[str, Any]):
+        """The output of the target or of its encoder."""
+        try:
+            return module(**arguments)
+        except (HastenError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            raise self._refusal(arguments, f"{type(error).__name__}: {lines[0]}") from error
 
     def _refusal(self, arguments: dict[str, Any], reason: str) -> UnsupportedModelError:
         given = ", ".join(
@@ -333,15 +335,10 @@ def inner_language_model(model: nn.Module) -> nn.Module | None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A block in which the model is run as if it had read nothing before, and after which it remembers what it did.
 
-    Plain attributes and buffers that runs replace, such as `rope_deltas` of multimodal rotary positions, are put back.
-    Not for blocks that change the model itself.
+    Put back are buffers that a run replaces, and attributes that are tensors or numbers, such as `rope_deltas` of
+    multimodal rotary positions. Not for blocks that change the model itself.
     """
-    own = vars(nn.Module()).keys()
-    kept = [
-        (module, {name: value for name, value in vars(module).items() if name not in own}, dict(module._buffers))
-        for module in model.modules()
-        if not type(module).__module__.startswith("hasten.acceleration")
-    ]
+    kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
     try:
         for module, attributes, _ in kept:
             for name in REMEMBERED.keys() & attributes.keys():
@@ -349,15 +346,31 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes, buffers in kept:
-            for name in vars(module).keys() - own - attributes.keys():
+            for name in _memory(module).keys() - attributes.keys():
                 delattr(module, name)
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
 
 
+def _memory(module: nn.Module) -> dict[str, object]:
+    """The attributes of a module that may hold something of its last inputs; flags and private ones are its own state."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (value is None or type(value) in (int, float) or torch.is_tensor(value))
+    }
+
+
 def _on(value: object, device: torch.device) -> object:
     return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _is_of_tokens(name: str, value: object, ids: torch.Tensor) -> bool:
+    """Whether an input has a value for each token of `ids` [B, T]."""
+    if name.startswith("qformer"):  # the tokens of another model, which reads the prompt alone
+        return False
+    return name in ROWS or (isinstance(value, torch.Tensor) and value.shape == ids.shape)
 
 
 def _caches(output) -> dict[str, object]:

@@ -30,6 +30,7 @@ class Installed:
     plan: Plan
     settings: dict[str, Settings] = field(default_factory=dict)  # by the class names of techniques
     edits: list[Edit] = field(default_factory=list)
+    strict: bool = True  # whether nothing was left out
     self_check: float = 0.0
 
 
@@ -107,6 +108,7 @@ def accelerate(
             report.techniques.append(entry)
     report.techniques[0].skipped[:0] = [Skip(refusal.name, refusal.reason) for refusal in anatomy.refusals]
     report.self_check = installed_on(model).self_check
+    installed_on(model).strict = strict
     return report
 
 

@@ -57,17 +57,19 @@ class Plan(tuple):
         """The inverse of `to_dict`.
 
         Raises:
-            SavedPlanError: a newer version, an unknown technique or field, a value that the technique refuses.
+            SavedPlanError: another version, an unknown technique or field, a value that the technique refuses.
         """
-        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
-            raise SavedPlanError("this is no hasten plan: it has no version")
-        if data["version"] > VERSION:
-            raise SavedPlanError(
-                f"the plan is of version {data['version']}, this hasten reads up to {VERSION}: update hasten"
-            )
+        if not isinstance(data, dict) or data.keys() != {"version", "techniques"}:
+            raise SavedPlanError("this is no hasten plan: it is no object of version and techniques")
+        version, techniques = data["version"], data["techniques"]
+        if type(version) is not int or version != VERSION:
+            remedy = "update hasten" if type(version) is int and version > VERSION else "write the plan anew"
+            raise SavedPlanError(f"the plan is of version {version!r}, this hasten reads version {VERSION}: {remedy}")
+        if not isinstance(techniques, list) or not all(isinstance(entry, dict) for entry in techniques):
+            raise SavedPlanError("the plan is damaged: its techniques are no list of objects")
         try:
-            return cls([_technique(dict(entry)) for entry in data["techniques"]])
-        except (KeyError, TypeError, ValueError) as error:
+            return cls([_technique(dict(entry)) for entry in techniques])
+        except Exception as error:  # a technique may stumble over a value of a wrong type in any way
             raise SavedPlanError(f"the plan is damaged: {error}") from error
 
     @classmethod
@@ -75,7 +77,7 @@ class Plan(tuple):
         """The inverse of `to_json`. Raises `SavedPlanError` as `from_dict`, and for text that is not JSON."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of too many digits, and too deep a nesting
             raise SavedPlanError(f"the plan is not JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -84,7 +86,7 @@ class Plan(tuple):
 
 
 def _technique(fields: dict) -> Technique:
-    kind = fields.pop("technique")
+    kind = fields.pop("technique", None)
     known = {name: technique for name, technique in Technique.known.items() if not inspect.isabstract(technique)}
     if kind not in known:
         raise ValueError(f"unknown technique {kind!r}, known are {', '.join(sorted(known))}")

@@ -1,58 +1,101 @@
-"""Saving an accelerated model with its plan, and loading it without calibrating again."""
+"""Saving an accelerated model with its plan, and loading it without calibrating again.
 
+A saved folder is an ordinary one of `transformers`, with `hasten_plan.json` beside the model, and
+`hasten_settings.safetensors` where a technique has tensors to keep. The plan lists every file that loading reads, with
+its size and digest, and closes with a digest of its own text. Nothing is parsed before its digest was compared.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
 import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hasten.acceleration.arrangement import arrange
-from hasten.acceleration.checksums import full
+from hasten.acceleration.arrangement import Assignment, arrange
+from hasten.acceleration.checksums import of_files, sampled
 from hasten.acceleration.inference import Inference
-from hasten.acceleration.install import install, installed_on
+from hasten.acceleration.install import Installed, install, installed_on
 from hasten.acceleration.plan import Plan
 from hasten.acceleration.preflight import examine
-from hasten.acceleration.techniques import Settings
+from hasten.acceleration.techniques import Settings, Technique
 from hasten.errors import SavedPlanError, StateError, UnsupportedModelError
 
+VERSION = 2
 PLAN_FILE = "hasten_plan.json"
+TENSORS_FILE = "hasten_settings.safetensors"
+LARGEST_PLAN = 1 << 26  # bytes
+SEAL = b',\n  "sha256": "'
+
+# What transformers finds by its name in a model's folder: a file of these that was not saved would be read too, or instead.
+READ_BY_NAME = (
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+)
 
 
 def save(model: nn.Module, directory: str | Path, tokenizer=None) -> None:
     """Saves an accelerated model as an ordinary dense Hugging Face folder, with its plan and settings beside it in
     `hasten_plan.json`.
 
-    `transformers` loads the folder as the dense model; `hasten.load` loads it accelerated.
+    `transformers` loads the folder as the dense model; `hasten.load` loads it accelerated. What stood in the folder is
+    kept until all is written; then files of the same name, and those of an earlier `save`, are replaced.
 
     Args:
         model: an accelerated `transformers` model.
         directory: a folder, made if need be.
-        tokenizer: saved along if given.
+        tokenizer: a tokenizer or processor, saved along if given.
 
     Raises:
         StateError: the model is not accelerated (use its own `save_pretrained`), or was changed since.
-        UnsupportedModelError: it is of a class that `transformers` does not have, so that `load` could not make it.
+        UnsupportedModelError: it is of a class that `transformers` does not have, or has adapters, so that `load` could
+            not make it.
+        FileExistsError: the folder holds files of another model, which `transformers` would read.
+        ValueError: a technique's settings are no plain JSON.
+        OSError: the disk is full, or the like.
     """
     installed = installed_on(model)
     if installed is None:
         raise StateError("the model is not accelerated: accelerate it first, or use its own save_pretrained")
     for edit in installed.edits:
         edit.check(model)
+        edit.check_weights()
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if getattr(transformers, type(model).__name__, None) is not type(model):
-        kind = f"{type(model).__module__}.{type(model).__qualname__}"
         remedy = "save it yourself and accelerate it anew"
         raise UnsupportedModelError("", kind, "transformers has no such class", remedy)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        reason = "it has adapters, and transformers saves nothing but these"
+        raise UnsupportedModelError("", kind, reason, "merge them into the weights before you accelerate it")
     directory = Path(directory)
-    model.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    settings = {
-        type(t).__name__: dict(installed.settings[type(t).__name__].values) for t in installed.plan if t.portable
-    }
-    saved = installed.plan.to_dict() | {"settings": settings, "checksum": full(model.state_dict().items())}
-    (directory / PLAN_FILE).write_text(json.dumps(saved, indent=2), encoding="utf-8")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".hasten-", dir=directory) as temporary:
+        new = Path(temporary)
+        model.save_pretrained(new)
+        settings = _write_settings(installed, new)
+        files = sorted(new.iterdir())
+        saved = {
+            "version": VERSION,
+            "model": type(model).__name__,
+            "checksum": sampled(model),
+            "strict": installed.strict,
+            "plan": installed.plan.to_dict(),
+            "settings": settings,
+            "files": {
+                name: {"bytes": (new / name).stat().st_size, "sha256": of} for name, of in of_files(files).items()
+            },
+        }
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        (new / PLAN_FILE).write_bytes(_sealed(_json(saved, installed.plan)))
+        _move(new, directory, set(saved["files"]))
 
 
 def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> nn.Module:
@@ -60,7 +103,8 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
     measured for drift.
 
     Args:
-        directory: the folder.
+        directory: the folder. It may have been moved or renamed, and may hold other files, such as a README or a
+            tokenizer; those that were saved must be as they were.
         dtype: "auto" for the saved one, or torch.float32, float16 or bfloat16; settings hold for any.
         device: where the model goes.
 
@@ -68,47 +112,187 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
         the accelerated model, of the class that was saved, in eval mode, without gradients.
 
     Raises:
-        ValueError: a dtype that is none of these.
+        ValueError: a dtype or device that is none of these.
         FileNotFoundError: no such folder, or no plan in it.
-        SavedPlanError: the folder is damaged, its plan is of a newer version, or was made for other weights.
+        SavedPlanError: a file is missing, or is not as it was saved; a file that was not saved would be read too; the
+            plan is of another version; or whatever else keeps `transformers` or a technique from taking the folder.
     """
     if dtype != "auto" and dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f'dtype must be "auto", torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}')
-    directory = Path(directory)
-    path = directory / PLAN_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no {PLAN_FILE}: it was not written by hasten.save")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    plan = Plan.from_dict(data)
-    model = _load_dense(directory)
-    if full(model.state_dict().items()) != data["checksum"]:
-        raise SavedPlanError(f"the plan in {directory} belongs to another model")
-    model = model.to(device) if dtype == "auto" else model.to(device, dtype)
     try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of torch's, got {device!r}") from error
+    directory = Path(directory)
+    if not (directory / PLAN_FILE).is_file():
+        raise FileNotFoundError(f"{directory} holds no {PLAN_FILE}: it was not written by hasten.save")
+    with _as_saved_plan_error(directory):
+        saved = _verified(directory)
+        plan = Plan.from_dict(saved["plan"])
+        model = _load_dense(directory, saved, dtype)
+    model = model.to(device)
+    with _as_saved_plan_error(directory):
         inference = Inference(model)
-        assignments = arrange(plan, examine(inference))
-        settings = []
-        for each in assignments:
-            saved = data["settings"].get(type(each.technique).__name__)
-            own = (
-                each.technique.settle(each.anatomy, None)
-                if saved is None
-                else each.technique.read(Settings(saved), each.anatomy)
-            )
-            settings.append(own)
-        install(inference, plan, assignments, settings)
-    except (UnsupportedModelError, ValueError) as error:
-        raise SavedPlanError(f"{directory} holds a model that its plan does not fit: {error}") from error
+        assignments = arrange(plan, examine(inference), saved["strict"])
+        install(inference, plan, assignments, _read_settings(directory, saved, assignments, device))
+    installed_on(model).strict = saved["strict"]
     return model
 
 
-def _load_dense(directory: Path) -> nn.Module:
+@contextlib.contextmanager
+def _as_saved_plan_error(directory: Path) -> Iterator[None]:
+    """Turns any error into `SavedPlanError`."""
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-        model_class = getattr(transformers, config.architectures[0])
-        model, loading = model_class.from_pretrained(directory, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise SavedPlanError(f"{directory} is damaged: transformers cannot load the model ({error})") from error
+        yield
+    except SavedPlanError:
+        raise
+    except Exception as error:
+        raise SavedPlanError(f"{directory} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _json(saved: dict, plan: Plan) -> bytes:
+    """The content of the plan file, without its closing brace.
+
+    Raises:
+        ValueError: the plan and its settings would not be read back as they are.
+    """
+    try:
+        text = json.dumps(saved, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the plan or its settings are no plain JSON: {error}") from error
+    again = json.loads(text)
+    if again["settings"] != saved["settings"] or Plan.from_dict(again["plan"]) != plan or len(text) > LARGEST_PLAN:
+        raise ValueError(
+            "the plan or its settings are no plain JSON that is read back as it was (tuples, keys that are no strings), "
+            f"or more than {LARGEST_PLAN} characters, which should be tensors"
+        )
+    return text.removesuffix("\n}").encode()
+
+
+def _sealed(text: bytes) -> bytes:
+    """A JSON object without its closing brace, closed by a digest of that text."""
+    return text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
+
+
+def _write_settings(installed: Installed, folder: Path) -> dict[str, dict]:
+    """The values of the settings that are saved, by the class names of techniques; their tensors go into a file."""
+    portable = {kind: own for kind, own in installed.settings.items() if Technique.known[kind].portable}
+    tensors = {
+        f"{kind}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for kind, own in portable.items()
+        for name, tensor in own.tensors.items()
+    }
+    if tensors:
+        save_file(tensors, folder / TENSORS_FILE)
+    return {kind: dict(own.values) for kind, own in portable.items()}
+
+
+def _move(new: Path, directory: Path, files: set[str]) -> None:
+    """Moves everything in `new` into `directory`, the plan last: an interruption leaves a mixture that its plan refuses."""
+    try:
+        earlier = set(_record(directory)["files"])
+    except (OSError, SavedPlanError):
+        earlier = set()
+    if strays := sorted(_strays(directory, earlier | files)):
+        raise FileExistsError(
+            f"{directory} holds {strays[0]}, which transformers would read with what is saved: save to another folder"
+        )
+    paths = [path for path in new.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.name == PLAN_FILE):
+        target = directory / path.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    for name in earlier - files:
+        (directory / name).unlink(missing_ok=True)
+
+
+def _strays(directory: Path, files: Iterable[str]) -> set[str]:
+    """What transformers would find in the folder beside `files`."""
+    present = [path.name for path in directory.iterdir()]
+    return {name for pattern in READ_BY_NAME for name in fnmatch.filter(present, pattern)} - set(files)
+
+
+def _record(directory: Path) -> dict:
+    """The content of the plan file.
+
+    Raises:
+        SavedPlanError: it was changed, or is of another version.
+    """
+    path = _inside(directory, PLAN_FILE)
+    if (size := path.stat().st_size) > 2 * LARGEST_PLAN:
+        raise SavedPlanError(f"{path} has {size} bytes: hasten.save did not write it")
+    data = path.read_bytes()
+    version = re.match(rb'\s*\{\s*"version":\s*(\d{1,9})\b', data)
+    if version and int(version[1]) != VERSION:
+        remedy = "update hasten" if int(version[1]) > VERSION else "accelerate the model and save it again"
+        raise SavedPlanError(f"{path} is of version {int(version[1])}, this hasten reads version {VERSION}: {remedy}")
+    if _sealed(data.rpartition(SEAL)[0]) != data:
+        raise SavedPlanError(f"{path} is damaged or was edited: accelerate the model and save it again")
+    saved = json.loads(data)
+    if not isinstance(saved.get("files"), dict) or any(name != Path(name).name for name in saved["files"]):
+        raise SavedPlanError(f"{path} is damaged: its files are not those of one folder")
+    return saved
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The path of the file `name` of the folder.
+
+    Raises:
+        SavedPlanError: there is none, or it lies elsewhere.
+    """
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise SavedPlanError(f"{path} leads out of the folder, to {path.resolve()}: put the file itself there")
+    if not path.is_file():
+        raise SavedPlanError(f"{directory} is damaged: it lacks {name}")
+    return path
+
+
+def _verified(directory: Path) -> dict:
+    """The content of the plan file, once every file that it lists was found unchanged, and no other that would be read."""
+    saved = _record(directory)
+    paths = [_inside(directory, name) for name in saved["files"]]
+    if strays := sorted(_strays(directory, saved["files"])):
+        raise SavedPlanError(f"{directory} holds {strays[0]}, which was not saved with the model: take it out")
+    for path in paths:
+        if path.stat().st_size != (size := saved["files"][path.name]["bytes"]):
+            raise SavedPlanError(f"{path} is damaged: it has {path.stat().st_size} bytes, {size} were saved")
+    for name, digest in of_files(paths).items():
+        if digest != saved["files"][name]["sha256"]:
+            raise SavedPlanError(f"{directory / name} is damaged or was edited: accelerate the model and save it again")
+    return saved
+
+
+def _load_dense(directory: Path, saved: dict, dtype: str | torch.dtype) -> nn.Module:
+    model_class = getattr(transformers, saved["model"], None)
+    if model_class is None:
+        raise SavedPlanError(f"{directory} holds a {saved['model']}, which this transformers does not have")
+    model, loading = model_class.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     if loading["missing_keys"]:
         raise SavedPlanError(f"{directory} is damaged: it lacks {sorted(loading['missing_keys'])[0]}")
+    if dtype == "auto" and sampled(model) != saved["checksum"]:
+        raise SavedPlanError(f"transformers makes other weights of {directory} than were saved: save it again")
     return model.eval().requires_grad_(False)
+
+
+def _read_settings(directory: Path, saved: dict, assignments: list[Assignment], device: torch.device) -> list[Settings]:
+    """The settings of every assignment, validated by their techniques, or settled anew where they hold on one machine only."""
+    tensors = {}
+    if TENSORS_FILE in saved["files"]:
+        tensors = load_file(directory / TENSORS_FILE, str(device))
+    values = dict(saved["settings"])
+    settings = []
+    for each in assignments:
+        kind = type(each.technique).__name__
+        if not each.technique.portable:
+            settings.append(each.technique.settle(each.anatomy, None))
+            continue
+        if kind not in values:
+            raise SavedPlanError(f"{directory} holds no settings of {kind}")
+        own = {
+            name.removeprefix(f"{kind}/"): tensors.pop(name) for name in list(tensors) if name.startswith(f"{kind}/")
+        }
+        settings.append(each.technique.read(Settings(values.pop(kind), own), each.anatomy))
+    if unknown := [*values, *tensors]:
+        raise SavedPlanError(f"{directory} holds settings of {unknown[0]}, which its plan does not have")
+    return settings

@@ -56,7 +56,7 @@ def guided(pipe: Any, guide: Guide, *, rescale: bool = True) -> Iterator[Run]:
             samplers (CFG++ and its eta), or predictions are not finite.
     """
     _check_guide(guide)
-    check_diffusers()
+    _check_diffusers()
     family = family_of(pipe)
     schedulers.check(pipe.scheduler)
     for name in family.denoisers:
@@ -132,7 +132,7 @@ def guider(guide: Guide, scheduler: Any) -> Any:
         ValueError: while the pipeline runs, as in `guided`.
     """
     _check_guide(guide)
-    check_diffusers()
+    _check_diffusers()
     schedulers.check(scheduler)
     from hasten.pipelines.component import Guider  # the first import of diffusers, which may be missing
 
@@ -144,7 +144,7 @@ def _check_guide(guide: Any) -> None:
         raise TypeError(f"guide must be a hasten.guidance.diffusion.guide.Guide, got {guide!r}")
 
 
-def check_diffusers() -> None:
+def _check_diffusers() -> None:
     """Warns where the installed diffusers is none that the loops were read and tested in.
 
     Raises:

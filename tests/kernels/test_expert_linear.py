@@ -189,7 +189,7 @@ def test_more_tokens_than_the_kernel_takes_and_float64_are_the_reference():
         assert torch.equal(expert_linear(x, weight, ids, bias=bias), expected)
 
 
-def test_gradients_of_the_definition():
+def test_gradients():
     x, weight, ids, bias = inputs(3, 2, 4, 4, 3, torch.float64, storage.to_column_major)
     cutoff = torch.rand(4, 3)
 
@@ -222,9 +222,9 @@ def test_column_major_experts():
         (lambda a: {"ids": a["ids"][0]}, ValueError, r"ids: expected shape \[T, P\], got shape \[2\]"),
         (lambda a: {"ids": a["ids"].int()}, TypeError, "ids: expected torch.int64, got torch.int32"),
         (lambda a: {"ids": a["ids"].to("meta")}, ValueError, "ids: expected on cpu.* got meta"),
-        (lambda a: {"ids": a["ids"][1:]}, ValueError, r"x: expected shape \[1, 30\] or \[1, 2, 30\] .*got shape \[2, 30\]"),
-        (lambda a: {"x": a["x"][:, 1:]}, ValueError, r"x: expected shape \[2, 30\] .* got shape \[2, 29\]"),
-        (lambda a: {"x": a["x"].long()}, TypeError, "x: expected a floating dtype of .* got torch.int64"),
+        (lambda a: {"ids": a["ids"][1:]}, ValueError, r"x: expected shape \[1, 30\] or \[1, 2, 30\], got shape \[2, 30\]"),
+        (lambda a: {"x": a["x"][:, 1:]}, ValueError, r"x: expected shape \[2, 30\] or \[2, 2, 30\], got shape \[2, 29\]"),
+        (lambda a: {"x": a["x"].long()}, TypeError, "x: expected a floating dtype of at least 16 bits, got torch.int64"),
         (lambda a: {"bias": a["bias"][1:]}, ValueError, r"bias: expected shape \[3, 40\], got shape \[2, 40\]"),
         (lambda a: {"bias": a["bias"].double()}, TypeError, "bias: expected torch.float32"),
         (lambda a: {"cutoff": a["cutoff"][:, 1:]}, ValueError, r"cutoff: expected shape \[3, 30\], got shape \[3, 29\]"),

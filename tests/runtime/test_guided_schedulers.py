@@ -4,7 +4,9 @@ known is refused.
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -16,6 +18,7 @@ from hasten.errors import UnsupportedModelError
 from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
 from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
 from hasten.guidance.diffusion.intervals import StepInterval, Within
+from hasten.pipelines.families import DENOISERS, FAMILIES
 from hasten.pipelines.guided import guided
 from hasten.pipelines.schedulers import SAMPLERS, check
 
@@ -45,6 +48,11 @@ EVERY = pytest.mark.parametrize("kind", SETTINGS)
 def build(kind: str, **settings):
     """Stable Diffusion with this scheduler."""
     return stable_diffusion(scheduler=getattr(diffusers, kind)(steps_offset=1, **SETTINGS[kind], **settings))
+
+
+def test_the_readme_names_all_that_is_known():
+    readme = Path(__file__).parents[2].joinpath("guidance", "README.md").read_text(encoding="utf-8")
+    assert {*SAMPLERS, *FAMILIES, *DENOISERS} <= set(re.findall(r"`(\w+)`", readme))
 
 
 def test_every_known_scheduler_is_tested():

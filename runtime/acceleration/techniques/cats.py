@@ -18,7 +18,7 @@ from hasten.errors import SavedPlanError, UnsupportedModelError
 from hasten.kernels import backend
 from hasten.kernels.column_sparse_linear import column_sparse_linear
 from hasten.kernels.row_sparse_linear import row_sparse_linear
-from hasten.kernels.storage import MAX_BATCH
+from hasten.kernels.storage import MAX_BATCH, is_column_major
 from hasten.sparsity.allocation import Sparsity, checked, spread
 from hasten.sparsity.cats import cats
 from hasten.sparsity.histogram import ScoreHistogram
@@ -184,7 +184,7 @@ class Cats(Technique):
         edits = []
         for name, mlp in self._mlps(anatomy).items():
             if name in settings.values:
-                edits += [StoreColumnMajor(f"{mlp.down.name}.weight")] if mlp.down.weight.is_contiguous() else []
+                edits += [StoreColumnMajor(f"{mlp.down.name}.weight")] if not is_column_major(mlp.down.weight) else []
                 edits.append(ReplaceForward(name, partial(CatsMLP, parts=mlp, **settings.values[name])))
         return [*edits, *refused_methods()]
 

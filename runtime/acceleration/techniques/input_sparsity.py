@@ -15,11 +15,11 @@ from hasten.acceleration.anatomy import Anatomy, Block, Experts, Projection
 from hasten.acceleration.edits import Edit, RefuseMethod, ReplaceForward, StoreColumnMajor
 from hasten.acceleration.experts import decode_experts, expert_inputs, layout_of
 from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix
-from hasten.acceleration.techniques.base import Settings, Technique
+from hasten.acceleration.techniques.base import Settings, Skip, Technique
 from hasten.acceleration.techniques.dense_decode import DenseDecode
-from hasten.errors import SavedPlanError, UnsupportedModelError
+from hasten.errors import Refusal, SavedPlanError, UnsupportedModelError
 from hasten.kernels.column_sparse_linear import column_sparse_linear
-from hasten.kernels.storage import MAX_BATCH
+from hasten.kernels.storage import MAX_BATCH, is_column_major
 from hasten.model_facts import progress
 from hasten.sparsity.allocation import HIGHEST, Sparsity, checked, greedy, spread
 from hasten.sparsity.histogram import ScoreHistogram
@@ -241,14 +241,17 @@ class InputSparsity(Technique):
                 edits += [
                     StoreColumnMajor(f"{name}.{weight.name}")
                     for weight, matrices in zip(layout_of(part.module).weights, _weights(part), strict=True)
-                    if matrices.is_contiguous()
+                    if not is_column_major(matrices)
                 ]
                 edits.append(ReplaceForward(name, partial(SparseExperts, factors=self.factors, thresholds=thresholds)))
             else:
-                edits += [StoreColumnMajor(f"{name}.weight")] if part.weight.is_contiguous() else []
+                edits += [StoreColumnMajor(f"{name}.weight")] if not is_column_major(part.weight) else []
                 make = partial(SparseLinear, factors=self.factors, threshold=thresholds[0], sparsity=sparsity)
                 edits.append(ReplaceForward(name, make))
         return [*edits, *refused_methods()]
+
+    def skips(self, anatomy, settings):
+        return [Skip(refusal.name, f"{refusal.reason}: it stays dense") for refusal in anatomy.repeated]
 
     def summary(self, settings):
         sparsities = [setting["sparsity"] for setting in settings.values.values()]
@@ -286,7 +289,14 @@ class InputSparsity(Technique):
 
 def _parts(anatomy: Anatomy) -> dict[str, Projection | Experts]:
     """What can skip inputs: the projections and the mixtures of experts."""
-    return {part.name: part for part in (*anatomy.called_once, *anatomy.experts)}
+    experts = []
+    for part in anatomy.experts:
+        if any(weight.flat for weight in layout_of(part.module).weights):
+            reason = "its experts lie below each other in one matrix, whose columns cannot be stored expert by expert"
+            anatomy.refuse(Refusal(part.name, type(part.module).__qualname__, reason, "use hasten.DenseDecode, or strict=False"))
+        else:
+            experts.append(part)
+    return {part.name: part for part in (*anatomy.called_once, *experts)}
 
 
 def _weights(part: Projection | Experts) -> list[torch.Tensor]:

@@ -1,0 +1,231 @@
+"""The fused experts of every class in the installed transformers: a decode step over the picked ones is their forward."""
+
+import re
+
+import pytest
+import torch
+from experts_classes import CONFIG, EXPERTS, HIDDEN, INTERMEDIATE, build, names
+from torch import nn
+
+from hasten.acceleration import experts
+from hasten.kernels import backend
+
+# Fused, but of another form; why_not says so.
+REFUSED = {"InklingSharedExperts", "JetMoeParallelExperts"}
+# Modules of nn.Linears, which are projections like any other.
+SEPARATE = {"AriaSharedExpertsMLP", "NllbMoeExperts", "SwitchTransformersExperts"}
+PICKS = 2
+
+
+def call(module, layout, T):
+    """Arguments of the module's forward for T tokens, each of which picks PICKS experts."""
+    x = torch.randn(T, layout.hidden)
+    count = layout.experts + (CONFIG["zero_expert_num"] if layout.identity else 0)
+    index = torch.stack([torch.randperm(count)[:PICKS] for _ in range(T)])
+    weights = torch.rand(T, PICKS)
+    if layout.dispatch == "picked":
+        return x, index, weights
+    scores = torch.zeros(T, count).scatter_(1, index, weights)
+    return ((scores.t().unsqueeze(-1) * x).reshape(-1, layout.hidden),)
+
+
+def assert_close(result, expected):
+    assert result.dtype == expected.dtype
+    error = (result - expected.view(result.shape)).norm() / expected.norm()
+    assert error <= 1e-5, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("name", sorted(names().keys() - REFUSED - SEPARATE))
+def test_decode_is_the_forward_of_the_module(name):
+    module = build(name)
+    assert experts.why_not(module) is None
+    layout = experts.layout_of(module)
+    assert (layout.experts, layout.hidden, layout.intermediate) == (EXPERTS, HIDDEN, INTERMEDIATE)
+    for T in (1, 3, 8):
+        arguments = call(module, layout, T)
+        assert layout.tokens(arguments[0]) == T
+        result = experts.decode_experts(module, layout, *arguments)
+        assert result.shape == arguments[0].shape
+        assert_close(result, module(*arguments))
+
+
+def test_most_classes_are_taken():
+    assert len(names().keys() - REFUSED - SEPARATE) >= 60
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED & names().keys()))
+def test_fused_experts_of_another_form_are_refused_with_the_reason(name):
+    module = build(name)
+    assert experts.layout_of(module) is None
+    assert experts.why_not(module).startswith("its weights are ")
+
+
+@pytest.mark.parametrize("name", sorted(SEPARATE & names().keys()))
+def test_experts_of_linear_layers_are_none(name):
+    module = build(name)
+    assert any(isinstance(child, nn.Linear) for child in module.modules())
+    assert experts.layout_of(module) is None and experts.why_not(module) is None
+
+
+NAMES = [
+    "MixtralExperts",
+    "GptOssExperts",
+    "NemotronHExperts",
+    "DbrxExperts",
+    "Llama4TextExperts",
+    "LongcatFlashExperts",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_column_major_experts_change_nothing_for_the_module(name):
+    module = build(name)
+    layout = experts.layout_of(module)
+    arguments = call(module, layout, 3)
+    expected = module(*arguments)
+    for weight in layout.weights:
+        columns = weight.by_columns(module)
+        if columns is None:
+            assert weight.flat and not weight.transposed
+            continue
+        parameter = weight.parameter(module)
+        assert columns.shape == parameter.shape and torch.equal(columns, parameter)
+        parameter.data = columns
+        assert weight.of(module, layout.experts).mT.is_contiguous()
+        assert weight.by_columns(module).data_ptr() == columns.data_ptr()
+    assert experts.layout_of(module) == layout
+    torch.testing.assert_close(module(*arguments), expected)
+    assert_close(experts.decode_experts(module, layout, *arguments), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cutoffs_skip_the_small_inputs_of_each_expert(name):
+    """One token: the same as a forward of the module whose weights are zero where an input of that expert is small."""
+    module = build(name)
+    layout = experts.layout_of(module)
+    arguments = call(module, layout, 1)
+    cutoffs = {}
+    for weight in layout.weights:  # in order, as what a map reads depends on what the maps before it skip
+        columns = weight.by_columns(module)
+        if columns is None:
+            continue
+        weight.parameter(module).data = columns.clone()
+        cutoffs[weight.name] = torch.rand(layout.experts, weight.of(module, layout.experts).shape[-1])
+    result = experts.decode_experts(module, layout, *arguments, cutoffs=cutoffs)
+    dense = experts.decode_experts(module, layout, *arguments)
+    for weight in layout.weights:
+        if weight.name not in cutoffs:
+            continue
+        for e, inputs in experts.expert_inputs(module, layout, *arguments[:2]):
+            inactive = inputs[weight.name][0].abs() <= cutoffs[weight.name][e]
+            assert inactive.any()
+            weight.of(module, layout.experts)[e][:, inactive] = 0
+    assert_close(result, module(*arguments))
+    assert not torch.allclose(result, dense)
+
+
+@pytest.mark.parametrize("name", ["MixtralExperts", "AriaExperts"])
+def test_experts_of_another_device_add_nothing(name):
+    """Expert parallelism marks them by the id E, with a weight of zero."""
+    module = build(name)
+    layout = experts.layout_of(module)
+    x, index, weights = call(module, layout, 3)
+    index[0, 1], weights[0, 1] = EXPERTS, 0
+    index[2], weights[2] = EXPERTS, 0
+    result = experts.decode_experts(module, layout, x, index, weights)
+    assert_close(result, module(x, index, weights))
+    assert not result[2].any()
+
+
+def test_inputs_of_experts_are_what_their_maps_read():
+    module = build("GptOssExperts")
+    layout = experts.layout_of(module)
+    x, index, weights = call(module, layout, 20)
+    out = torch.zeros_like(x)
+    for e, inputs in experts.expert_inputs(module, layout, x, index):
+        tokens, places = torch.where(index == e)
+        assert torch.equal(inputs["gate_up_proj"], x[tokens])
+        y = inputs["down_proj"] @ module.down_proj[e] + module.down_proj_bias[e]
+        out.index_add_(0, tokens, y * weights[tokens, places, None])
+    assert_close(out, module(x, index, weights))
+
+
+def test_more_dimensions_and_other_dtypes():
+    module = build("MixtralExperts").bfloat16()
+    layout = experts.layout_of(module)
+    x, index, weights = call(module, layout, 6)
+    expected = experts.decode_experts(module, layout, x.bfloat16(), index, weights)
+    assert expected.dtype == torch.bfloat16
+    single = experts.decode_experts(module, layout, x.view(2, 3, HIDDEN), index, weights)
+    assert single.shape == (2, 3, HIDDEN) and single.dtype == torch.float32
+    torch.testing.assert_close(single.view(6, HIDDEN).bfloat16(), expected, atol=0, rtol=1e-2)
+
+
+def test_the_definition_has_gradients():
+    module = build("MixtralExperts")
+    layout = experts.layout_of(module)
+    x, index, weights = call(module, layout, 2)
+    x.requires_grad_()
+    with backend.use("reference"):
+        found = torch.autograd.grad(experts.decode_experts(module, layout, x, index, weights).sum(), x)
+    expected = torch.autograd.grad(module(x, index, weights).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def quantised(module):
+    module.down_proj = nn.Parameter(module.down_proj.to(torch.int8), requires_grad=False)
+
+
+def sliced(module):
+    module.down_proj.data = torch.zeros(EXPERTS, HIDDEN, 2 * INTERMEDIATE)[..., ::2]
+
+
+def hooked(module):
+    module.forward = module.forward
+
+
+def with_another_bias(module):
+    module.gate_up_proj_bias = nn.Parameter(torch.zeros(EXPERTS, 2 * INTERMEDIATE))
+
+
+def with_another_size(module):
+    module.down_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE + 1))
+
+
+def with_another_weight(module):
+    module.mid_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, HIDDEN))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (quantised, "down_proj is a Tensor of torch.int8: quantised"),
+        (lambda module: module.to("meta"), "gate_up_proj is offloaded or on the meta device"),
+        (sliced, "down_proj is stored with strides"),
+        (hooked, "its forward was replaced on the instance"),
+        (with_another_bias, "has_bias is False, and its parameters of two dimensions are gate_up_proj_bias"),
+        (with_another_size, r"gate_up_proj \[5, 32, 24\] and down_proj \[5, 24, 17\]"),
+        (with_another_weight, "its weights are .*mid_proj; expected gate_up_proj or up_proj, and down_proj"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_the_reason(change, reason):
+    module = build("MixtralExperts")
+    change(module)
+    assert experts.layout_of(module) is None
+    assert re.search(reason, experts.why_not(module))
+
+
+class SomebodysExperts(nn.Module):
+    """Shaped like transformers' experts, and silent about its gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN))
+        self.down_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE))
+
+
+def test_an_unknown_gate_is_refused_and_other_modules_are_not_experts():
+    assert experts.layout_of(SomebodysExperts()) is None
+    assert "no _apply_gate" in experts.why_not(SomebodysExperts())
+    for module in (nn.Linear(2, 3), nn.Conv1d(2, 3, 4), build("MixtralExperts").act_fn):
+        assert experts.layout_of(module) is None and experts.why_not(module) is None

@@ -1,0 +1,178 @@
+"""Any model is run on token ids or on what its processor returns, neither depending on what it remembers nor changing it."""
+
+import pictures
+import pytest
+import torch
+from tiny_models import token_ids
+
+from hasten.acceleration.inference import Inference, undisturbed
+from hasten.bench.runtime.tiny_zoo import build
+from hasten.errors import HastenError, UnsupportedModelError
+
+TOLERANCE = 1e-5
+# Decoders of every way to take positions and caches; the last three read the whole text in every step.
+TEXT = {
+    "rotary": ("causal", "llama"),
+    "learned positions": ("causal", "gpt2"),
+    "positions from a mask": ("causal", "opt"),
+    "alibi": ("causal", "bloom"),
+    "positions of a hybrid": ("causal", "bamba"),
+    "no positions": ("causal", "mamba2"),
+    "a cache that generate makes": ("causal", "recurrent_gemma"),
+    "an encoder as decoder": ("causal", "bert"),
+    "a decoder of an encoder-decoder": ("causal", "bart"),
+    "three axes": ("image-text", "qwen2_vl"),
+    "encoder-decoder": ("encoder-decoder", "t5"),
+    "encoder-decoder with experts": ("encoder-decoder", "switch_transformers"),
+    "no cache": ("causal", "openai-gpt"),
+    "no cache of its own": ("causal", "blt"),
+    "an encoder without a mask over what comes": ("encoder-decoder", "encoder-decoder"),
+}
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_decode_gives_the_logits_of_the_prefill(name):
+    run, ids = Inference(build(*TEXT[name])), token_ids(2, 24)
+    with undisturbed(run.model):
+        expected, _ = run.prefill(ids)
+    assert distance(run.decode(ids, 9), expected[:, 8:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["rotary", "learned positions", "positions from a mask", "alibi", "three axes"])
+def test_left_padding_changes_nothing(name):
+    run, ids = Inference(build(*TEXT[name])), token_ids(3, 24)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[1, :3] = 0
+    found = run.decode({"input_ids": ids, "attention_mask": mask}, 14)
+    for row, first in ((0, 7), (1, 3), (2, 0)):
+        assert distance(found[row], run.decode(ids[row, first:], 14 - first)[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("kind", "model_type"), pictures.PICTURES)
+@torch.no_grad()
+def test_pictures_and_speech(kind, model_type):
+    model = build(kind, model_type)
+    inputs = pictures.PICTURES[kind, model_type](model)
+    run = Inference(model, inputs)
+    with undisturbed(model):
+        expected, _ = run.prefill(inputs)
+    found = run.decode(inputs, 3)
+    assert found.shape[1] == run.token_ids(inputs).shape[1] - max(3, run.shortest_prefix(inputs)) + 1
+    assert distance(found, expected[:, -found.shape[1] :]) < TOLERANCE
+    assert distance(run.forward(inputs)[:, -1], expected[:, -1]) < TOLERANCE
+
+
+def test_a_prefix_never_cuts_an_image():
+    model = build("image-text", "llava")
+    inputs = pictures.with_pixels(model, 16)
+    assert Inference(model, inputs).shortest_prefix(inputs) == 20
+    assert Inference(model).shortest_prefix(token_ids(1, 9)) == 1
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_5", "glm4v"])
+@torch.no_grad()
+def test_nothing_depends_on_what_the_model_has_read_before(model_type):
+    model, ids = build("image-text", model_type), token_ids(1, 24)
+    picture = pictures.with_grid(model)
+    run = Inference(model)
+    text, image = run.decode(ids, 9), run.decode(picture, 9)
+    model(**pictures.with_grid(model, rows=2))
+    remembered = [vars(module)["rope_deltas"] for module in model.modules() if "rope_deltas" in vars(module)]
+    assert remembered[0].shape[0] == 2
+    assert torch.equal(run.decode(ids, 9), text)
+    assert torch.equal(run.decode(picture, 9), image)
+    assert all(
+        module.rope_deltas is before
+        for module, before in zip((m for m in model.modules() if "rope_deltas" in vars(m)), remembered, strict=True)
+    )
+
+
+@torch.no_grad()
+def test_an_interrupted_run_leaves_what_the_model_remembers():
+    model = build("image-text", "qwen2_vl")
+    model(**pictures.with_grid(model, rows=2))
+    before = model.model.rope_deltas
+    with pytest.raises(KeyboardInterrupt), undisturbed(model):
+        model(**pictures.with_grid(model))
+        raise KeyboardInterrupt
+    assert model.model.rope_deltas is before
+
+
+@torch.no_grad()
+def test_state_of_the_code_itself_stays():
+    model = build("image-text", "llava")
+    inputs = pictures.with_pixels(model, 16)
+    first = Inference(model, inputs).forward(inputs)
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    assert hooks > 0  # transformers installs them once, with the first picture
+    assert torch.equal(Inference(model, inputs).forward(inputs), first)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+
+
+@pytest.mark.parametrize("model_type", ["blip-2", "instructblip"])
+@torch.no_grad()
+def test_text_alone_runs_the_inner_language_model(model_type):
+    model, ids = build("image-text", model_type), token_ids(2, 12)
+    run = Inference(model)
+    assert run.target is model.language_model
+    assert torch.equal(run.decode(ids, 12)[:, 0], model.language_model(input_ids=ids).logits[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "words"),
+    [
+        ("speech", "whisper", r"WhisperForConditionalGeneration.*its encoder reads input_features"),
+        ("image-text", "vision-encoder-decoder", "its encoder reads pixel_values"),
+        ("image-text", "blip", "missing 1 required positional argument: 'pixel_values'"),
+        ("image-text", "idefics", "Exactly 1 of pixel_values"),
+        ("causal", "musicgen", r"input_ids \[1, 4\].*shape"),
+        ("image-text", "diffusion_gemma", "not one row for each token"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(kind, model_type, words):
+    with pytest.raises(UnsupportedModelError, match=words) as refusal:
+        Inference(build(kind, model_type))
+    assert "dictionaries" in refusal.value.remedy
+
+
+def test_a_dictionary_without_tokens_is_refused():
+    run = Inference(build("causal", "llama"))
+    with pytest.raises(UnsupportedModelError, match="no input_ids among"):
+        run.forward({"pixel_values": torch.zeros(1, 3, 8, 8)})
+    with pytest.raises(UnsupportedModelError, match=r"IndexError: index out of range"):
+        run.forward(torch.tensor([[400]]))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), HastenError("a kernel"), KeyboardInterrupt()])
+def test_errors_that_are_not_the_model_s_pass(error, monkeypatch):
+    model = build("causal", "llama")
+    run = Inference(model)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(model.model, "forward", fail)
+    with pytest.raises(type(error)) as caught:
+        run.forward(token_ids(1, 8))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("positions", [1, 4, 24])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_models_of_few_positions(model_type, positions):
+    config = build("causal", model_type).config
+    config.max_position_embeddings = positions
+    torch.manual_seed(0)
+    model = type(build("causal", model_type))(config).eval()
+    run, ids = Inference(model), token_ids(1, positions)
+    assert run.decode(ids, max(1, positions // 2)).isfinite().all()
+
+
+def test_random_prompts_come_from_a_seed():
+    run = Inference(build("causal", "llama"))
+    assert torch.equal(run.random_prompt(9, 2), run.random_prompt(9, 2))
+    assert run.random_prompt(9, 2).shape == (2, 9) and run.random_prompt(500).max() < 320

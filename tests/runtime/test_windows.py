@@ -1,0 +1,102 @@
+"""What calibration data may be: every form of the same text gives the same windows, without padding."""
+
+import pytest
+import torch
+from tiny_models import token_ids
+from transformers import BatchEncoding
+
+from hasten.acceleration.windows import SHORTEST, WINDOW, split_heldout, windows
+
+VOCABULARY = 300
+ROWS = [row[:length] for row, length in zip(token_ids(3, 40), (40, 25, 9), strict=True)]
+
+
+def padded(side: str) -> dict[str, torch.Tensor]:
+    """ROWS in one batch, as a tokenizer pads them."""
+    ids, mask = torch.zeros(2, 3, 40, dtype=torch.int64)
+    for i, row in enumerate(ROWS):
+        place = slice(0, len(row)) if side == "right" else slice(40 - len(row), 40)
+        ids[i, place], mask[i, place] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+FORMS = {
+    "tensors": ROWS,
+    "tensors of one row": [row[None] for row in ROWS],
+    "token lists": [row.tolist() for row in ROWS],
+    "nested": [[ROWS[0].tolist()], [ROWS[1], ROWS[2].tolist()]],
+    "int32": [row.int() for row in ROWS],
+    "padded right": padded("right"),
+    "padded left": BatchEncoding(padded("left")),
+    "encodings": [BatchEncoding({"input_ids": row.tolist(), "attention_mask": [1] * len(row)}) for row in ROWS],
+    "lists of an encoding": BatchEncoding({"input_ids": [row.tolist() for row in ROWS]}),
+    "arrays": BatchEncoding({name: value.numpy() for name, value in padded("left").items()}),
+    "labels": padded("right") | {"labels": padded("right")["input_ids"].masked_fill(padded("right")["attention_mask"] == 0, -100)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_windows(form):
+    found = windows(FORMS[form], None, VOCABULARY)
+    assert [piece.tolist() for piece in found] == [row.tolist() for row in ROWS]
+    assert {piece.dtype for piece in found} == {torch.int64}
+
+
+def test_nothing_of_a_long_sequence_is_lost():
+    ids = token_ids(1, 2 * WINDOW + SHORTEST)[0]
+    assert torch.equal(torch.cat(windows(ids, None, VOCABULARY)), ids)
+    assert [len(piece) for piece in windows(ids, None, VOCABULARY, longest=400)] == [400, 400, 232]
+
+
+@pytest.mark.parametrize("longest", [1, 4, 24])
+def test_models_of_few_positions_get_short_windows(longest):
+    found = windows(token_ids(1, 48), None, VOCABULARY, longest=longest)
+    assert {len(piece) for piece in found} == {longest} and torch.cat(found).numel() == 48
+
+
+def test_what_is_more_than_text_stays_whole():
+    ids = token_ids(1, 12)
+    pixels = torch.randn(1, 3, 8, 8)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    (found,) = windows(BatchEncoding(given), None, VOCABULARY)
+    assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
+    (speech,) = windows({"input_features": pixels, "labels": ids}, None, VOCABULARY)
+    assert speech.keys() == {"input_features", "labels"}
+
+
+def test_padded_rows_with_pictures_are_told_apart():
+    given = padded("left") | {
+        "pixel_values": torch.randn(3, 3, 8, 8),
+        "token_type_ids": padded("left")["attention_mask"],
+    }
+    found = windows(given, None, VOCABULARY)
+    for i, (window, row) in enumerate(zip(found, ROWS, strict=True)):
+        assert torch.equal(window["input_ids"], row[None])
+        assert window["attention_mask"].all() and window["token_type_ids"].shape == window["input_ids"].shape
+        assert torch.equal(window["pixel_values"], given["pixel_values"][i : i + 1])
+
+
+def test_a_tenth_is_held_out_and_a_single_picture_is_kept():
+    text, held = split_heldout(windows(token_ids(20, 16), None, VOCABULARY))
+    assert (len(text), len(held)) == (18, 2)
+    picture = [{"input_ids": token_ids(1, 12), "pixel_values": torch.randn(1, 3, 8, 8)}]
+    assert split_heldout(picture) == (picture, [])
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        ([[]], ValueError, "calibration is empty"),
+        ({"attention_mask": torch.ones(1, 9)}, ValueError, r"without input_ids: \['attention_mask'\]"),
+        ([[3.5, 4.0]], TypeError, "float"),
+        (b"bytes of a text", TypeError, "int"),
+        ({1, 2}, TypeError, "set"),
+        (padded("left") | {"attention_mask": torch.ones(3, 7, dtype=torch.int64)}, ValueError, "other lengths"),
+        (padded("left") | {"pixel_values": torch.randn(16, 12)}, ValueError, "pixel_values cannot be told apart by rows"),
+        ({"input_ids": token_ids(1, 30), "pixel_values": torch.randn(1, 3, 8, 8)}, ValueError, "30 tokens.*20"),
+    ],
+    ids=["nothing", "no ids", "floats", "bytes", "set", "mask", "patches", "long"],
+)  # fmt: skip
+def test_errors_name_the_value(data, error, words):
+    with pytest.raises(error, match=words):
+        windows(data, None, VOCABULARY, longest=20)
