@@ -537,15 +537,10 @@ def _gated_mlp(
 
 
 def _unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
-    """Why a gated MLP cannot be replaced as a whole: it computes something of its own, or something listens inside. `alike` keeps what was tried."""
+    """Why a gated MLP cannot be replaced as a whole: it computes something of its own. `alike` keeps what was tried."""
     module, remedy = mlp.module, "use hasten.Wina or hasten.Teal"
     if "forward" in vars(module):
         return Refusal(mlp.name, _kind(module), "its forward is not the stock one of its class", remedy)
-    for field in ("up", "gate_up", "down"):
-        projection = getattr(mlp, field)
-        if projection and (projection.module._forward_hooks or projection.module._forward_pre_hooks):
-            reason = f"its {field} projection has forward hooks, which would not run"
-            return Refusal(mlp.name, _kind(module), reason, "remove them first")
     constants = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
     activation = getattr(module, mlp.activation)
     signature = (type(module), type(activation), tuple(sorted(constants.items(), key=str)))
