@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import hasten
-from hasten.acceleration.anatomy import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {
@@ -237,8 +236,7 @@ def test_the_examples_in_docstrings_run():
                 assert doctest.testmod(importlib.import_module(module)).failed == 0, module
 
 
-def test_the_readme_names_every_family_and_leads_with_two_commands():
-    assert set(FAMILIES) <= set(re.findall(r"`(\w+)`", readme()))
+def test_the_readme_leads_with_two_commands():
     commands = re.findall(r"^<!-- command:(\w+) -->\n```bash\n.+\n```$", readme(), flags=re.MULTILINE)
     assert commands == ["demo", "test"]
     assert readme().index("<!-- command:test -->") < readme().index("\n## ")
