@@ -13,6 +13,7 @@ Each type is built tiny (`tiny_zoo`), accelerated, run, and reverted, through th
 import contextlib
 import multiprocessing
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -43,6 +44,8 @@ TECHNIQUES = {
 EXACT = ("DenseDecode", "FastLinearAttention")
 OUTCOMES = ("works", "refused", "error", "silent")
 SECONDS = 120.0
+# Fields that a configuration of one decoder has from the encoder-decoder around it.
+OF_ENCODER_DECODERS = {"decoder_layers", "num_decoder_layers", "cross_attention_hidden_size"}
 
 
 @dataclass(slots=True)
@@ -127,7 +130,10 @@ class _Worker:
         return asdict(Record(kind, model_type, outcomes={name: Outcome("error", detail) for name in TECHNIQUES}))
 
     def stop(self) -> None:
+        """Ends the process: by itself when it waits for the next type, and by force otherwise."""
         if self.process is not None:
+            self.connection.close()
+            self.process.join(1)
             self.process.kill()
             self.process = None
 
@@ -270,7 +276,7 @@ def _layout(tensor: torch.Tensor) -> tuple:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 def modules_called(model: nn.Module, prompt: Inputs) -> set[str]:
@@ -320,9 +326,11 @@ def made_up(kind: str, model: nn.Module) -> str:
         return "hybrid or recurrent"
     if any("expert" in name or "moe" in name for name in classes):
         return "mixture of experts"
-    if kind == "causal" and getattr(model.config, "is_decoder", False) and "decoder_layers" not in vars(model.config):
-        return "encoder as decoder"
-    return "encoder-decoder" if model.config.is_encoder_decoder else "dense"
+    if model.config.is_encoder_decoder:
+        return "encoder-decoder"
+    if kind == "causal" and vars(model.config).keys() & OF_ENCODER_DECODERS:
+        return "decoder of an encoder-decoder"
+    return "encoder as decoder" if getattr(model.config, "is_decoder", False) else "dense"
 
 
 def summary(records: Iterable[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -348,9 +356,9 @@ def types_by_outcome(records: Iterable[dict[str, Any]], technique: str) -> list[
         if record["unbuilt"]:
             found.setdefault(("not built", record["unbuilt"]), []).append(record["model_type"])
         elif outcome := record["outcomes"].get(technique):
-            # The class before the colon and the type in a message are the model's own name again.
+            # The class before the colon and what stands in quotes are names out of the model.
             reason = outcome["detail"].partition(": ")[2] or outcome["detail"]
-            reason = reason.replace(f"'{record['model_type']}'", "...")
+            reason = re.sub(r"'[^']*'", "'...'", reason)
             found.setdefault((outcome["outcome"], reason), []).append(record["model_type"])
     order = (*OUTCOMES, "not built")
     lines = []
