@@ -1,7 +1,7 @@
 """Saving an accelerated model with its plan, and loading it without calibrating again.
 
 A saved folder is an ordinary one of `transformers`, with `hasten_plan.json` beside the model, and
-`hasten_settings.safetensors` where a technique has tensors to keep. The plan lists every file that loading reads, with
+`hasten_settings.safetensors` where there are tensors to keep. The plan lists every file that loading reads, with
 its size and digest, and closes with a digest of its own text. Nothing is parsed before its digest was compared.
 """
 
@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,6 +33,7 @@ VERSION = 2
 PLAN_FILE = "hasten_plan.json"
 TENSORS_FILE = "hasten_settings.safetensors"
 LARGEST_PLAN = 1 << 26  # bytes
+EXAMPLE = "example"  # stands among the settings where the model was examined on what a processor returned
 SEAL = b',\n  "sha256": "'
 
 # What transformers finds by its name in a model's folder: a file of these that was not saved would be read too, or instead.
@@ -46,7 +48,8 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> None:
     `hasten_plan.json`.
 
     `transformers` loads the folder as the dense model; `hasten.load` loads it accelerated. What stood in the folder is
-    kept until all is written; then files of the same name, and those of an earlier `save`, are replaced.
+    kept until all is written; then files of the same name, and those of an earlier `save`, are replaced. Of a model that
+    was calibrated with pictures or sound the first of these inputs is kept, with its values shuffled.
 
     Args:
         model: an accelerated `transformers` model.
@@ -79,7 +82,7 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> None:
     with tempfile.TemporaryDirectory(prefix=".hasten-", dir=directory) as temporary:
         new = Path(temporary)
         model.save_pretrained(new)
-        settings = _write_settings(installed, new)
+        settings = _write_settings(_kept(installed), new)
         files = sorted(new.iterdir())
         saved = {
             "version": VERSION,
@@ -89,7 +92,7 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> None:
             "plan": installed.plan.to_dict(),
             "settings": settings,
             "files": {
-                name: {"bytes": (new / name).stat().st_size, "sha256": of} for name, of in of_files(files).items()
+                name: {"bytes": (new / name).stat().st_size, "digest": of} for name, of in of_files(files).items()
             },
         }
         if tokenizer is not None:
@@ -132,10 +135,14 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
         model = _load_dense(directory, saved, dtype)
     model = model.to(device)
     with _as_saved_plan_error(directory):
-        inference = Inference(model)
-        assignments = arrange(plan, examine(inference), saved["strict"])
-        install(inference, plan, assignments, _read_settings(directory, saved, assignments, device))
-    installed_on(model).strict = saved["strict"]
+        settings = _read_settings(directory, saved, device)
+        example = settings.pop(EXAMPLE, None)
+        example = None if example is None else _example(example, None if dtype == "auto" else dtype)
+        inference = Inference(model, example)
+        assignments = arrange(plan, examine(inference, example), saved["strict"])
+        install(inference, plan, assignments, _settled(assignments, settings))
+    installed = installed_on(model)
+    installed.strict, installed.example = saved["strict"], example
     return model
 
 
@@ -174,17 +181,64 @@ def _sealed(text: bytes) -> bytes:
     return text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
 
 
-def _write_settings(installed: Installed, folder: Path) -> dict[str, dict]:
-    """The values of the settings that are saved, by the class names of techniques; their tensors go into a file."""
-    portable = {kind: own for kind, own in installed.settings.items() if Technique.known[kind].portable}
+def _kept(installed: Installed) -> dict[str, Settings]:
+    """What is saved beside the plan: the settings of techniques, by their class names, and the example.
+
+    Floating-point inputs of the example, pictures and sound, are shuffled: how large they are is all that matters.
+    """
+    kept = {kind: own for kind, own in installed.settings.items() if Technique.known[kind].portable}
+    if installed.example is not None:
+        tensors = {name: value for name, value in installed.example.items() if isinstance(value, torch.Tensor)}
+        values = {name: value for name, value in installed.example.items() if name not in tensors}
+        generator = torch.Generator().manual_seed(0)
+        for name, value in tensors.items():
+            if value.is_floating_point():
+                order = torch.randperm(value.numel(), generator=generator)
+                tensors[name] = value.cpu().reshape(-1)[order].reshape(value.shape)
+        kept[EXAMPLE] = Settings(values, tensors)
+    return kept
+
+
+def _example(kept: Settings, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The example as a model of this dtype takes it, None for the one that was saved."""
+    tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in kept.tensors.items()}
+    return {**kept.values, **tensors}
+
+
+def _write_settings(settings: dict[str, Settings], folder: Path) -> dict[str, dict]:
+    """Writes the tensors of settings into TENSORS_FILE, and returns their values."""
     tensors = {
         f"{kind}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for kind, own in portable.items()
+        for kind, own in settings.items()
         for name, tensor in own.tensors.items()
     }
     if tensors:
         save_file(tensors, folder / TENSORS_FILE)
-    return {kind: dict(own.values) for kind, own in portable.items()}
+    return {kind: dict(own.values) for kind, own in settings.items()}
+
+
+def _read_settings(directory: Path, saved: dict, device: torch.device) -> dict[str, Settings]:
+    """The inverse of `_write_settings`."""
+    tensors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in saved["settings"]}
+    if TENSORS_FILE in saved["files"]:
+        for key, tensor in load_file(directory / TENSORS_FILE, str(device)).items():
+            kind, _, name = key.partition("/")
+            tensors[kind][name] = tensor
+    return {kind: Settings(values, tensors[kind]) for kind, values in saved["settings"].items()}
+
+
+def _settled(assignments: list[Assignment], saved: dict[str, Settings]) -> list[Settings]:
+    """The settings of every assignment: as saved, validated by its technique, or settled anew where they hold on one
+    machine only."""
+    portable = {type(each.technique).__name__ for each in assignments if each.technique.portable}
+    if portable != saved.keys():
+        raise SavedPlanError(f"the plan asks for settings of {sorted(portable)}, saved are those of {sorted(saved)}")
+    return [
+        each.technique.read(saved[type(each.technique).__name__], each.anatomy)
+        if each.technique.portable
+        else each.technique.settle(each.anatomy, None)
+        for each in assignments
+    ]
 
 
 def _move(new: Path, directory: Path, files: set[str]) -> None:
@@ -258,8 +312,12 @@ def _verified(directory: Path) -> dict:
         if path.stat().st_size != (size := saved["files"][path.name]["bytes"]):
             raise SavedPlanError(f"{path} is damaged: it has {path.stat().st_size} bytes, {size} were saved")
     for name, digest in of_files(paths).items():
-        if digest != saved["files"][name]["sha256"]:
+        if digest != saved["files"][name]["digest"]:
             raise SavedPlanError(f"{directory / name} is damaged or was edited: accelerate the model and save it again")
+    for name in fnmatch.filter(saved["files"], "*.index.json"):
+        shards = json.loads((directory / name).read_bytes())["weight_map"].values()
+        if outside := set(shards) - saved["files"].keys():
+            raise SavedPlanError(f"{directory / name} names {min(outside)}, which was not saved with the model")
     return saved
 
 
@@ -273,26 +331,3 @@ def _load_dense(directory: Path, saved: dict, dtype: str | torch.dtype) -> nn.Mo
     if dtype == "auto" and sampled(model) != saved["checksum"]:
         raise SavedPlanError(f"transformers makes other weights of {directory} than were saved: save it again")
     return model.eval().requires_grad_(False)
-
-
-def _read_settings(directory: Path, saved: dict, assignments: list[Assignment], device: torch.device) -> list[Settings]:
-    """The settings of every assignment, validated by their techniques, or settled anew where they hold on one machine only."""
-    tensors = {}
-    if TENSORS_FILE in saved["files"]:
-        tensors = load_file(directory / TENSORS_FILE, str(device))
-    values = dict(saved["settings"])
-    settings = []
-    for each in assignments:
-        kind = type(each.technique).__name__
-        if not each.technique.portable:
-            settings.append(each.technique.settle(each.anatomy, None))
-            continue
-        if kind not in values:
-            raise SavedPlanError(f"{directory} holds no settings of {kind}")
-        own = {
-            name.removeprefix(f"{kind}/"): tensors.pop(name) for name in list(tensors) if name.startswith(f"{kind}/")
-        }
-        settings.append(each.technique.read(Settings(values.pop(kind), own), each.anatomy))
-    if unknown := [*values, *tensors]:
-        raise SavedPlanError(f"{directory} holds settings of {unknown[0]}, which its plan does not have")
-    return settings
