@@ -293,7 +293,9 @@ def _parts(anatomy: Anatomy) -> dict[str, Projection | Experts]:
     for part in anatomy.experts:
         if any(weight.flat for weight in layout_of(part.module).weights):
             reason = "its experts lie below each other in one matrix, whose columns cannot be stored expert by expert"
-            anatomy.refuse(Refusal(part.name, type(part.module).__qualname__, reason, "use hasten.DenseDecode, or strict=False"))
+            anatomy.refuse(
+                Refusal(part.name, type(part.module).__qualname__, reason, "use hasten.DenseDecode, or strict=False")
+            )
         else:
             experts.append(part)
     return {part.name: part for part in (*anatomy.called_once, *experts)}
