@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from damage import contents, reseal
-from tiny_models import CONFIGS, GROUPED, SIZES, build, token_ids
+from tiny_models import GROUPED, build, token_ids
 
 import hasten
 from hasten.acceleration.edits import ReplaceForward
@@ -21,7 +21,6 @@ EVERYWHERE = hasten.DenseDecode(always=True)  # so that no choice depends on mea
 PLANS = {
     "dense": [EVERYWHERE],
     "wina": [hasten.Wina(0.5), EVERYWHERE],
-    "wina-greedy": [hasten.Wina(0.5, "greedy"), EVERYWHERE],
     "teal-mapping": [hasten.Teal({"*.self_attn.*": 0.3}), EVERYWHERE],
     "cats": [hasten.Cats(0.5), EVERYWHERE],
     "cats-and-wina": [hasten.Cats(0.5), hasten.Wina({"*.self_attn.*": 0.4}), EVERYWHERE],
@@ -135,6 +134,13 @@ def test_weights_that_require_grad(tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_greedy_allocation_is_saved(tmp_path):
+    model = build("llama")
+    accelerate(model, [hasten.Wina(0.1, "greedy"), EVERYWHERE], calibration=token_ids(2, 64))
+    hasten.save(model, tmp_path)
+    assert hasten.load(tmp_path)._hasten.settings == model._hasten.settings
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_plain_transformers_loads_the_dense_model(tmp_path, plan):
     model, x = build("llama"), token_ids()
@@ -150,9 +156,9 @@ def test_tokenizer_is_saved_along(tmp_path):
     folder = hasten.embedded_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    text = (folder / "heldout.txt").read_text(encoding="utf-8")[:20000]
+    text = (folder / "heldout.txt").read_text(encoding="utf-8")[:4000]
     hasten.accelerate(
-        model, hasten.Teal(0.4), calibration=[text], tokenizer=tokenizer, measure_speed=False, measure_drift=False
+        model, [hasten.Teal(0.4), EVERYWHERE], calibration=[text], tokenizer=tokenizer, measure_speed=False
     )
     hasten.save(model, tmp_path, tokenizer)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == tokenizer(text).input_ids
@@ -189,21 +195,22 @@ def test_loading_in_another_dtype(tmp_path):
 
 
 def test_what_was_left_out_stays_left_out(tmp_path):
-    """A model with a part that cannot be changed, accelerated without it, loads as it was saved."""
-    model = build("llama-tied")
-    projection = model.model.layers[1].mlp.up_proj
-    projection.weight = model.model.layers[0].mlp.up_proj.weight
-    model.config.tie_word_embeddings = True
-    model._tied_weights_keys = dict(model._tied_weights_keys) | {
-        "model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"
-    }
-    with pytest.raises(hasten.UnsupportedModelError, match="up_proj"):
-        accelerate(model, PLANS["dense"])
-    accelerate(model, PLANS["dense"], strict=False)
-    assert not model._hasten.strict
-    hasten.save(model, tmp_path)
-    plan = json.loads((tmp_path / "hasten_plan.json").read_text())
-    assert plan["strict"] is False
+    """A model with parts that cannot be changed, accelerated without them, loads as it was saved."""
+    heads = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+    experts = {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1}
+    config = transformers.DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, vocab_size=300, max_seq_len=128, attn_config=heads, ffn_config=experts
+    )
+    model = transformers.DbrxForCausalLM(config).eval()
+    with pytest.raises(hasten.UnsupportedModelError, match="experts"):
+        accelerate(model, PLANS["wina"])
+    accelerate(model, PLANS["wina"], strict=False)
+    hasten.save(model, tmp_path / "first")
+    loaded = hasten.load(tmp_path / "first")
+    assert loaded._hasten.settings == model._hasten.settings
+    assert torch.equal(decoded(loaded), decoded(model))
+    hasten.save(loaded, tmp_path / "second")
+    assert hasten.load(tmp_path / "second")._hasten.settings == model._hasten.settings
 
 
 class Shifted(Forward):
@@ -220,7 +227,7 @@ class Shift(Technique):
     """A technique that only this test knows, with tensors among its settings."""
 
     size: float = 0.5
-    names: tuple[str, ...] = ()
+    names: object = None
 
     exact: ClassVar[bool] = True
 
@@ -388,7 +395,7 @@ def sharded(model):
 def test_saving_again_replaces_what_was_saved(tmp_path):
     """And nothing of it is left: neither shards nor tensors of settings."""
     first = sharded(build("llama"))
-    accelerate(first, [Shift(), EVERYWHERE][:1])
+    accelerate(first, Shift())
     hasten.save(first, tmp_path)
     (tmp_path / "README.md").write_text("mine")
     assert {"model.safetensors.index.json", "hasten_settings.safetensors"} < contents(tmp_path).keys()
@@ -448,6 +455,6 @@ def test_an_interrupted_save_is_never_another_model(tmp_path, monkeypatch, step)
     try:
         assert torch.equal(decoded(hasten.load(tmp_path)), decoded(first))
     except hasten.SavedPlanError as error:
-        assert "damaged" in str(error) or "was not saved" in str(error)  # noqa: PT017 - either of two ends is right
+        assert "damaged" in str(error) or "was not saved" in str(error)
     hasten.save(second, tmp_path)
     assert torch.equal(decoded(hasten.load(tmp_path)), decoded(second))
