@@ -76,7 +76,7 @@ def test_a_forged_folder_gives_no_raw_error(tmp_path):
     files = save(tmp_path / "saved", "sharded")
     folder = tmp_path / "forged"
     fields, ends = fields_of(files), {}
-    for damage, apply in [*fields[:: len(fields) // 40], *monsters_of(files)]:
+    for damage, apply in [*fields[:: len(fields) // 25], *monsters_of(files)]:
         restore(folder, files)
         apply(folder)
         with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):  # a plan that cannot be sealed
