@@ -42,7 +42,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def progress(items, description: str, unit: str = "it"):
+def progress(items, description: str, unit: str = "it", total: int | None = None):
     """`items` with a progress bar: on a terminal only, and off with HASTEN_DISABLE_PROGRESS=1."""
     disabled = True if os.environ.get("HASTEN_DISABLE_PROGRESS", "0") not in ("", "0") else None
-    return tqdm(items, desc=description, unit=unit, disable=disabled, leave=False)
+    return tqdm(items, desc=description, unit=unit, total=total, disable=disabled, leave=False)

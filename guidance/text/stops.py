@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from hasten.guidance.text import bitmask
 from hasten.guidance.text.constraints.base import BoundConstraint
 
 
@@ -93,7 +92,7 @@ class After(BoundConstraint):
         if not isinstance(state, Waiting):
             return self._constraint.fill_mask(state, mask_row)
         mask_row[:] = -1
-        bitmask.remove(mask_row, self._eos_ids)
+        mask_row[: len(self._eos_mask)] = ~self._eos_mask
         return True
 
     def allowed_text(self, state: Any) -> str:

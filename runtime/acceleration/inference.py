@@ -94,6 +94,7 @@ class Inference:
         self.encodes = "decoder_input_ids" in parameters and self.target.config.is_encoder_decoder
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes_flag = anything or "use_cache" in parameters
+        example = self.cut(example, max(EXAMPLE_TOKENS, self.shortest_prefix(example)))
         for makes_cache in (False, True) if self.takes_flag else ():
             self.has_cache, self.makes_cache = True, makes_cache
             # An AttributeError is a configuration's from which transformers cannot make a cache.
@@ -121,20 +122,24 @@ class Inference:
             return self._run(arguments).logits
 
     @torch.no_grad()
-    def prefill(self, inputs: Inputs) -> tuple[torch.Tensor, Reading]:
+    def prefill(self, inputs: Inputs, last: bool = False) -> tuple[torch.Tensor, Reading]:
         """Reads a prompt: token ids [T] or [B, T], or what a processor returns. Use it and `step` in `undisturbed`.
 
+        Args:
+            last: of the logits, those of the last position are enough, as for `generate`.
+
         Returns:
-            logits [B, T, V], or [B, 1, V] of models that give the last alone; and the reading that `step` continues.
+            logits [B, T, V], or [B, 1, V] with `last` and of models that give no others; and the reading that `step`
+            continues.
 
         Raises:
             UnsupportedModelError: the model raised an error.
         """
         arguments, reading = self._arguments(inputs)
-        if self.encodes and reading.text_only:
-            encoder = {name: arguments[name] for name in ("input_ids", "attention_mask") if name in arguments}
-            arguments["encoder_outputs"] = self._call(self.target.get_encoder(), encoder)
-            del arguments["input_ids"]
+        if self.encodes:
+            arguments = self._encoded(arguments)
+        if last and "logits_to_keep" in self.parameters:
+            arguments["logits_to_keep"] = 1
         if self.takes_flag:
             arguments["use_cache"] = self.has_cache
         if self.makes_cache:
@@ -179,7 +184,7 @@ class Inference:
         ids = self.token_ids(inputs)
         prefix = max(prefix, self.shortest_prefix(inputs))
         with undisturbed(self.model):
-            logits, reading = self.prefill(self.cut(inputs, prefix))
+            logits, reading = self.prefill(self.cut(inputs, prefix), last=True)
             rows = [logits[:, -1]]
             for position in range(prefix, ids.shape[1]):
                 rows.append(self.step(reading, ids[:, position : position + 1])[:, -1])
@@ -273,6 +278,16 @@ class Inference:
         if self.encodes and (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
             along.setdefault("encoder_outputs", BaseModelOutput(last_hidden_state=encoded))
         return along
+
+    def _encoded(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """`arguments` with the output of the encoder for its inputs, where the encoder alone takes all of them."""
+        encoder = self.target.get_encoder()
+        inputs = {name: value for name, value in arguments.items() if not name.startswith(("decoder_", "encoder_"))}
+        if not inputs or not inputs.keys() <= inspect.signature(encoder.forward).parameters.keys():
+            return arguments
+        output = self._call(encoder, inputs)
+        kept = {name: value for name, value in arguments.items() if name not in inputs or name == "attention_mask"}
+        return kept | {"encoder_outputs": output}
 
     def _new_cache(self) -> object:
         """A cache as `generate` makes it, for models that fill one and make none."""

@@ -132,7 +132,10 @@ def bench(
     list_cases: Annotated[bool, typer.Option("--list", help="Show the names of all cases.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the kernels.")] = None,
 ) -> None:
-    """Times kernels and decode against torch and against hasten's own dense version."""
+    """Times kernels and decode against torch and against hasten's own dense version.
+
+    "sweep", alone or with names of types, instead tries every technique on a tiny model of every type of transformers.
+    """
     from hasten.cli import bench
 
     bench.run(cases or [], json, list_cases, threads)

@@ -29,16 +29,19 @@ BASELINES = ("torch", "flash-linear-attention", "scaled_dot_product_attention", 
 
 
 def run(patterns: list[str], json_file: Path | None, only_list: bool, threads: int | None) -> None:
-    """Runs the cases that `patterns` name, prints a table and writes the records.
+    """Runs the cases that `patterns` name, prints a table and writes the records. "sweep" is a case of its own.
 
     Raises:
         ValueError: a pattern that matches no case; the nearest name is suggested.
         OSError: the file cannot be written; found out before anything is measured.
     """
+    if patterns and patterns[0] == "sweep":
+        sweep(patterns[1:], json_file, only_list)
+        return
     cases = all_cases("cuda" if torch.cuda.is_available() else "cpu")
     chosen = select(cases, patterns if patterns or only_list else DEFAULT)
     if only_list:
-        typer.echo("\n".join(chosen))
+        typer.echo("\n".join([*chosen, *([] if patterns else ["sweep"])]))
         return
     if json_file:
         tables.check_writable(json_file)
@@ -51,6 +54,35 @@ def run(patterns: list[str], json_file: Path | None, only_list: bool, threads: i
     )
     if json_file:
         tables.write_json(json_file, records)
+
+
+def sweep(patterns: list[str], json_file: Path | None, only_list: bool) -> None:
+    """Tries every technique on tiny models of the types of transformers that `patterns` name, "kind/type"; all if none.
+
+    Prints how many types came to which outcome, and writes the records. Exit status 1 where one was silently wrong, or
+    raised what is no refusal.
+
+    Raises:
+        ValueError: a pattern that matches no type.
+        OSError: the file cannot be written.
+    """
+    from hasten.bench.runtime import sweep, tiny_zoo  # brings transformers
+
+    types = {f"{kind}/{name}": (kind, name) for kind in ("causal", "image-text") for name in tiny_zoo.types(kind)}
+    chosen = select(types, patterns)
+    if only_list:
+        typer.echo("\n".join(chosen))
+        return
+    if json_file:
+        tables.check_writable(json_file)
+    records = list(progress(sweep.sweep([types[name] for name in chosen]), "sweep", unit="type", total=len(chosen)))
+    tables.show("Types of transformers, tiny and with random weights", *sweep.summary(records), labels=3)
+    for technique in sweep.TECHNIQUES:
+        typer.echo("\n".join(["", technique, *sweep.types_by_outcome(records, technique)]))
+    if json_file:
+        tables.write_json(json_file, sweep.versions() | {"records": records})
+    if any(o["outcome"] in ("error", "silent") for record in records for o in record["outcomes"].values()):
+        raise typer.Exit(1)
 
 
 def all_cases(device: str) -> dict[str, Callable[[], list[dict]]]:
@@ -80,7 +112,7 @@ def select(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
         matching = [name for name in names if name.split()[0] == pattern]
         matching = matching or [name for name in names if fnmatchcase(name, f"*{pattern}*")]
         if not matching:
-            known = [*names, *dict.fromkeys(name.split()[0] for name in names)]
+            known = [*names, *dict.fromkeys(name.split()[0] for name in names), "sweep"]
             (nearest,) = difflib.get_close_matches(pattern, known, n=1, cutoff=0)
             raise ValueError(f"no case matches {pattern!r}; the nearest is {nearest!r}, and --list shows all")
         chosen += matching

@@ -52,7 +52,8 @@ class BoundConstraint:
         self.vocabulary = vocabulary
         self._texts = vocabulary.texts
         self._eos = frozenset(vocabulary.eos)
-        self._eos_ids = np.array(vocabulary.eos)
+        self._eos_mask = bitmask.allocate(len(vocabulary))
+        bitmask.add(self._eos_mask, vocabulary.eos)
 
     def start(self) -> Any:
         """The state before the first token."""
@@ -107,9 +108,12 @@ class BoundConstraint:
                 f"mask_row must be contiguous int32 with at least {words} words, got {mask_row.dtype} {mask_row.shape}"
             )
         mask_row[:] = 0
-        self._allow(state, mask_row[:words])
-        ending = bitmask.add if self.complete(state) else bitmask.remove
-        ending(mask_row, self._eos_ids)
+        mask = mask_row[:words]
+        self._allow(state, mask)
+        if self.complete(state):
+            mask |= self._eos_mask
+        else:
+            mask &= ~self._eos_mask
         return True
 
     def fill_mask_or_check(self, state: Any, mask_row: np.ndarray) -> int:

@@ -170,7 +170,8 @@ class _BoundJsonSchema(BoundConstraint):
         ending = self._quoting_tokens if prefix.in_string else self._ending_tokens  # only a quote ends a string
         allowed = ending[bitmask.contains(mask, ending)].tolist()
         refused = [token for token in allowed if feed(self._validator, prefix, self._texts[token]) is None]
-        bitmask.remove(mask, refused)
+        if refused:
+            bitmask.remove(mask, refused)
 
 
 def _relaxed(schema: Schema, coerce: bool) -> Schema:

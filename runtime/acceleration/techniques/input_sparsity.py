@@ -58,15 +58,11 @@ class SparseLinear(Forward):
         self.max_union = largest_union(sparsity, MAX_BATCH)
         self.watch = Watch()
 
-    def weights(self):
-        return {f"{self.name}.weight": self.module.weight}
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         batch = decode_rows(x)
-        self.watch.check(self.weights(), thorough=not batch)
+        self.watch.check({f"{self.name}.weight": self.module.weight}, thorough=not batch)
         if not 0 < batch <= MAX_BATCH:
             return self.dense(x)
-        self.refuse_thawed()
         weight = matrix(self.module)
         cutoff = self.cutoff if batch <= self.max_union else None
         return column_sparse_linear(x.to(weight.dtype), weight, cutoff, self.module.bias)
@@ -101,10 +97,10 @@ class SparseExperts(Forward):
 
     def __call__(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
         tokens = self.layout.tokens(hidden)
-        self.watch.check(self.weights(), thorough=tokens > 1)
+        weights = {f"{self.name}.{weight.name}": weight.parameter(self.module) for weight in self.layout.weights}
+        self.watch.check(weights, thorough=tokens > 1)
         if not 0 < tokens <= MAX_BATCH:
             return self.dense(*(x for x in (hidden, top_k_index, top_k_weights) if x is not None))
-        self.refuse_thawed()
         # A prompt of a few tokens looks like a batch: several tokens are exact.
         skipping = self.cutoffs if tokens == 1 else None
         return decode_experts(self.module, self.layout, hidden, top_k_index, top_k_weights, skipping)

@@ -1,0 +1,365 @@
+"""Every causal-LM and image-text type of the installed transformers, under every technique that any model should take.
+
+Each type is built tiny (`tiny_zoo`), accelerated, run, and reverted, through the public API. What comes of it:
+
+- works: after `revert` every parameter's values, dtype, strides and flags and the module tree are what they were; the
+  logits of exact techniques are within `TOLERANCE` of the untouched model's over a prefill, 20 decode steps, left
+  padding and a batch of 3; Wina's agree after a prefill and differ in decode.
+- refused: an `UnsupportedModelError` that left the model as it was; the detail is its reason.
+- error: anything else that was raised.
+- silent: nothing was changed, or the outcome is wrong, without a word.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import hasten
+from hasten.acceleration.inference import Inference, Inputs, undisturbed
+from hasten.bench.runtime import tiny_inputs, tiny_zoo
+from hasten.errors import UnsupportedModelError
+
+PREFIX, STEPS = 16, 20
+PADDING = (7, 3, 0)
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 6, 48
+TOLERANCE = 1e-5
+TECHNIQUES = {
+    "DenseDecode": hasten.DenseDecode(always=True),
+    "Wina": hasten.Wina(0.5),
+    "FastLinearAttention": hasten.FastLinearAttention(),
+}
+EXACT = ("DenseDecode", "FastLinearAttention")
+OUTCOMES = ("works", "refused", "error", "silent")
+SECONDS = 120.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a technique did to a type: one of OUTCOMES, with the reason or the error in words.
+
+    `distance` is that of the logits from the untouched model's, relative to the largest; of `called` modules with a
+    weight that a decode step calls, `changed` were; `seconds` is the time of `accelerate`.
+    """
+
+    outcome: str
+    detail: str = ""
+    distance: float | None = None
+    changed: int = 0
+    called: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Record:
+    """One type: how its model is made up, and what each technique did; `unbuilt` says why there is no model."""
+
+    kind: str
+    model_type: str
+    made_up: str = ""
+    unbuilt: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+
+class Wrong(Exception):
+    """What a technique did is wrong, in words."""
+
+
+def sweep(chosen: Iterable[tuple[str, str]], workers: int = 2, frozen: bool = False) -> Iterator[dict[str, Any]]:
+    """The records of types, (kind, model type) each, in their order; every worker is a process of its own.
+
+    A type that ends its process, or takes longer than SECONDS, is recorded as an error.
+
+    Args:
+        frozen: call `requires_grad_(False)` on the models first; otherwise they are as `from_pretrained` gives them.
+    """
+    own = threading.local()
+    started: list[_Worker] = []
+
+    def run(item: tuple[str, str]) -> dict[str, Any]:
+        if not hasattr(own, "worker"):
+            own.worker = _Worker(frozen)
+            started.append(own.worker)
+        return own.worker.ask(*item)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(run, chosen)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for worker in started:
+                worker.stop()
+
+
+class _Worker:
+    """A process that tries one type after the other, and is started again when it dies."""
+
+    def __init__(self, frozen: bool):
+        self.frozen, self.process = frozen, None
+
+    def ask(self, kind: str, model_type: str) -> dict[str, Any]:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs, self.frozen), daemon=True)
+            self.process.start()
+            theirs.close()
+        try:
+            self.connection.send((kind, model_type))
+            if self.connection.poll(SECONDS):
+                return self.connection.recv()
+            detail = f"no answer within {SECONDS:.0f} seconds"
+        except (EOFError, OSError):
+            self.process.join(1)
+            detail = f"the process ended with exit status {self.process.exitcode}"
+        self.stop()
+        return asdict(Record(kind, model_type, outcomes={name: Outcome("error", detail) for name in TECHNIQUES}))
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process = None
+
+
+def _serve(connection: Connection, frozen: bool) -> None:
+    """The loop of a worker's process."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    os.environ["HASTEN_DISABLE_PROGRESS"] = "1"
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(asdict(attempt(*connection.recv(), frozen=frozen)))
+
+
+def attempt(kind: str, model_type: str, frozen: bool = False) -> Record:
+    """Builds a type, and tries every technique on it, one after the other."""
+    record = Record(kind, model_type)
+    if model_type in tiny_zoo.IMPOSSIBLE:
+        record.unbuilt = tiny_zoo.IMPOSSIBLE[model_type]
+        return record
+    model = tiny_zoo.build(kind, model_type).requires_grad_(not frozen)
+    record.made_up = made_up(kind, model)
+    for name in TECHNIQUES:
+        record.outcomes[name] = try_technique(name, kind, model_type, model)
+    return record
+
+
+def try_technique(name: str, kind: str, model_type: str, model: nn.Module) -> Outcome:
+    """Accelerates, runs and reverts a model, and compares it with what it was before."""
+    calibration = calibration_of(kind, model_type, model)
+    before = Photograph(model)
+    try:
+        try:
+            start = time.perf_counter()
+            hasten.accelerate(model, TECHNIQUES[name], calibration=calibration, measure_speed=False)
+            seconds = time.perf_counter() - start
+        except UnsupportedModelError as refusal:
+            before.compare(model)
+            return Outcome("refused", f"{refusal.kind}: {refusal.reason}")
+        outcome = Outcome("works", seconds=seconds)
+        # The untouched model is built again, so that nothing of this one can show in its logits.
+        untouched = tiny_zoo.build(kind, model_type)
+        prompts = prompts_of(kind, model_type, untouched)
+        called = modules_called(untouched, prompts[0])
+        outcome.called, outcome.changed = len(called), len(before.changed(model) & called)
+        if not before.changed(model):
+            raise Wrong("nothing was changed")
+        outcome.distance = compare(name, untouched, model, prompts)
+        hasten.revert(model)
+        before.compare(model)
+        return outcome
+    except Wrong as wrong:
+        return Outcome("silent", str(wrong))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return Outcome("error", f"{type(error).__name__}: {lines[0]}")
+
+
+def compare(name: str, untouched: nn.Module, model: nn.Module, prompts: list[Inputs]) -> float:
+    """The largest distance of an accelerated model's logits, relative to the largest logit.
+
+    Raises:
+        Wrong: an exact technique's are further than TOLERANCE, or Wina's differ after a prefill or never.
+    """
+    largest, differs = 0.0, False
+    for prompt in prompts:
+        expected = Inference(untouched, prompt).decode(prompt, PREFIX)
+        found = Inference(model, prompt).decode(prompt, PREFIX)
+        finite = expected.abs() < torch.finfo(torch.float32).max / 2  # logits that a model suppresses
+        scale = expected[finite].abs().max()
+        distances = ((found - expected) * finite).abs().amax((0, 2)) / scale
+        largest = max(largest, float(distances.max()))
+        if name in EXACT and not largest <= TOLERANCE:
+            raise Wrong(f"logits are {largest:.2g} from the untouched model's")
+        if name not in EXACT and not float(distances[0]) <= TOLERANCE:
+            raise Wrong(f"logits after a prefill are {float(distances[0]):.2g} from the untouched model's")
+        differs |= bool((distances[1:] > TOLERANCE).any())
+    if name not in EXACT and not differs:
+        # A model without a cache reads its whole text in every step; one token alone is a decode step for any.
+        token = tiny_inputs.text(1, 1)
+        with contextlib.suppress(UnsupportedModelError):
+            expected, found = (Inference(m).decode(token, 1) for m in (untouched, model))
+            differs = not torch.equal(expected, found)
+        if not differs:
+            raise Wrong("logits in decode are the untouched model's")
+    return largest
+
+
+class Photograph:
+    """What a model consists of: its modules, and each parameter and buffer with its values, layout and flags."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = {name: (module, type(module), _own(module)) for name, module in model.named_modules()}
+        self.tensors = {name: (tensor.detach().clone(), _layout(tensor)) for name, tensor in _tensors(model)}
+
+    def changed(self, model: nn.Module) -> set[str]:
+        """The names of modules that were replaced, or whose class, forward or weights' layout is another."""
+        now = Photograph(model)
+        changed = {name for name in self.modules if now.modules.get(name) != self.modules[name]}
+        changed |= {
+            name.rpartition(".")[0]
+            for name, (_, layout) in self.tensors.items()
+            if name not in now.tensors or now.tensors[name][1][:2] != layout[:2]
+        }
+        return changed | (now.modules.keys() - self.modules.keys())
+
+    def compare(self, model: nn.Module) -> None:
+        """Raises Wrong, with a name, unless the model is bit for bit what was photographed."""
+        now = Photograph(model)
+        if names := sorted(
+            {*self.modules, *now.modules} - {n for n in self.modules if now.modules.get(n) == self.modules[n]}
+        ):
+            raise Wrong(f"after revert, {names[0] or 'the model'} is another module, and {len(names) - 1} more")
+        if self.tensors.keys() != now.tensors.keys():
+            raise Wrong(
+                f"after revert, there are other tensors: {sorted(self.tensors.keys() ^ now.tensors.keys())[:3]}"
+            )
+        for name, (values, layout) in self.tensors.items():
+            found, its_layout = now.tensors[name]
+            if its_layout != layout:
+                raise Wrong(f"after revert, {name} is {its_layout} and was {layout}")
+            if not torch.equal(_bits(values), _bits(found)):
+                raise Wrong(f"after revert, {name} has other values")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _own(module: nn.Module) -> tuple[object, ...]:
+    """What a module has that its class does not give it, and that changes how it runs."""
+    return vars(module).get("forward"), module.training
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    return tensor.dtype, tensor.stride(), tuple(tensor.shape), tensor.requires_grad
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
+
+
+def modules_called(model: nn.Module, prompt: Inputs) -> set[str]:
+    """The names of the linear modules that a decode step calls."""
+    called: set[str] = set()
+    run = Inference(model, prompt)
+    with contextlib.ExitStack() as hooks, undisturbed(model):
+        _, reading = run.prefill(run.cut(prompt, PREFIX))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                hooks.callback(module.register_forward_hook(lambda *_, name=name: called.add(name)).remove)
+        run.step(reading, reading.ids[:, -1:])
+    return called
+
+
+def calibration_of(kind: str, model_type: str, model: nn.Module) -> Any:
+    """Token ids, or dictionaries as the processor of the type returns them where it cannot be run without."""
+    if (kind, model_type) in tiny_inputs.NEEDED:
+        return [tiny_inputs.INPUTS[kind, model_type](model, seed=seed) for seed in range(CALIBRATION_ROWS)]
+    return tiny_inputs.text(CALIBRATION_ROWS, CALIBRATION_TOKENS)
+
+
+def prompts_of(kind: str, model_type: str, model: nn.Module) -> list[Inputs]:
+    """A text of one row, and a batch with left padding, as far as the model takes it."""
+    if (kind, model_type) in tiny_inputs.NEEDED:
+        return [tiny_inputs.INPUTS[kind, model_type](model, rows, seed=9) for rows in (1, len(PADDING))]
+    one, batch = tiny_inputs.text(1, PREFIX + STEPS, seed=9), tiny_inputs.text(len(PADDING), PREFIX + STEPS, seed=10)
+    mask = torch.ones_like(batch)
+    for row, padding in enumerate(PADDING):
+        mask[row, :padding] = 0
+    padded = {"input_ids": batch, "attention_mask": mask}
+    try:
+        Inference(model, padded).decode(padded, PREFIX)
+    except UnsupportedModelError:
+        return [one, batch]
+    return [one, padded]
+
+
+def made_up(kind: str, model: nn.Module) -> str:
+    """How a model is made up, for the summary."""
+    config = model.config.get_text_config(decoder=True)
+    layers = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    classes = {type(module).__name__.lower() for module in model.modules()}
+    if layers & {"linear_attention", "conv", "hybrid", "hybrid_sliding"} or any(
+        part in name for name in classes for part in ("mamba", "rwkv", "xlstm", "rglru")
+    ):
+        return "hybrid or recurrent"
+    if any("expert" in name or "moe" in name for name in classes):
+        return "mixture of experts"
+    if kind == "causal" and getattr(model.config, "is_decoder", False) and "decoder_layers" not in vars(model.config):
+        return "encoder as decoder"
+    return "encoder-decoder" if model.config.is_encoder_decoder else "dense"
+
+
+def summary(records: Iterable[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of counts: for each kind, make-up and technique, how many types came to which outcome."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    for record in records:
+        for name, outcome in record["outcomes"].items():
+            for made_of in (record["made_up"], "all"):
+                counts[record["kind"], made_of, name, outcome["outcome"]] += 1
+    order = list(TECHNIQUES)
+    groups = sorted({key[:3] for key in counts}, key=lambda k: (k[0], k[1] == "all", k[1], order.index(k[2])))
+    rows = []
+    for group in groups:
+        numbers = [counts[(*group, outcome)] for outcome in OUTCOMES]
+        rows.append((*group, str(sum(numbers)), *map(str, numbers)))
+    return ("kind", "made up as", "technique", "types", *OUTCOMES), rows
+
+
+def types_by_outcome(records: Iterable[dict[str, Any]], technique: str) -> list[str]:
+    """Lines that name the types of each outcome of a technique: those that work in one, the others by their reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record["unbuilt"]:
+            found.setdefault(("not built", record["unbuilt"]), []).append(record["model_type"])
+        elif outcome := record["outcomes"].get(technique):
+            # The class before the colon and the type in a message are the model's own name again.
+            reason = outcome["detail"].partition(": ")[2] or outcome["detail"]
+            reason = reason.replace(f"'{record['model_type']}'", "...")
+            found.setdefault((outcome["outcome"], reason), []).append(record["model_type"])
+    order = (*OUTCOMES, "not built")
+    lines = []
+    for (outcome, reason), names in sorted(found.items(), key=lambda item: (order.index(item[0][0]), -len(item[1]))):
+        lines.append(f"{outcome}{f' ({reason})' if reason else ''}: {', '.join(sorted(set(names)))}")
+    return lines
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {"hasten": hasten.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
