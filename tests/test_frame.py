@@ -223,6 +223,12 @@ def test_the_examples_of_the_readme_and_of_the_package_run(tmp_path):
     assert printed.count("drift    KL") == 2
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_the_examples_of_a_folders_readme_run(path, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    python("\n".join(blocks), tmp_path, HASTEN_CACHE=str(tmp_path))
+
+
 def test_the_examples_in_docstrings_run():
     for package in FOLDERS:
         for module, path in modules(package).items():

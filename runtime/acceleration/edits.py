@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hasten.acceleration.forwards import Forward
 from hasten.errors import StateError, UnsupportedModelError
-from hasten.kernels.storage import to_column_major
+from hasten.kernels.transpose import transpose
 
 
 @dataclass(slots=True)
@@ -125,8 +125,9 @@ class ReplaceForward(Edit):
         seen = Verification(self.name)
 
         def both(*arguments, **keywords):
-            with _stock_inside(self.module):
-                seen.add(*self.forward.beside_definition(*arguments, **keywords))
+            if self.forward.is_own(*arguments, **keywords):
+                with _stock_inside(self.module):
+                    seen.add(*self.forward.beside_definition(*arguments, **keywords))
             return self.forward(*arguments, **keywords)
 
         self.module.forward = both
@@ -171,14 +172,16 @@ class StoreColumnMajor(Edit):
     def apply(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
         strides = weight.stride()
-        weight.data = to_column_major(weight.data)
+        weight.data = transpose(weight.data).mT
         self.strides = strides
 
     def undo(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
         if self.strides is not None and weight.stride() != self.strides:
-            stored = torch.empty_strided(weight.shape, self.strides, dtype=weight.dtype, device=weight.device)
-            weight.data = stored.copy_(weight.data)
+            rows = transpose(weight.data.mT)
+            if rows.stride() != self.strides:  # of a dimension of one element
+                rows = torch.empty_strided(rows.shape, self.strides, dtype=rows.dtype, device=rows.device).copy_(rows)
+            weight.data = rows
 
 
 @dataclass(slots=True)
