@@ -58,9 +58,12 @@ class SparseLinear(Forward):
         self.max_union = largest_union(sparsity, MAX_BATCH)
         self.watch = Watch()
 
+    def weights(self):
+        return {f"{self.name}.weight": self.module.weight}
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         batch = decode_rows(x)
-        self.watch.check({f"{self.name}.weight": self.module.weight}, thorough=not batch)
+        self.watch.check(self.weights(), thorough=not batch)
         if not 0 < batch <= MAX_BATCH:
             return self.dense(x)
         weight = matrix(self.module)
@@ -92,13 +95,15 @@ class SparseExperts(Forward):
         }
         self.watch = Watch()
 
+    def weights(self):
+        return {f"{self.name}.{weight.name}": weight.parameter(self.module) for weight in self.layout.weights}
+
     def tensors(self):
         return list(self.cutoffs.values())
 
     def __call__(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
         tokens = self.layout.tokens(hidden)
-        weights = {f"{self.name}.{weight.name}": weight.parameter(self.module) for weight in self.layout.weights}
-        self.watch.check(weights, thorough=tokens > 1)
+        self.watch.check(self.weights(), thorough=tokens > 1)
         if not 0 < tokens <= MAX_BATCH:
             return self.dense(*(x for x in (hidden, top_k_index, top_k_weights) if x is not None))
         # A prompt of a few tokens looks like a batch: several tokens are exact.
