@@ -125,8 +125,9 @@ class ReplaceForward(Edit):
         seen = Verification(self.name)
 
         def both(*arguments, **keywords):
-            with _stock_inside(self.module):
-                seen.add(*self.forward.beside_definition(*arguments, **keywords))
+            if self.forward.is_own(*arguments, **keywords):
+                with _stock_inside(self.module):
+                    seen.add(*self.forward.beside_definition(*arguments, **keywords))
             return self.forward(*arguments, **keywords)
 
         self.module.forward = both

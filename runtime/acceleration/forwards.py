@@ -35,6 +35,10 @@ class Forward:
     def __call__(self, *arguments, **keywords):
         raise NotImplementedError
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that `watch` looks at, by their names in the model."""
+        return {}
+
     def dense(self, *arguments, **keywords):
         """The forward that the module's class has."""
         return type(self.module).forward(self.module, *arguments, **keywords)
@@ -46,6 +50,10 @@ class Forward:
     def tensors(self) -> list[torch.Tensor]:
         """What it holds beside the module's own weights."""
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
+    def is_own(self, *arguments, **keywords) -> bool:
+        """Whether a call runs hasten's kernels, and not the forward of the module's class."""
+        return True
 
     def beside_definition(self, *arguments, **keywords) -> tuple[Any, Any]:
         """What a call writes, and what it writes by the kernels' definitions in plain torch: outputs first, in any

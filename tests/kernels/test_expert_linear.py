@@ -189,7 +189,7 @@ def test_more_tokens_than_the_kernel_takes_and_float64_are_the_reference():
         assert torch.equal(expert_linear(x, weight, ids, bias=bias), expected)
 
 
-def test_gradients_of_the_definition():
+def test_gradients():
     x, weight, ids, bias = inputs(3, 2, 4, 4, 3, torch.float64, storage.to_column_major)
     cutoff = torch.rand(4, 3)
 

@@ -56,13 +56,16 @@ class CatsMLP(Forward):
     def weights(self):
         return {f"{self.name}.{inner}.weight": self.linear(role).weight for role, inner in self.linears.items()}
 
+    def is_own(self, x: torch.Tensor) -> bool:
+        return 0 < decode_rows(x) <= MAX_BATCH
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        batch = decode_rows(x)
-        self.watch.check(self.weights(), thorough=not batch)
-        if not 0 < batch <= MAX_BATCH:
+        own = self.is_own(x)
+        self.watch.check(self.weights(), thorough=not own)
+        if not own:
             return self.dense(x)
         x = x.to(matrix(self.linear("down")).dtype)
-        exact = batch > self.max_union
+        exact = decode_rows(x) > self.max_union
         return self.by_modules(x, exact) if self._has_hooks() else self.by_kernels(x, self.gate(x), exact)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
