@@ -310,7 +310,7 @@ def configuration(kind: str, model_type: str) -> PreTrainedConfig:
     taken = model_class(kind, model_type).config_class
     if not isinstance(config, taken):
         config = next((part for part in vars(config).values() if isinstance(part, taken)), config)
-    if kind == "causal" and getattr(config, "is_decoder", None) is False:
+    if kind == "causal" and getattr(config, "is_decoder", None) is False and "add_cross_attention" in vars(config):
         config.is_decoder = True  # an encoder that is used as a decoder attends to what came before alone
     return config
 

@@ -121,17 +121,18 @@ class Anatomy:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The decoder layers, in order.
+        """The decoder layers, in order, with those of their projections that are in `called_once`.
 
         Raises:
             UnsupportedModelError: the model has none.
         """
         self._ask("linears", "shared")
+        taken = {projection.name for projection in self.called_once}
         return tuple(
             Block(
                 name,
                 module,
-                self._kept(p for p in self._found.linears[name] if p.name not in self._found.shared),
+                tuple(p for p in self._found.linears[name] if p.name in taken),
                 self._kept_mlps(mlp for mlp in self._found.gated_mlps if f"{mlp.name}.".startswith(f"{name}.")),
                 self._kept(self._found.experts[name]),
             )
@@ -165,7 +166,7 @@ class Anatomy:
 
     @property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
-        """Every gated MLP whose forward is down(act(gate(x)) * up(x)), which is tried on a few rows."""
+        """Every gated MLP of projections in `called_once` whose forward is down(act(gate(x)) * up(x)), which is tried on a few rows."""
         self._ask("gated_mlps")
         return self._kept_mlps(self._found.gated_mlps)
 
@@ -358,8 +359,8 @@ class _Found:
 
     @cached_property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
-        projections = {p.name: p for p in self.all_linears if p.name not in self.shared}
-        refusals = {r.name: r for r in self.refusals["linears"]} | self.shared
+        projections = {projection.name: projection for projection in self.all_linears}
+        refusals = {r.name: r for r in self.refusals["linears"]} | self.shared | self.repeated
         alike: set[tuple] = set()
         found = []
         for layer_name, layer in self.layers.items():
@@ -536,15 +537,10 @@ def _gated_mlp(
 
 
 def _unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
-    """Why a gated MLP cannot be replaced as a whole: it computes something of its own, or something listens inside. `alike` keeps what was tried."""
+    """Why a gated MLP cannot be replaced as a whole: it computes something of its own. `alike` keeps what was tried."""
     module, remedy = mlp.module, "use hasten.Wina or hasten.Teal"
     if "forward" in vars(module):
         return Refusal(mlp.name, _kind(module), "its forward is not the stock one of its class", remedy)
-    for field in ("up", "gate_up", "down"):
-        projection = getattr(mlp, field)
-        if projection and (projection.module._forward_hooks or projection.module._forward_pre_hooks):
-            reason = f"its {field} projection has forward hooks, which would not run"
-            return Refusal(mlp.name, _kind(module), reason, "remove them first")
     constants = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
     activation = getattr(module, mlp.activation)
     signature = (type(module), type(activation), tuple(sorted(constants.items(), key=str)))

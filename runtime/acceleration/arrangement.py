@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.plan import Plan
 from hasten.acceleration.techniques import Technique
+from hasten.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,18 @@ def arrange(plan: Plan, anatomy: Anatomy, strict: bool = True) -> list[Assignmen
     found: dict[type, Assignment] = {}
     for technique in sorted(techniques, key=lambda technique: technique.yields):
         view = anatomy.without(owners) if technique.yields else anatomy
-        targets = technique.targets(view)
+        known = anatomy.refusals
+        try:
+            targets = technique.targets(view)
+        except UnsupportedModelError as nothing:
+            found = (refusal for refusal in anatomy.refusals if refusal not in known)
+            raise next((refusal.error() for refusal in found), nothing) from None
         for name in targets:
             if name in owners:
                 both = f"{type(owners[name]).__name__} and {type(technique).__name__}"
                 raise ValueError(f"{both} would both change {name}: give one of them a mapping that leaves it out")
         owners |= dict.fromkeys(targets, technique)
         found[type(technique)] = Assignment(technique, view, technique not in plan)
-        if anatomy.refusals and (strict or (not targets and not technique.yields)):
+        if strict and anatomy.refusals:
             raise anatomy.refusals[0].error()
     return [found[type(technique)] for technique in techniques]

@@ -5,18 +5,22 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from hasten.acceleration.forwards import Forward
 from hasten.errors import StateError, UnsupportedModelError
-from hasten.kernels.storage import to_column_major
+from hasten.kernels.transpose import transpose
 
 
 @dataclass(slots=True)
 class Verification:
-    """What `Edit.verify` saw: calls, the largest relative distance of an output from its definition, whether the definition itself overflowed."""
+    """What `Edit.verify` saw: calls, the dtype of their outputs, the largest relative distance of what they wrote from its
+    definition, and whether the definition itself overflowed."""
 
     name: str
     dtype: torch.dtype | None = None
@@ -24,12 +28,19 @@ class Verification:
     distance: float = 0.0
     finite: bool = True
 
-    def add(self, output: torch.Tensor, expected: torch.Tensor) -> None:
+    def add(self, written: Any, expected: Any) -> None:
+        """A call: what it wrote, the output first, in any containers of tensors, and what it should have written."""
+        pairs = list(zip(_floats(written), _floats(expected), strict=True))
         self.calls += 1
-        self.dtype = output.dtype
-        self.finite &= bool(expected.isfinite().all())
-        distance = float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
-        self.distance = distance if not distance <= self.distance else self.distance  # a NaN counts
+        self.dtype = pairs[0][0].dtype
+        for output, definition in pairs:
+            self.finite &= bool(definition.isfinite().all())
+            distance = float((output - definition).float().norm() / definition.float().norm().clamp(min=1e-30))
+            self.distance = distance if not distance <= self.distance else self.distance  # a NaN counts
+
+
+def _floats(written: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(written) if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
 class Edit:
@@ -114,9 +125,10 @@ class ReplaceForward(Edit):
         seen = Verification(self.name)
 
         def both(*arguments, **keywords):
-            output, expected = self.forward.beside_definition(*arguments, **keywords)
-            seen.add(*(x[0] if isinstance(x, tuple) else x for x in (output, expected)))
-            return output
+            if self.forward.is_own(*arguments, **keywords):
+                with _stock_inside(self.module):
+                    seen.add(*self.forward.beside_definition(*arguments, **keywords))
+            return self.forward(*arguments, **keywords)
 
         self.module.forward = both
         try:
@@ -137,6 +149,19 @@ class ReplaceForward(Edit):
             handle.remove()
 
 
+@contextlib.contextmanager
+def _stock_inside(module: nn.Module) -> Iterator[None]:
+    """While open, the modules inside `module` run the forwards of their classes: what they skip hangs on the last bit of
+    their inputs, so that two calls of `module` would not be comparable."""
+    inside = [inner for inner in module.modules() if inner is not module and "forward" in vars(inner)]
+    forwards = [vars(inner).pop("forward") for inner in inside]
+    try:
+        yield
+    finally:
+        for inner, forward in zip(inside, forwards, strict=True):
+            inner.forward = forward
+
+
 @dataclass(slots=True)
 class StoreColumnMajor(Edit):
     """Stores a parameter [..., N, K] column by column, in place: it stays the same object, and is kept once."""
@@ -147,24 +172,29 @@ class StoreColumnMajor(Edit):
     def apply(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
         strides = weight.stride()
-        weight.data = to_column_major(weight.data)
+        weight.data = transpose(weight.data).mT
         self.strides = strides
 
     def undo(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
         if self.strides is not None and weight.stride() != self.strides:
-            stored = torch.empty_strided(weight.shape, self.strides, dtype=weight.dtype, device=weight.device)
-            weight.data = stored.copy_(weight.data)
+            rows = transpose(weight.data.mT)
+            if rows.stride() != self.strides:  # of a dimension of one element
+                rows = torch.empty_strided(rows.shape, self.strides, dtype=rows.dtype, device=rows.device).copy_(rows)
+            weight.data = rows
 
 
 @dataclass(slots=True)
 class Freeze(Edit):
-    """Lets no parameter require grad, for hasten's kernels have no gradients; `undo` lets those again that did."""
+    """Lets no parameter require grad, for hasten's kernels have no gradients, and refuses to run the model where one does
+    again; `undo` lets those require grad that did."""
 
     name: str = ""
     trained: list[str] = field(default_factory=list)
+    handle: RemovableHandle | None = None
 
     def apply(self, model: nn.Module) -> None:
+        self.handle = model.register_forward_pre_hook(refuse_thawed)
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         for name in self.trained:
             model.get_parameter(name).requires_grad_(False)
@@ -172,6 +202,20 @@ class Freeze(Edit):
     def undo(self, model: nn.Module) -> None:
         for name in self.trained:
             model.get_parameter(name).requires_grad_(True)
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def refuse_thawed(model: nn.Module, arguments: tuple) -> None:
+    """A forward pre-hook that raises `StateError` where gradients are wanted that the kernels do not have."""
+    if not torch.is_grad_enabled():
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            raise StateError(
+                f"{name} requires grad since hasten.accelerate, and hasten's kernels have no gradients: call "
+                "model.requires_grad_(False), run under torch.no_grad(), or train after hasten.revert(model)"
+            )
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ The module stays the object that it was, with its class, parameters, hooks and n
 its `forward`, and is copied and pickled with it.
 """
 
-import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,43 +35,32 @@ class Forward:
     def __call__(self, *arguments, **keywords):
         raise NotImplementedError
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that `watch` looks at, by their names in the model."""
+        return {}
+
     def dense(self, *arguments, **keywords):
         """The forward that the module's class has."""
         return type(self.module).forward(self.module, *arguments, **keywords)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights that are read past the modules that hold them, by their names in the model."""
-        return {f"{self.name}.{name}": weight for name, weight in self.module.named_parameters()}
 
     def tensors(self) -> list[torch.Tensor]:
         """What it holds beside the module's own weights."""
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
 
-    def copied(self, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
-        """The arguments of a call, with copies of those that a call changes (caches)."""
-        return arguments, keywords
+    def is_own(self, *arguments, **keywords) -> bool:
+        """Whether a call runs hasten's kernels, and not the forward of the module's class."""
+        return True
 
-    def beside_definition(self, *arguments, **keywords):
-        """The output of a call, and that of the same call by the kernels' definitions in plain torch."""
-        again, words = self.copied(arguments, keywords)
+    def beside_definition(self, *arguments, **keywords) -> tuple[Any, Any]:
+        """What a call writes, and what it writes by the kernels' definitions in plain torch: outputs first, in any
+        containers of tensors. The arguments are not changed."""
         output = self(*arguments, **keywords)
         with backend.use("reference"):
-            return output, self(*again, **words)
+            return output, self(*arguments, **keywords)
 
     def active(self, *arguments, **keywords) -> tuple[int, int] | None:
         """How many inputs a call multiplies, and how many there are; None where a call skips nothing by design."""
         return None
-
-    def refuse_thawed(self) -> None:
-        """Raises `StateError` where gradients are wanted that the kernels do not have."""
-        if not torch.is_grad_enabled():
-            return
-        for name, weight in self.weights().items():
-            if weight.requires_grad:
-                raise StateError(
-                    f"{name} requires grad since hasten.accelerate, and hasten's kernels have no gradients: call "
-                    "model.requires_grad_(False), run under torch.no_grad(), or train after hasten.revert(model)"
-                )
 
 
 def decode_rows(x: torch.Tensor) -> int:
@@ -79,21 +68,6 @@ def decode_rows(x: torch.Tensor) -> int:
     if x.dim() == 3:
         return x.shape[0] if x.shape[1] == 1 else 0
     return 1 if x.dim() == 2 and x.shape[0] == 1 else 0
-
-
-def own_cache(arguments: tuple, keywords: dict, layer: int | None) -> tuple[tuple, dict]:
-    """The arguments of a layer's call, with a cache of which the entry of this layer is a copy, so that a call can be repeated."""
-
-    def again(value):
-        if layer is not None and isinstance(getattr(value, "layers", None), list):
-            other = copy.copy(value)
-            other.layers = list(value.layers)
-            if layer < len(value.layers):
-                other.layers[layer] = copy.deepcopy(value.layers[layer])
-            return other
-        return copy.deepcopy(value)
-
-    return tuple(map(again, arguments)), {name: again(value) for name, value in keywords.items()}
 
 
 class Watch:

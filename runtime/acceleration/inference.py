@@ -66,6 +66,11 @@ class Inference:
         model: a model of transformers, in eval mode.
         example: inputs like those that it will be run on; by default a few token ids.
 
+    Attributes:
+        model: the model.
+        target: what is run of it: the model itself, or its inner language model.
+        example: the first tokens of the example.
+
     Raises:
         UnsupportedModelError: the model cannot be run on such inputs; the message names what it was given.
     """
@@ -94,7 +99,7 @@ class Inference:
         self.encodes = "decoder_input_ids" in parameters and self.target.config.is_encoder_decoder
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes_flag = anything or "use_cache" in parameters
-        example = self.cut(example, max(EXAMPLE_TOKENS, self.shortest_prefix(example)))
+        self.example = example = self.cut(example, max(EXAMPLE_TOKENS, self.shortest_prefix(example)))
         for makes_cache in (False, True) if self.takes_flag else ():
             self.has_cache, self.makes_cache = True, makes_cache
             # An AttributeError is a configuration's from which transformers cannot make a cache.
@@ -217,10 +222,14 @@ class Inference:
             return inputs | {"decoder_input_ids": ids[:, :tokens]}
         return {name: value[:, :tokens] if _is_of_tokens(name, value, ids) else value for name, value in inputs.items()}
 
-    def random_prompt(self, tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
-        """Token ids [batch, tokens] from a seed, for measuring time."""
+    def random_ids(self, tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+        """Token ids [batch, tokens] from a seed."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(vocabulary(self.target), (batch, tokens), generator=generator)
+
+    def prompt(self, tokens: int, batch: int = 1) -> Inputs:
+        """A prompt to measure on: random ids [batch, tokens]; the example where the model was given more than ids."""
+        return self.example if isinstance(self.example, Mapping) else self.random_ids(tokens, batch)
 
     def _arguments(self, inputs: Inputs) -> tuple[dict[str, Any], Reading]:
         """The arguments of a pass over `inputs`, and the reading that starts with it."""

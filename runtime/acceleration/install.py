@@ -1,8 +1,9 @@
 """`accelerate`, `revert` and `accelerated`: one reversible change of a model in place."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -31,6 +32,7 @@ class Installed:
     settings: dict[str, Settings] = field(default_factory=dict)  # by the class names of techniques
     edits: list[Edit] = field(default_factory=list)
     strict: bool = True  # whether nothing was left out
+    example: Mapping[str, Any] | None = None  # what a processor returned, if the model was examined on that
     self_check: float = 0.0
 
 
@@ -109,6 +111,7 @@ def accelerate(
     report.techniques[0].skipped[:0] = [Skip(refusal.name, refusal.reason) for refusal in anatomy.refusals]
     report.self_check = installed_on(model).self_check
     installed_on(model).strict = strict
+    installed_on(model).example = example if isinstance(example, Mapping) else None
     return report
 
 

@@ -121,19 +121,19 @@ def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float
         spare = MOST + 1 if regime.tokens == 1 else 0
         context = max(min(regime.context, longest - regime.tokens - spare), 1 if regime.context else 0)
         tokens = min(regime.tokens, longest - context)
-        ids = inference.random_prompt(context + tokens, regime.batch)
         with undisturbed(inference.model):
-            found[regime] = _seconds_of(inference, ids, context)
+            found[regime] = _seconds_of(inference, tokens, context, regime.batch)
     return found
 
 
-def _seconds_of(inference: Inference, ids: torch.Tensor, context: int) -> float:
+def _seconds_of(inference: Inference, tokens: int, context: int, batch: int) -> float:
     device = device_of(inference.model)
+    prompt = inference.prompt(context or tokens, batch)
     if not context:
-        return settled(lambda: seconds(lambda: inference.prefill(ids), device), most=5)
-    _, reading = inference.prefill(ids[:, :context])
-    most = MOST if ids.shape[1] == context + 1 else 1
-    return settled(lambda: seconds(lambda: inference.step(reading, ids[:, context:]), device), most)
+        return settled(lambda: seconds(lambda: inference.prefill(prompt, last=True), device), most=5)
+    _, reading = inference.prefill(prompt, last=True)
+    ids = inference.random_ids(tokens, len(reading.ids), seed=1)
+    return settled(lambda: seconds(lambda: inference.step(reading, ids), device), MOST if tokens == 1 else 1)
 
 
 def settled(once: Callable[[], float], most: int) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 
 import hasten
 from hasten.acceleration.install import state_of
-from hasten.acceleration.saving import PLAN_FILE
+from hasten.acceleration.saved_folder import PLAN_FILE
 from hasten.acceleration.techniques import Cats, DenseDecode, Teal, Technique, Wina
 
 EMBEDDED = "stdlib-llama"

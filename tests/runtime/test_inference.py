@@ -172,7 +172,11 @@ def test_models_of_few_positions(model_type, positions):
     assert run.decode(ids, max(1, positions // 2)).isfinite().all()
 
 
-def test_random_prompts_come_from_a_seed():
+def test_prompts_come_from_a_seed_or_are_the_example():
     run = Inference(build("causal", "llama"))
-    assert torch.equal(run.random_prompt(9, 2), run.random_prompt(9, 2))
-    assert run.random_prompt(9, 2).shape == (2, 9) and run.random_prompt(500).max() < 320
+    assert torch.equal(run.prompt(9, 2), run.prompt(9, 2))
+    assert run.prompt(9, 2).shape == (2, 9) and run.prompt(500).max() < 320
+    model = build("image-text", "llava")
+    picture = tiny_inputs.with_pixels(model, 16)
+    run = Inference(model, picture)
+    assert torch.equal(run.prompt(9)["input_ids"], picture["input_ids"][:, :20])

@@ -22,7 +22,7 @@ from hasten.kernels.storage import MAX_BATCH, is_column_major
 from hasten.sparsity.allocation import Sparsity, checked, spread
 from hasten.sparsity.cats import cats
 from hasten.sparsity.histogram import ScoreHistogram
-from hasten.sparsity.threshold import cutoffs, past_first, scores
+from hasten.sparsity.threshold import past_first, scores
 from hasten.sparsity.union import largest_union
 
 
@@ -44,7 +44,6 @@ class CatsMLP(Forward):
         roles = ("gate_up", "down") if self.fused else ("gate", "up", "down")
         self.linears = {role: getattr(parts, role).name.removeprefix(f"{name}.") for role in roles}
         down = matrix(self.linear("down")).detach()
-        self.cutoff = cutoffs(threshold, cats(down))
         self.threshold = torch.tensor(threshold, device=down.device)
         # Of the neurons' values, which are exactly 0 where they were skipped, down needs all others.
         self.nonzero_cutoff = torch.zeros(down.shape[1], device=down.device)
@@ -57,14 +56,17 @@ class CatsMLP(Forward):
     def weights(self):
         return {f"{self.name}.{inner}.weight": self.linear(role).weight for role, inner in self.linears.items()}
 
+    def is_own(self, x: torch.Tensor) -> bool:
+        return 0 < decode_rows(x) <= MAX_BATCH
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        batch = decode_rows(x)
-        self.watch.check(self.weights(), thorough=not batch)
-        if not 0 < batch <= MAX_BATCH:
+        own = self.is_own(x)
+        self.watch.check(self.weights(), thorough=not own)
+        if not own:
             return self.dense(x)
-        self.refuse_thawed()
         x = x.to(matrix(self.linear("down")).dtype)
-        return self.skip(x, self.gate(x), exact=batch > self.max_union)
+        exact = decode_rows(x) > self.max_union
+        return self.by_modules(x, exact) if self._has_hooks() else self.by_kernels(x, self.gate(x), exact)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """act(gate(x)) [..., neurons], in the dtype of x."""
@@ -74,12 +76,8 @@ class CatsMLP(Forward):
         (weight, _), (bias, _) = self._halves()
         return act(product(x, weight, bias))
 
-    def skip(self, x: torch.Tensor, gate: torch.Tensor, exact: bool = False) -> torch.Tensor:
+    def by_kernels(self, x: torch.Tensor, gate: torch.Tensor, exact: bool) -> torch.Tensor:
         """down(gate * up(x)) over the neurons whose |gate| is over the threshold; `exact`: over all neurons."""
-        if self._has_hooks():
-            kept = gate if exact else gate * (gate.abs() > self.threshold)
-            up = self.linear("gate_up")(x).chunk(2, -1)[1] if self.fused else self.linear("up")(x)
-            return self.linear("down")(kept * up)
         threshold = torch.full_like(self.threshold, -1) if exact else self.threshold
         if self.fused:
             (_, weight), (_, bias) = self._halves()
@@ -89,22 +87,34 @@ class CatsMLP(Forward):
         down = self.linear("down")
         return column_sparse_linear(neurons, matrix(down), self.nonzero_cutoff, down.bias)
 
+    def by_modules(self, x: torch.Tensor, exact: bool) -> torch.Tensor:
+        """The same by the projections themselves, whose hooks then run."""
+        if self.fused:
+            gate, up = self.linear("gate_up")(x).chunk(2, -1)
+            gate = getattr(self.module, self.activation)(gate)
+        else:
+            gate, up = self.gate(x), self.linear("up")(x)
+        return self.linear("down")(gate * up if exact else gate * up * self._active(gate))
+
     def beside_definition(self, x):
         if not 0 < decode_rows(x) <= MAX_BATCH:
             return self(x), self.dense(x)
         # The gate decides what is skipped: both must decide on the same values, for rounding tips those at the threshold.
         x = x.to(matrix(self.linear("down")).dtype)
         gate = self.gate(x)
-        output = self.skip(x, gate, exact=decode_rows(x) > self.max_union)
+        output = self.by_kernels(x, gate, exact=decode_rows(x) > self.max_union)
         with backend.use("reference"):
-            return output, self.skip(x, gate, exact=decode_rows(x) > self.max_union)
+            return output, self.by_kernels(x, gate, exact=decode_rows(x) > self.max_union)
 
     def active(self, x):
         if not 0 < decode_rows(x) <= self.max_union:
             return None
-        gate = self.gate(x.to(matrix(self.linear("down")).dtype))
-        rows = gate.reshape(-1, gate.shape[-1])
-        return int((rows.abs() > self.threshold).any(0).sum()), rows.shape[1]
+        active = self._active(self.gate(x.to(matrix(self.linear("down")).dtype)))
+        return int(active.sum()), active.numel()
+
+    def _active(self, gate: torch.Tensor) -> torch.Tensor:
+        """Which neurons are over the threshold in some row: gate [..., neurons] -> [neurons]."""
+        return (gate.reshape(-1, gate.shape[-1]).abs() > self.threshold).any(0)
 
     def _halves(self):
         linear = self.linear("gate_up")

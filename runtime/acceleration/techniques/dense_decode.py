@@ -15,6 +15,7 @@ from hasten.acceleration.experts import ExpertsLayout, decode_experts, layout_of
 from hasten.acceleration.forwards import Forward, decode_rows, matrix, product
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
 from hasten.kernels.storage import MAX_BATCH
+from hasten.kernels.tuning import remembered
 from hasten.model_facts import device_of
 
 
@@ -25,10 +26,12 @@ class DecodeLinear(Forward):
         super().__init__(module, name)
         self.max_batch = max_batch
 
+    def is_own(self, x: torch.Tensor) -> bool:
+        return 0 < decode_rows(x) <= self.max_batch
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not 0 < decode_rows(x) <= self.max_batch:
+        if not self.is_own(x):
             return self.dense(x)
-        self.refuse_thawed()
         weight = matrix(self.module)
         return product(x.to(weight.dtype), weight, self.module.bias)
 
@@ -40,10 +43,12 @@ class DecodeExperts(Forward):
         super().__init__(module, name)
         self.layout, self.max_batch = layout_of(module), max_batch
 
+    def is_own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> bool:
+        return 0 < self.layout.tokens(hidden) <= self.max_batch
+
     def __call__(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
-        if not 0 < self.layout.tokens(hidden) <= self.max_batch:
+        if not self.is_own(hidden):
             return self.dense(*(x for x in (hidden, top_k_index, top_k_weights) if x is not None))
-        self.refuse_thawed()
         return decode_experts(self.module, self.layout, hidden, top_k_index, top_k_weights)
 
 
@@ -79,7 +84,9 @@ class DenseDecode(Technique):
             alike.setdefault(_shape(part), []).append(part)
         max_batch, ratio = {}, {}
         for same in alike.values():
-            largest, at_one = measure.faster_up_to(partial(_contest, same), device_of(same[0].module))
+            contest, device = partial(_contest, same), device_of(same[0].module)
+            key = f"dense decode on {device.type}: {_shape(same[0])}, {'one' if len(same) == 1 else 'several'}"
+            largest, at_one = remembered(key, partial(measure.faster_up_to, contest, device))
             max_batch |= dict.fromkeys((part.name for part in same), largest)
             ratio |= dict.fromkeys((part.name for part in same), at_one)
         return Settings({"max_batch": max_batch, "ratio": ratio})

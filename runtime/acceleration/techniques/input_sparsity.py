@@ -61,14 +61,16 @@ class SparseLinear(Forward):
     def weights(self):
         return {f"{self.name}.weight": self.module.weight}
 
+    def is_own(self, x: torch.Tensor) -> bool:
+        return 0 < decode_rows(x) <= MAX_BATCH
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        batch = decode_rows(x)
-        self.watch.check(self.weights(), thorough=not batch)
-        if not 0 < batch <= MAX_BATCH:
+        own = self.is_own(x)
+        self.watch.check(self.weights(), thorough=not own)
+        if not own:
             return self.dense(x)
-        self.refuse_thawed()
         weight = matrix(self.module)
-        cutoff = self.cutoff if batch <= self.max_union else None
+        cutoff = self.cutoff if decode_rows(x) <= self.max_union else None
         return column_sparse_linear(x.to(weight.dtype), weight, cutoff, self.module.bias)
 
     def active(self, x):
@@ -99,12 +101,17 @@ class SparseExperts(Forward):
     def tensors(self):
         return list(self.cutoffs.values())
 
+    def weights(self):
+        return {f"{self.name}.{weight.name}": weight.parameter(self.module) for weight in self.layout.weights}
+
+    def is_own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> bool:
+        return 0 < self.layout.tokens(hidden) <= MAX_BATCH
+
     def __call__(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
         tokens = self.layout.tokens(hidden)
         self.watch.check(self.weights(), thorough=tokens > 1)
-        if not 0 < tokens <= MAX_BATCH:
+        if not self.is_own(hidden):
             return self.dense(*(x for x in (hidden, top_k_index, top_k_weights) if x is not None))
-        self.refuse_thawed()
         # A prompt of a few tokens looks like a batch: several tokens are exact.
         skipping = self.cutoffs if tokens == 1 else None
         return decode_experts(self.module, self.layout, hidden, top_k_index, top_k_weights, skipping)

@@ -19,8 +19,13 @@ from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 from hasten.kernels.sequence import state_dtype
 
-# Adapters: the names, arguments and side effects of the functions that they replace. Whatever else a layer passes must be
-# None: an argument that is not named here is not computed.
+# Adapters: the names, arguments and side effects of the functions that they replace. Layers pass along what their model was
+# called with; what is neither an argument here nor in IGNORED must be None, for it is not computed.
+IGNORED = (
+    *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
+    *("position_ids", "position_embeddings"),
+)
+PACKED = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def chunk_delta_rule(
@@ -33,11 +38,9 @@ def chunk_delta_rule(
     initial_state=None,
     output_final_state=False,
     use_qk_l2norm_in_kernel=False,
-    cu_seqlens=None,
     **others,
 ):
     """For `torch_chunk_gated_delta_rule` and `chunk_kimi_delta_attention`; chunks are ours."""
-    _refuse_packed(cu_seqlens)
     _refuse_others(others)
     state = None if initial_state is None else initial_state.to(state_dtype(query))
     settings = {"decay": g, "scale": query.shape[-1] ** -0.5, "l2_norm": use_qk_l2norm_in_kernel}
@@ -54,11 +57,9 @@ def step_delta_rule(
     initial_state,
     output_final_state,
     use_qk_l2norm_in_kernel=False,
-    cu_seqlens=None,
     **others,
 ):
     """For `torch_recurrent_gated_delta_rule` and `recurrent_kimi_delta_attention`. A cached state of the right dtype is updated in place."""
-    _refuse_packed(cu_seqlens)
     _refuse_others(others)
     if initial_state is None:
         return chunk_delta_rule(
@@ -89,11 +90,9 @@ def chunk_mamba2(
     dt_softplus=False,
     dt_limit=(0.0, float("inf")),
     return_final_states=False,
-    seq_idx=None,
     **others,
 ):
     """For `mamba2_chunk_scan`: k = B, v = dt x, q = C, decay = dt A. The state [K, V] is transformers' [head_dim, state_size], transposed."""
-    _refuse_packed(seq_idx)
     _refuse_others(others)
     dt = _time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
     x = hidden_states.float()
@@ -138,9 +137,8 @@ def step_mamba2(
     return (output if z is None else output * F.silu(z)).to(hidden_states.dtype)
 
 
-def conv1d(hidden_states, weight, bias=None, activation=None, seq_idx=None, **others):
+def conv1d(hidden_states, weight, bias=None, activation=None, **others):
     """For `causal_conv1d_fn`."""
-    _refuse_packed(seq_idx)
     _refuse_others(others)
     return causal_conv1d(hidden_states, weight, bias, activation=activation)
 
@@ -154,7 +152,8 @@ def minimax_forward(layer: nn.Module) -> Callable:
     """The forward of a `MiniMaxLightningAttention`: its state in float32, and a cached prefix continued in chunks."""
     slopes = layer.get_slope_rate().detach().float().flatten()
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **others):
+        _refuse_others(others)
         B, T, _ = hidden_states.shape
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         if attention_mask is not None:
@@ -182,17 +181,14 @@ def _time_step(dt, bias, softplus) -> torch.Tensor:
     return F.softplus(dt) if softplus else dt
 
 
-def _refuse_packed(boundaries) -> None:
-    if boundaries is not None:
-        raise ValueError(
-            "packed sequences (cu_seqlens, seq_idx) are not kept apart by these layers: pass them as rows of a batch"
-        )
-
-
 def _refuse_others(others: dict) -> None:
     for name, value in others.items():
-        if value is not None:
-            raise ValueError(f"hasten's kernel for this layer does not compute {name}, got {value!r}: revert the model")
+        if value is None or name in IGNORED:
+            continue
+        if name in PACKED:
+            reason = f"packed sequences ({name}) are not kept apart by this layer: pass them as rows of a batch"
+            raise ValueError(reason)
+        raise ValueError(f"hasten's kernel for this layer does not compute {name}, got {value!r}: revert the model")
 
 
 def remade(**replacements: Callable) -> Callable[[nn.Module], Callable]:

@@ -1,0 +1,26 @@
+"""Running a model as `generate` does, step by step."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor, parts: list[int]) -> torch.Tensor:
+    """Logits [B, T, V]: a prefill of parts[0] tokens of `ids` [B, T], then the other parts with the cache."""
+    outputs, cache = [], {}
+    for part in ids.split(parts, 1):
+        output = model(input_ids=part, use_cache=True, **cache)
+        names = ("past_key_values", "cache_params")
+        cache = {name: getattr(output, name) for name in names if getattr(output, name, None) is not None}
+        outputs.append(output.logits)
+    return torch.cat(outputs, 1)
+
+
+def decode_logits(model: nn.Module, ids: torch.Tensor, prefix: int) -> torch.Tensor:
+    """The same for a prefill of `prefix` tokens and then single ones."""
+    return logits(model, ids, [prefix] + [1] * (ids.shape[1] - prefix))
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest relative distance of two rows of logits."""
+    return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).max())

@@ -1,0 +1,461 @@
+"""The laws that hold for every technique. One of them exists only here: nothing in hasten knows of it."""
+
+import copy
+import inspect
+import json
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import linear_models
+import pytest
+import tiny_models
+import torch
+from running import decode_logits, distance
+from snapshots import assert_unchanged, snapshot
+from tiny_models import token_ids
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hasten
+from hasten.acceleration import install, measure
+from hasten.acceleration.edits import Edit, ReplaceForward
+from hasten.acceleration.forwards import Forward, decode_rows
+from hasten.acceleration.techniques.base import Regime, Settings, Skip, Technique
+from hasten.errors import SavedPlanError
+from hasten.kernels import backend
+from hasten.kernels.linear import linear
+
+
+class RoundingLinear(Forward):
+    """A projection whose inputs are rounded to multiples of `step` [1] in decode."""
+
+    def __init__(self, module: nn.Module, name: str, step: torch.Tensor):
+        super().__init__(module, name)
+        self.step = step
+
+    def __call__(self, x):
+        if not decode_rows(x):
+            return self.dense(x)
+        return linear((x / self.step).round() * self.step, self.module.weight, self.module.bias)
+
+    def active(self, x):
+        return (int((x.abs() * 2 > self.step).sum()), x.numel()) if decode_rows(x) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding(Technique):
+    """Rounds the inputs of down projections to `steps` steps in their mean size, which calibration finds."""
+
+    steps: int = 2
+
+    calibrated: ClassVar[bool] = True
+
+    def targets(self, anatomy):
+        return tuple(p.name for p in anatomy.projections if p.role == "down")
+
+    def listen(self, anatomy, statistics):
+        sizes = statistics.gathered[type(self).__name__] = {name: [] for name in self.targets(anatomy)}
+        for name, seen in sizes.items():
+            module = anatomy.model.get_submodule(name)
+            yield module.register_forward_pre_hook(lambda module, x, seen=seen: seen.append(float(x[0].abs().mean())))
+
+    def settle(self, anatomy, statistics):
+        sizes = {name: sum(seen) / len(seen) for name, seen in statistics.of(self).items()}
+        steps = {f"step of {name}": torch.tensor([size / self.steps]) for name, size in sizes.items()}
+        return Settings({"of": list(sizes), "steps": self.steps}, steps)
+
+    def read(self, saved, anatomy):
+        expected = {f"step of {name}" for name in self.targets(anatomy)}
+        if saved.values.get("steps") != self.steps or saved.tensors.keys() != expected:
+            raise SavedPlanError(f"the settings of Rounding are {saved}")
+        return saved
+
+    def edits(self, anatomy, settings):
+        tensors = settings.tensors
+        make = {name: partial(RoundingLinear, step=tensors[f"step of {name}"]) for name in settings.values["of"]}
+        return [ReplaceForward(name, made) for name, made in make.items()]
+
+    def skips(self, anatomy, settings):
+        return [Skip(p.name, "it is no down projection") for p in anatomy.projections if p.role != "down"]
+
+    def summary(self, settings):
+        return f"{len(settings.values['of'])} rounded"
+
+    def regimes(self, anatomy):
+        return (Regime(context=9), Regime(batch=3, tokens=5, context=7))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A technique, and a tiny model on which it acts."""
+
+    technique: Technique
+    build: Callable[[], nn.Module]
+
+    def model(self) -> nn.Module:
+        """The model as from_pretrained returns one: its parameters require grad."""
+        return self.build().requires_grad_(True)
+
+    def accelerate(self, model: nn.Module, **settings) -> hasten.Report:
+        settings = {
+            "calibration": token_ids(1, 64, seed=1),
+            "heldout": token_ids(1, 24),
+            "measure_speed": False,
+        } | settings
+        return hasten.accelerate(model, self.technique, **settings)
+
+    def __str__(self) -> str:
+        return f"{type(self.technique).__name__}-{self.build.args[0]}"
+
+
+llama, phi3, mixtral = (partial(tiny_models.build, name) for name in ("llama", "phi3", "mixtral"))
+CASES = [
+    Case(hasten.DenseDecode(always=True), llama),
+    Case(hasten.DenseDecode(always=True), mixtral),
+    Case(hasten.Wina(0.5), llama),
+    Case(hasten.Wina(0.5), mixtral),
+    Case(hasten.Teal(0.5), llama),
+    Case(hasten.Cats(0.5), llama),
+    Case(hasten.Cats(0.5), phi3),
+    Case(hasten.FastLinearAttention(), partial(linear_models.build, "mamba2")),
+    Case(hasten.FastLinearAttention(), partial(linear_models.build, "minimax")),
+    Case(hasten.FastLinearAttention(), partial(linear_models.build, "qwen3_next")),
+    Case(Rounding(), llama),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def no_contest(monkeypatch):
+    """What is measured to be faster is the same in every run."""
+    monkeypatch.setattr(measure, "faster_up_to", lambda *arguments: (8, 1.5))
+
+
+def test_every_technique_is_here():
+    """A new technique gets its laws by an entry in CASES."""
+    known = {kind for kind in Technique.known.values() if kind.__module__.startswith("hasten.")}
+    missing = {kind for kind in known if not inspect.isabstract(kind)} - {type(case.technique) for case in CASES}
+    assert not missing
+
+
+@every_case
+def test_revert_is_bit_exact(case):
+    model, ids = case.model(), token_ids(2, 24)
+    expected, before = decode_logits(model, ids, 16), snapshot(model)
+    report = case.accelerate(model)
+    assert report.techniques[0].edited
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    fast = decode_logits(model, ids, 16)
+    assert not torch.equal(fast, expected)
+    assert_bounds(fast, expected, case.technique.exact)
+    hasten.revert(model)
+    assert_unchanged(model, before)
+    assert torch.equal(decode_logits(model, ids, 16), expected)
+
+
+def assert_bounds(fast, expected, exact):
+    if exact:
+        assert distance(fast, expected) < 1e-5
+    else:
+        assert distance(fast[:, :16], expected[:, :16]) < 1e-5, "prefill stays dense"
+        assert distance(fast[:, 16:], expected[:, 16:]) > 1e-3
+
+
+class Halt(Edit):
+    """An edit that is interrupted at its end, or, undone, at its beginning."""
+
+    def __init__(self, inner: Edit, forth: bool):
+        self.inner, self.name, self.halting = inner, inner.name, "apply" if forth else "undo"
+
+    part = property(lambda self: self.inner.part)
+
+    def apply(self, model):
+        self.inner.apply(model)
+        self.halt("apply")
+
+    def check(self, model):
+        self.inner.check(model)
+
+    def undo(self, model):
+        self.halt("undo")
+        self.inner.undo(model)
+
+    def halt(self, where):
+        if where == self.halting:
+            self.halting = None
+            raise KeyboardInterrupt
+
+
+@every_case
+def test_an_interrupt_at_any_edit_leaves_the_model(case, monkeypatch):
+    model = case.model()
+    before = snapshot(model)
+    statistics = hasten.calibrate(model, case.technique, token_ids(1, 64))
+    settings = {"calibration": statistics, "measure_drift": False}
+    kind, plain = type(case.technique), type(case.technique).edits
+    count, position, forth = 1, 0, True
+
+    def halting(technique, anatomy, own):
+        nonlocal count
+        edits = plain(technique, anatomy, own)
+        count = len(edits)
+        return [Halt(edit, forth) if i == position else edit for i, edit in enumerate(edits)]
+
+    settled = case.accelerate(model, **settings).techniques
+    hasten.revert(model)
+    settled = {type(entry.technique): entry.settings for entry in settled}
+    monkeypatch.setattr(kind, "settle", lambda technique, anatomy, own: settled[kind])
+    monkeypatch.setattr(kind, "edits", halting)
+    while position < count:
+        forth = True
+        with pytest.raises(KeyboardInterrupt):
+            case.accelerate(model, **settings)
+        assert_unchanged(model, before)
+        forth = False
+        case.accelerate(model, **settings)
+        with pytest.raises(KeyboardInterrupt):
+            hasten.revert(model)
+        hasten.revert(model)
+        assert_unchanged(model, before)
+        position += 1
+
+
+@every_case
+@pytest.mark.parametrize("seam", ["calibrating", "settling", "measuring", "checking"])
+def test_an_interrupt_between_leaves_the_model(case, seam, monkeypatch):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    model = case.model()
+    before = snapshot(model)
+    if seam == "calibrating":
+        monkeypatch.setattr(type(model), "forward", interrupt)
+    elif seam == "settling":
+        monkeypatch.setattr(type(case.technique), "settle", interrupt)
+    elif seam == "measuring":
+        monkeypatch.setattr(measure, "drift", interrupt)
+    else:
+        monkeypatch.setattr(install, "self_check", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        case.accelerate(model)
+    assert_unchanged(model, before)
+
+
+@every_case
+def test_a_second_accelerate_is_refused(case):
+    model, ids = case.model(), token_ids(1, 20)
+    case.accelerate(model)
+    before, expected = snapshot(model), decode_logits(model, ids, 16)
+    for work in (partial(case.accelerate, model), partial(hasten.calibrate, model, case.technique, ids)):
+        with pytest.raises(hasten.StateError, match=r"accelerated already.*revert"):
+            work()
+    assert_unchanged(model, before)
+    assert torch.equal(decode_logits(model, ids, 16), expected)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.technique.calibrated], ids=str)
+def test_calibration_changes_nothing(case):
+    model = case.model()
+    before = snapshot(model)
+    statistics = hasten.calibrate(model, case.technique, token_ids(2, 64))
+    assert statistics.tokens == 128
+    assert_unchanged(model, before)
+    with pytest.raises(ValueError, match=rf"{type(case.technique).__name__} needs calibration="):
+        hasten.accelerate(model, case.technique)
+    with pytest.raises(ValueError, match=rf"hold nothing for {type(case.technique).__name__}"):
+        hasten.accelerate(model, case.technique, calibration=hasten.Statistics())
+
+
+@every_case
+def test_loaded_is_what_was_saved(case, tmp_path):
+    model, ids = case.model(), token_ids(1, 24)
+    case.accelerate(model)
+    expected = decode_logits(model, ids, 16)
+    hasten.save(model, tmp_path)
+    loaded = hasten.load(tmp_path)
+    assert loaded._hasten.plan == model._hasten.plan
+    kind = type(case.technique).__name__
+    saved, read = model._hasten.settings[kind], loaded._hasten.settings[kind]
+    assert read.values == saved.values and read.tensors.keys() == saved.tensors.keys()
+    assert all(torch.equal(read.tensors[name], tensor) for name, tensor in saved.tensors.items())
+    assert torch.equal(decode_logits(loaded, ids, 16), expected)
+    hasten.revert(loaded)
+    hasten.revert(model)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+@every_case
+def test_settings_are_json_and_tensors(case):
+    """What `settle` gives outlives JSON, and `read` takes it."""
+    model = case.model()
+    case.accelerate(model)
+    technique, anatomy = case.technique, hasten.acceleration.anatomy.Anatomy(case.model())
+    settings = model._hasten.settings[type(technique).__name__]
+    again = Settings(json.loads(json.dumps(settings.values)), settings.tensors)
+    assert again.values == settings.values
+    if technique.portable:
+        assert technique.read(again, anatomy) == again
+        with pytest.raises(SavedPlanError):
+            technique.read(Settings(again.values | {"unknown": 1}, again.tensors | {"unknown": torch.ones(1)}), anatomy)
+
+
+class WrongKernels(TorchDispatchMode):
+    """Operators of hasten write values that are off by a thousandth of their neighbours, except by their definition.
+
+    Args:
+        written: the operator and the number of what it writes (a result, or an argument that it changes); None for none.
+    """
+
+    def __init__(self, written: tuple[str, int] | None = None):
+        super().__init__()
+        self.written, self.seen = written, {}
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        result = operator(*arguments, **(keywords or {}))
+        if operator.namespace == "hasten" and not backend.is_reference():
+            writes = [*(result if isinstance(result, tuple) else (result,))]
+            for argument, value in zip(operator._schema.arguments, arguments, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    writes.append(value)
+            for number, tensor in enumerate(writes):
+                self.seen[operator._schema.name, number] = None
+                if self.written == (operator._schema.name, number):
+                    tensor.add_(tensor.roll(1, -1), alpha=1e-3)
+        return result
+
+
+@every_case
+def test_the_self_check_catches_any_wrong_kernel(case):
+    """Whichever of the tensors that its kernels write is wrong, unless nothing reads it."""
+    model, ids = case.model(), token_ids(1, 20)
+    before = snapshot(model)
+    statistics = hasten.calibrate(model, case.technique, token_ids(1, 64))
+    settings = {"calibration": statistics, "measure_drift": False}
+    with WrongKernels() as right:
+        case.accelerate(model, **settings)
+    expected = decode_logits(model, ids, 16)
+    hasten.revert(model)
+    caught = 0
+    for written in right.seen:
+        try:
+            with WrongKernels(written):
+                case.accelerate(model, **settings)
+                assert torch.equal(decode_logits(model, ids, 16), expected), f"{written} is wrong and was not noticed"
+            hasten.revert(model)
+        except hasten.HastenError as error:
+            assert re.search("self-check: .* differs from its definition", str(error))
+            caught += 1
+        assert_unchanged(model, before)
+    assert caught
+
+
+@every_case
+def test_every_regime_is_measured(case):
+    model, shapes = case.model(), []
+    regimes = case.technique.regimes(hasten.acceleration.anatomy.Anatomy(model))
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda module, x: shapes.append(tuple(x[0].shape)))
+    report = case.accelerate(model, measure_speed=True, measure_drift=False)
+    handle.remove()
+    for entry in report.techniques:
+        assert {timing.regime for timing in entry.timings} >= set(regimes)
+        assert all(timing.before > 0 and timing.after > 0 for timing in entry.timings)
+    for regime in regimes:
+        runs = [(regime.batch, regime.tokens)]
+        if regime.context:
+            runs.insert(0, (regime.batch, regime.context))
+        at = [i for i in range(len(shapes)) if shapes[i : i + len(runs)] == runs]
+        assert at, f"{regime} was not run"
+        assert str(regime) in str(report)
+    data = json.loads(report.to_json())
+    assert data["techniques"][0]["technique"] == type(case.technique).__name__
+    assert [timing["regime"] for timing in data["techniques"][0]["timings"]] == [
+        str(timing.regime) for timing in report.techniques[0].timings
+    ]
+
+
+@every_case
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_is_accelerated_and_of_its_own(case, way):
+    model, ids = case.model(), token_ids(1, 24)
+    dense = decode_logits(model, ids, 16)
+    case.accelerate(model)
+    expected = decode_logits(model, ids, 16)
+    with WrongKernels() as original:
+        decode_logits(model, ids, 16)
+    twin = way(model)
+    hasten.revert(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with WrongKernels() as copied:
+        assert torch.equal(decode_logits(twin, ids, 16), expected)
+    assert copied.seen.keys() == original.seen.keys()
+    hasten.revert(twin)
+    assert torch.equal(decode_logits(twin, ids, 16), dense)
+    assert all(parameter.requires_grad for parameter in twin.parameters())
+
+
+@every_case
+def test_hooks_fire_as_often_as_before(case):
+    model, ids, calls = case.model(), token_ids(1, 20), []
+    names = {module: name for name, module in model.named_modules()}
+    for module in model.modules():
+        module.register_forward_hook(lambda module, x, y: calls.append(names[module]))
+    decode_logits(model, ids, 16)
+    expected = sorted(calls)
+    case.accelerate(model, measure_drift=False)
+    calls.clear()
+    decode_logits(model, ids, 16)
+    assert sorted(calls) == expected
+
+
+@every_case
+def test_the_state_dict_is_the_dense_models(case):
+    model = case.model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    case.accelerate(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@every_case
+def test_weights_that_are_thawed_are_refused(case):
+    model, ids = case.model(), token_ids(1, 20)
+    case.accelerate(model, measure_drift=False)
+    with WrongKernels() as outside:
+        cache = model(input_ids=ids[:, :16], use_cache=True)
+        name = "past_key_values" if hasattr(cache, "past_key_values") else "cache_params"
+        model(input_ids=ids[:, 16:17], use_cache=True, **{name: getattr(cache, name)})
+    assert outside.seen, "a plain call outside no_grad runs the kernels"
+    for thawed in (model.get_input_embeddings(), model.get_output_embeddings(), model):
+        thawed.requires_grad_(True)
+        with pytest.raises(hasten.StateError, match=r"requires grad since .*requires_grad_\(False\).*revert"):
+            model(input_ids=ids)
+        decode_logits(model, ids, 16)
+        model.requires_grad_(False)
+    hasten.revert(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_report_counts_what_was_active():
+    case = CASES[-1]
+    model, counts = case.model(), []
+    report = case.accelerate(model, heldout=token_ids(1, 40))
+    for name in report.techniques[0].edited:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(
+            lambda module, x: (
+                counts.append((x[0].abs() * 2 > module.forward.step).float().mean()) if x[0].shape[1] == 1 else None
+            )
+        )
+    decode_logits(model, token_ids(1, 40)[:, :-1], 16)
+    assert report.techniques[0].active_share == pytest.approx(float(torch.stack(counts).mean()), abs=1e-6)
+    assert "2 rounded" in str(report) and "no down projection" in str(report)
