@@ -99,6 +99,9 @@ class SparseExperts(Forward):
         }
         self.watch = Watch()
 
+    def weights(self):
+        return {f"{self.name}.{weight.name}": weight.parameter(self.module) for weight in self.layout.weights}
+
     def tensors(self):
         return list(self.cutoffs.values())
 
@@ -188,8 +191,9 @@ class InputSparsity(Technique):
         for name, part in _parts(anatomy).items():
             histograms = gathered.histograms[name] = [ScoreHistogram() for _ in _weights(part)]
             factors = [self.factors(weight.detach()) for weight in _weights(part)]
-            listener = _listen_to_experts if isinstance(part, Experts) else _listen_to_projection
-            yield part.module.register_forward_pre_hook(partial(listener, histograms, factors))
+            listen = _listen_to_experts if isinstance(part, Experts) else _listen_to_projection
+            listener = partial(listen, histograms, factors)
+            yield part.module.register_forward_pre_hook(partial(refusing_broken_inputs, name, listener))
         if self.allocation == "greedy":
             for block in anatomy.blocks:
                 calls = gathered.calls[block.name] = []
@@ -315,6 +319,20 @@ def _weights(part: Projection | Experts) -> list[torch.Tensor]:
         return [part.weight]
     layout = layout_of(part.module)
     return [weight.of(part.module, layout.experts) for weight in layout.weights]
+
+
+def refusing_broken_inputs(name: str, listener: Callable, module: nn.Module, *values) -> None:
+    """A hook that calls `listener(module, *values)`, and says what is wrong where it meets scores that are no numbers.
+
+    Raises:
+        UnsupportedModelError: NaN or infinite activations.
+    """
+    try:
+        listener(module, *values)
+    except ValueError:
+        reason = "the calibration pass met NaN or infinite activations there"
+        remedy = "load the model in a dtype that it runs in, such as torch.bfloat16 or torch.float32"
+        raise UnsupportedModelError(name, type(module).__qualname__, reason, remedy) from None
 
 
 def _listen_to_projection(histograms, factors, module, arguments):
