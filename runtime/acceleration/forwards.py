@@ -35,10 +35,6 @@ class Forward:
     def __call__(self, *arguments, **keywords):
         raise NotImplementedError
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights that `watch` looks at, by their names in the model."""
-        return {}
-
     def dense(self, *arguments, **keywords):
         """The forward that the module's class has."""
         return type(self.module).forward(self.module, *arguments, **keywords)

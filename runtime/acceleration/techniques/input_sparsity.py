@@ -105,9 +105,6 @@ class SparseExperts(Forward):
     def tensors(self):
         return list(self.cutoffs.values())
 
-    def weights(self):
-        return {f"{self.name}.{weight.name}": weight.parameter(self.module) for weight in self.layout.weights}
-
     def is_own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> bool:
         return 0 < self.layout.tokens(hidden) <= MAX_BATCH
 
