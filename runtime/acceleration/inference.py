@@ -360,22 +360,23 @@ def inner_language_model(model: nn.Module) -> nn.Module | None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A block in which the model is run as if it had read nothing before, and after which it remembers what it did.
 
-    Put back are buffers that a run replaces, and attributes that are tensors or numbers, such as `rope_deltas` of
-    multimodal rotary positions. Not for blocks that change the model itself.
+    Put back are buffers and submodules that a run replaces, and attributes that are tensors, numbers or words, such as
+    `rope_deltas` of multimodal rotary positions or BigBird's kind of attention. Not for blocks that change the model.
     """
-    kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
+    kept = [(module, _memory(module), dict(module._buffers), dict(module._modules)) for module in model.modules()]
     try:
-        for module, attributes, _ in kept:
+        for module, attributes, _, _ in kept:
             for name in REMEMBERED.keys() & attributes.keys():
                 setattr(module, name, REMEMBERED[name])
         yield
     finally:
-        for module, attributes, buffers in kept:
+        for module, attributes, buffers, modules in kept:
             for name in _memory(module).keys() - attributes.keys():
                 delattr(module, name)
             vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for now, before in ((module._buffers, buffers), (module._modules, modules)):
+                now.clear()
+                now.update(before)
 
 
 def _memory(module: nn.Module) -> dict[str, object]:
@@ -383,7 +384,7 @@ def _memory(module: nn.Module) -> dict[str, object]:
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and (value is None or type(value) in (int, float) or torch.is_tensor(value))
+        if not name.startswith("_") and (value is None or type(value) in (int, float, str, torch.Tensor))
     }
 
 
