@@ -34,8 +34,8 @@ def arrange(plan: Plan, anatomy: Anatomy, strict: bool = True) -> list[Assignmen
         try:
             targets = technique.targets(view)
         except UnsupportedModelError as nothing:
-            found = (refusal for refusal in anatomy.refusals if refusal not in known)
-            raise next((refusal.error() for refusal in found), nothing) from None
+            reasons = (refusal for refusal in anatomy.refusals if refusal not in known)
+            raise next((refusal.error() for refusal in reasons), nothing) from None
         for name in targets:
             if name in owners:
                 both = f"{type(owners[name]).__name__} and {type(technique).__name__}"
