@@ -113,8 +113,8 @@ def expert_columns_kernel(
             p_own, p_rows, p_limit, o_n, i_s, count, N, K, splits, B, BLOCK_N, BLOCK_K, SHARES, HAS_CUTOFF
         )  # [B, BLOCK_N]
         m_b = tl.arange(0, B) < count
-        p_part += (i_s * pairs + b_pair).to(tl.int64)[:, None] * N + o_n[None, :]
-        tl.store(p_part, b_y, mask=m_b[:, None] & (o_n < N)[None, :])
+        o_part = (i_s * pairs + b_pair).to(tl.int64)[:, None] * N + o_n[None, :]  # [B, BLOCK_N]
+        tl.store(p_part + o_part, b_y, mask=m_b[:, None] & (o_n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["pairs", "E", "splits"])

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hasten.acceleration.anatomy import GatedMLP
 from hasten.acceleration.edits import ReplaceForward, StoreColumnMajor
 from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix, product
+from hasten.acceleration.parts import GatedMLP
 from hasten.acceleration.techniques.base import Settings, Technique
 from hasten.acceleration.techniques.dense_decode import DenseDecode
 from hasten.acceleration.techniques.input_sparsity import refused_methods

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from hasten.acceleration import measure
-from hasten.acceleration.anatomy import Anatomy, Experts, Projection
+from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import Edit, ReplaceForward
 from hasten.acceleration.experts import ExpertsLayout, decode_experts, layout_of
 from hasten.acceleration.forwards import Forward, decode_rows, matrix, product
+from hasten.acceleration.parts import Experts, Projection
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
 from hasten.kernels.storage import MAX_BATCH
 from hasten.kernels.tuning import remembered

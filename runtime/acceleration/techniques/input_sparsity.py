@@ -11,10 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from hasten.acceleration.anatomy import Anatomy, Block, Experts, Projection
+from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import Edit, RefuseMethod, ReplaceForward, StoreColumnMajor
 from hasten.acceleration.experts import decode_experts, expert_inputs, layout_of
 from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix
+from hasten.acceleration.parts import Block, Experts, Projection
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
 from hasten.acceleration.techniques.dense_decode import DenseDecode
 from hasten.errors import Refusal, SavedPlanError, UnsupportedModelError
