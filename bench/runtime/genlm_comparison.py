@@ -157,7 +157,8 @@ def compare(problem: Problem, folder: Path, peer: Peer, particles: int) -> list[
     ours = Ours(folder)
     job = {
         "folder": str(folder), "prompt": ours.tokenizer(problem.prompt)["input_ids"], "text": problem.prompt,
-        "temperature": 1.0, "kind": problem.kind, "constraint": problem.constraint, "tokens": problem.tokens, "particles": particles,
+        "temperature": 1.0, "kind": problem.kind, "constraint": problem.constraint,
+        "tokens": problem.tokens, "particles": particles,
         "ess_threshold": ESS_THRESHOLD, "resampling": RESAMPLING,
     }  # fmt: skip
     batchings = {**BATCHINGS, "no waiting": {**BATCHINGS["no waiting"], "batch_size": particles}}
@@ -190,7 +191,8 @@ def show(record: dict) -> None:
     ratio = record.get("times_of_fastest_peer")
     print(
         f"{problem['model']:19} {problem['kind']:11} {problem['tokens']:4} tokens {record['particles']:3} particles  "
-        f"{record['way']:28} {record['tokens_per_second']:9.1f} tokens/s  {record['kept']:5.0f} kept in {record['milliseconds']:9.1f} ms  "
+        f"{record['way']:28} {record['tokens_per_second']:9.1f} tokens/s  "
+        f"{record['kept']:5.0f} kept in {record['milliseconds']:9.1f} ms  "
         f"{record['alive']:4.0%} alive" + (f"  {ratio:6.2f} x the faster peer" if ratio else ""),
         flush=True,
     )  # fmt: skip
