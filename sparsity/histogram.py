@@ -35,7 +35,7 @@ class ScoreHistogram:
         scores = scores.detach().float().flatten()
         octaves = torch.log2(scores)
         if torch.isnan(octaves).any() or torch.isposinf(octaves).any():
-            raise ValueError("the calibration pass met NaN or infinite activations: the model is broken in this dtype")
+            raise ValueError("scores must be finite, got NaN or infinite ones")
         octaves = octaves[octaves >= LOWEST_OCTAVE]
         bins = ((octaves - LOWEST_OCTAVE) * BINS_PER_OCTAVE).long().clamp_(max=BINS - 1)
         self.zeros += scores.numel() - octaves.numel()

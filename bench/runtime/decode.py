@@ -19,7 +19,7 @@ from hasten.model_facts import device_of, progress
 
 logger = logging.getLogger("hasten.bench")
 
-PROMPT_TOKENS, PREFILL_TOKENS, CALIBRATION_TOKENS = 32, 1024, 512
+PROMPT_TOKENS, PREFILL_TOKENS, CALIBRATION_TOKENS, COUNTED_TOKENS = 32, 1024, 512, 24
 WARMUP = 3
 
 
@@ -71,8 +71,8 @@ def compare(
 ) -> list[dict]:
     """Times the dense model in transformers, with `DenseDecode`, and with `Wina` at each sparsity, batch 1.
 
-    One decode step of each model after the other, so that all of them see the same machine;
-    every model reads gigabytes a step, so weights are cold.
+    One decode step of each model after the other, so that all of them see the same machine; every model reads gigabytes
+    a step, so weights are cold.
 
     Args:
         sparsities: of the Wina models.
@@ -80,8 +80,8 @@ def compare(
         prefill: also time a prefill of PREFILL_TOKENS tokens, three rounds.
 
     Returns:
-        records of `hasten.bench.runner`; the limit is the memory's bandwidth, measured between the steps,
-        over the weights that a step must read.
+        records of `hasten.bench.runner`; the limit is the memory's bandwidth, measured between the steps, over the
+        weights that a step must read, by the share of inputs that was counted as active.
     """
     base = llama_1b(dtype, device)
     ids = torch.randint(32000, (1, PREFILL_TOKENS), generator=torch.Generator().manual_seed(1))
@@ -89,18 +89,26 @@ def compare(
     reports = {"dense": hasten.accelerate(models["dense"], hasten.DenseDecode(), measure_speed=False)}
     if sparsities:
         calibration = hasten.calibrate(base, hasten.Wina(), ids[:, :CALIBRATION_TOKENS])
+        counted_on = ids[:, CALIBRATION_TOKENS : CALIBRATION_TOKENS + COUNTED_TOKENS]
         for sparsity in sparsities:
             name = f"wina {sparsity:.0%}"
             models[name] = copy.deepcopy(base)
             reports[name] = hasten.accelerate(
-                models[name], hasten.Wina(sparsity), calibration=calibration, measure_speed=False
+                models[name],
+                hasten.Wina(sparsity),
+                calibration=calibration,
+                heldout=counted_on,
+                measure_speed=False,
             )
 
     times, bandwidths = decode_steps(models, ids, steps)
     limits = {name: bytes_read(base, reports.get(name)) / statistics.median(bandwidths) for name in models}
     for name, report in reports.items():
         growth = report.memory_after / report.memory_before - 1
-        logger.info("%s: %+.2f %% of the dense model's memory", name, 100 * growth)
+        share = report.techniques[0].active_share or 1.0
+        logger.info(
+            "%s: %+.2f %% of the dense model's memory, %.1f %% of inputs active", name, 100 * growth, 100 * share
+        )
     records = records_of("decode", times, limits, dtype, device)
     if prefill:
         rounds = {name: [] for name in models}
@@ -128,15 +136,11 @@ def decode_steps(models: dict, ids: torch.Tensor, steps: int) -> tuple[dict[str,
 
 
 def bytes_read(model: LlamaForCausalLM, report: hasten.Report | None) -> float:
-    """Bytes of weights that a decode step must read: every active column of the layers, and the head."""
-    sparsities = {}
-    for technique in report.techniques if report else []:
-        sparsities |= {setting.name: setting.sparsity for setting in technique.settings}
-    return sum(
-        module.weight.nbytes * (1 - sparsities.get(name, 0))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    )
+    """Bytes of weights that a decode step must read: of the layers, those of the inputs that were counted as active;
+    and the head."""
+    share = report.techniques[0].active_share if report else None
+    layers = sum(m.weight.nbytes for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    return layers * (1.0 if share is None else share) + model.lm_head.weight.nbytes
 
 
 def records_of(

@@ -70,7 +70,10 @@ def calibrate(
     refuse_unready(model)
     pieces = windows(calibration, tokenizer, vocabulary(model), longest=longest_input(model))
     inference = Inference(model, pieces[0])
-    return gather(inference, arrange(Plan(plan), examine(inference, pieces[0]), strict), pieces)
+    anatomy = examine(inference, pieces[0])
+    # Each on its own: techniques that could not be carried out together may listen together.
+    assignments = [found for technique in Plan(plan) for found in arrange(Plan(technique), anatomy, strict)]
+    return gather(inference, [found for found in assignments if not found.implied], pieces)
 
 
 def gather(inference: Inference, assignments: list[Assignment], pieces: list[Inputs]) -> Statistics:

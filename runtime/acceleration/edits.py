@@ -62,6 +62,9 @@ class Edit:
     def check_weights(self) -> None:
         """Raises `StateError` where the weights are not those that it was made for."""
 
+    def accept_weights(self) -> None:
+        """Takes the weights to be those that it was made for, though another edit may have stored them anew."""
+
     def undo(self, model: nn.Module) -> None:
         """Undoes `apply`, also one that was interrupted; may be repeated."""
         raise NotImplementedError
@@ -116,6 +119,10 @@ class ReplaceForward(Edit):
     def check_weights(self) -> None:
         if self.forward.watch is not None:
             self.forward.watch.check(self.forward.weights(), thorough=True)
+
+    def accept_weights(self) -> None:
+        if self.forward.watch is not None:
+            self.forward.watch.restart()
 
     def undo(self, model: nn.Module) -> None:
         if self.module is not None:
@@ -269,6 +276,8 @@ def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None
         for edit in edits:
             done.append(edit)
             edit.apply(model)
+    for edit in done:
+        edit.accept_weights()
     give_memory_back()
 
 

@@ -24,7 +24,7 @@ class Forward:
         name: the module's name in the model.
 
     Attributes:
-        watch: notices changes of `weights()` where something was derived from them.
+        watch: notices changes of `weights()`; None where nothing was derived from any.
     """
 
     watch: "Watch | None" = None
@@ -35,13 +35,13 @@ class Forward:
     def __call__(self, *arguments, **keywords):
         raise NotImplementedError
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights that `watch` looks at, by their names in the model."""
-        return {}
-
     def dense(self, *arguments, **keywords):
         """The forward that the module's class has."""
         return type(self.module).forward(self.module, *arguments, **keywords)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that something was derived from, by their names in the model."""
+        return {}
 
     def tensors(self) -> list[torch.Tensor]:
         """What it holds beside the module's own weights."""

@@ -309,7 +309,8 @@ class Inference:
         output = self._call(self.target, arguments)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor):
-            raise self._refusal(arguments, "its output has no logits")
+            reason, remedy = "it has no language-model head: its output has no logits", "pass the ...ForCausalLM model"
+            raise UnsupportedModelError("", type(self.target).__qualname__, reason, remedy)
         ids = arguments["decoder_input_ids" if self.encodes else "input_ids"]
         if not arguments.keys() - TEXT and logits.shape[1] not in (1, ids.shape[1]):
             raise self._refusal(arguments, f"its logits {list(logits.shape)} are not one row for each token")

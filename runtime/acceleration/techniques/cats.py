@@ -13,7 +13,7 @@ from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix, pr
 from hasten.acceleration.parts import GatedMLP
 from hasten.acceleration.techniques.base import Settings, Technique
 from hasten.acceleration.techniques.dense_decode import DenseDecode
-from hasten.acceleration.techniques.input_sparsity import refused_methods
+from hasten.acceleration.techniques.input_sparsity import refused_methods, refusing_broken_inputs
 from hasten.errors import SavedPlanError, UnsupportedModelError
 from hasten.kernels import backend
 from hasten.kernels.column_sparse_linear import column_sparse_linear
@@ -166,7 +166,7 @@ class Cats(Technique):
             histogram = histograms[name] = ScoreHistogram()
             activation = mlp.module.get_submodule(mlp.activation)
             listener = partial(_listen, histogram, cats(mlp.down.weight.detach()))
-            yield activation.register_forward_hook(listener)
+            yield activation.register_forward_hook(partial(refusing_broken_inputs, name, listener))
 
     def settle(self, anatomy, statistics):
         """Sparsity and threshold by the names of MLPs."""

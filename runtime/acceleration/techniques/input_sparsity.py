@@ -103,11 +103,11 @@ class SparseExperts(Forward):
         }
         self.watch = Watch()
 
-    def tensors(self):
-        return list(self.cutoffs.values())
-
     def weights(self):
         return {f"{self.name}.{weight.name}": weight.parameter(self.module) for weight in self.layout.weights}
+
+    def tensors(self):
+        return list(self.cutoffs.values())
 
     def is_own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> bool:
         return 0 < self.layout.tokens(hidden) <= MAX_BATCH
@@ -193,8 +193,9 @@ class InputSparsity(Technique):
         for name, part in _parts(anatomy).items():
             histograms = gathered.histograms[name] = [ScoreHistogram() for _ in _weights(part)]
             factors = [self.factors(weight.detach()) for weight in _weights(part)]
-            listener = _listen_to_experts if isinstance(part, Experts) else _listen_to_projection
-            yield part.module.register_forward_pre_hook(partial(listener, histograms, factors))
+            listen = _listen_to_experts if isinstance(part, Experts) else _listen_to_projection
+            listener = partial(listen, histograms, factors)
+            yield part.module.register_forward_pre_hook(partial(refusing_broken_inputs, name, listener))
         if self.allocation == "greedy":
             for block in anatomy.blocks:
                 calls = gathered.calls[block.name] = []
@@ -322,6 +323,20 @@ def _weights(part: Projection | Experts) -> list[torch.Tensor]:
         return [part.weight]
     layout = layout_of(part.module)
     return [weight.of(part.module, layout.experts) for weight in layout.weights]
+
+
+def refusing_broken_inputs(name: str, listener: Callable, module: nn.Module, *values) -> None:
+    """A hook that calls `listener(module, *values)`, and says what is wrong where it meets scores that are no numbers.
+
+    Raises:
+        UnsupportedModelError: NaN or infinite activations.
+    """
+    try:
+        listener(module, *values)
+    except ValueError:
+        reason = "the calibration pass met NaN or infinite activations there"
+        remedy = "load the model in a dtype that it runs in, such as torch.bfloat16 or torch.float32"
+        raise UnsupportedModelError(name, type(module).__qualname__, reason, remedy) from None
 
 
 def _listen_to_projection(histograms, factors, module, arguments):
