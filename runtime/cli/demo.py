@@ -161,7 +161,7 @@ def _show_drift(points: list[Point]) -> None:
     tables.show(title, columns, rows, labels=2)
     typer.echo(
         "Real kernels and real decode; calibrated on the first part of the held-out text, measured on the rest.\n"
-        "Weights read: of all weights in the layers, per token, by the inputs that were counted as active on this text.\n"
+        "Weights read: of all weights in the layers, per token, by the inputs counted as active on this text.\n"
         "CATS skips in up and down only and leaves attention and gate dense, so at equal sparsity it does more work:\n"
         "compare at equal weights read."
     )
