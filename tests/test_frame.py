@@ -107,7 +107,8 @@ def test_imports_run_down(package):
 
 @pytest.mark.parametrize(("package", "wing"), [(package, wing) for package in WINGS for wing in WINGS[package]])
 def test_wings_do_not_import_each_other(package, wing):
-    """A wing sees itself, the files that its package shares and the packages below; model classes are runtime's alone."""
+    """A wing sees itself, the files that its package shares and the packages below;
+    model classes are runtime's alone."""
     floors = tuple(floor for floor in FOLDERS if floor not in ("hasten", "hasten.bench", package))
     below = floors if package == "hasten" else MAY_IMPORT[package][1:]
     allowed = (wing, *shared(package), *below, *(("hasten.models",) if package == "hasten" else ()))

@@ -1,4 +1,5 @@
-"""What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the structure; names are in `families`."""
+"""What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the
+structure; names are in `families`."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -22,8 +23,8 @@ class Anatomy:
 
     Attributes:
         model: the model.
-        uses: how a pass of the model calls its modules, from `hasten.acceleration.uses`; without, every projection passes
-            for one that is called once.
+        uses: how a pass of the model calls its modules, from `hasten.acceleration.uses`; without, every projection
+            passes for one that is called once.
     """
 
     def __init__(self, model: nn.Module, uses: Mapping[str, Use] | None = None):
@@ -33,7 +34,8 @@ class Anatomy:
         self._left_out: frozenset[str] = frozenset()
 
     def without(self, names: Collection[str]) -> "Anatomy":
-        """The same anatomy with these projections, experts, gated MLPs or this head taken out, and what is made of them."""
+        """The same anatomy with these projections, experts, gated MLPs or this head taken out,
+        and what is made of them."""
         other = Anatomy.__new__(Anatomy)
         other.model, other._found, other._asked = self.model, self._found, self._asked
         other._left_out = self._left_out | frozenset(names)
@@ -67,14 +69,15 @@ class Anatomy:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """Every projection of every layer, without the head, and without those that share their weight with another module."""
+        """Every projection of every layer, without the head, and without those that share their weight
+        with another module."""
         self._ask("linears", "shared")
         return self._kept(p for p in self._found.all_linears if p.name not in self._found.shared)
 
     @property
     def called_once(self) -> tuple[Projection, ...]:
-        """`projections` without those that a pass of the model calls several times: for what depends on the distribution of
-        their inputs."""
+        """`projections` without those that a pass of the model calls several times: for what depends on the
+        distribution of their inputs."""
         return tuple(p for p in self.projections if p.name not in self._found.repeated)
 
     @property
@@ -84,15 +87,16 @@ class Anatomy:
 
     @property
     def with_shared(self) -> tuple[Projection, ...]:
-        """`projections`, and those that share their weight: for what is exact and leaves the weight as it is stored. A module with several paths
-        appears once, under the first."""
+        """`projections`, and those that share their weight: for what is exact and leaves the weight as it is stored. A
+        module with several paths appears once, under the first."""
         self._ask("linears")
         first = {projection.module: projection for projection in reversed(self._found.all_linears)}
         return self._kept(p for p in self._found.all_linears if first[p.module] is p)
 
     @property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
-        """Every gated MLP of projections in `called_once` whose forward is down(act(gate(x)) * up(x)), which is tried on a few rows."""
+        """Every gated MLP of projections in `called_once` whose forward is down(act(gate(x)) * up(x)),
+        which is tried on a few rows."""
         self._ask("gated_mlps")
         return self._kept_mlps(self._found.gated_mlps)
 
@@ -328,7 +332,8 @@ class _Found:
 
 
 def _layer_lists(decoder: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of layers that `decoder` holds itself: the outermost, for those deeper down are experts, or belong to an encoder of something else."""
+    """The lists of layers that `decoder` holds itself: the outermost, for those deeper down are experts,
+    or belong to an encoder of something else."""
     lists = {
         name: module
         for name, module in decoder.named_modules()

@@ -18,7 +18,8 @@ class Assignment:
 
 
 def arrange(plan: Plan, anatomy: Anatomy, strict: bool = True) -> list[Assignment]:
-    """The techniques of `plan` and those that they imply, each with its part of the anatomy, in the order in which they are carried out.
+    """The techniques of `plan` and those that they imply, each with its part of the anatomy,
+    in the order in which they are carried out.
 
     Raises:
         UnsupportedModelError: nothing that a technique could change; with `strict`, a part that it cannot.

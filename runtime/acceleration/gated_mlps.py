@@ -20,7 +20,8 @@ def gated_names(module: nn.Module) -> GatedNames | None:
 
 
 def is_gated(names: GatedNames, name: str, projections: dict[str, Projection]) -> bool:
-    """Whether the shapes are those of a gate and what it multiplies; a fused one has twice as many rows as down has inputs."""
+    """Whether the shapes are those of a gate and what it multiplies;
+    a fused one has twice as many rows as down has inputs."""
     neurons = projections[join(name, names.down)].weight.shape[1]
     rows = [projections[join(name, below)].weight.shape[0] for below in names.projections[:-1]]
     return sum(rows) == 2 * neurons
@@ -68,7 +69,8 @@ def unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
 
 @torch.no_grad()
 def _distance_from_gated(mlp: GatedMLP) -> float:
-    """The largest relative distance of what the module computes from down(act(gate(x)) * up(x)), over rows of small and large inputs."""
+    """The largest relative distance of what the module computes from down(act(gate(x)) * up(x)),
+    over rows of small and large inputs."""
     linear = nn.functional.linear
     if mlp.gate_up:
         weights, bias = mlp.gate_up.weight.chunk(2), mlp.gate_up.bias

@@ -380,7 +380,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _memory(module: nn.Module) -> dict[str, object]:
-    """The attributes of a module that may hold something of its last inputs; flags and private ones are its own state."""
+    """The attributes of a module that may hold something of its last inputs;
+    flags and private ones are its own state."""
     return {
         name: value
         for name, value in vars(module).items()

@@ -64,7 +64,8 @@ def unfit(name: str, module: nn.Module) -> Refusal | None:
         remedy = "load the whole model into the memory of one device"
         return Refusal(name, kind, "its weight is offloaded or on the meta device", remedy)
     if type(weight.data) is not torch.Tensor or weight.dtype not in DTYPES:
-        reason = f"its weight is a {type(weight.data).__name__} of {weight.dtype}: quantised, or of a kind that hasten does not know"
+        found = f"{type(weight.data).__name__} of {weight.dtype}"
+        reason = f"its weight is a {found}: quantised, or of a kind that hasten does not know"
         return Refusal(name, kind, reason, "load the model in float32, float16 or bfloat16")
     if not weight.is_contiguous():
         reason = f"its weight is stored with strides {tuple(weight.stride())}"

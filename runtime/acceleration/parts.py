@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One linear map of the model, [N, K]. `name` is its path in the model; `role` is what `families` calls it there, None where it is not known."""
+    """One linear map of the model, [N, K]. `name` is its path in the model;
+    `role` is what `families` calls it there, None where it is not known."""
 
     name: str
     role: str | None
@@ -28,8 +29,8 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
-    """A module that computes down(act(gate(x)) * up(x)), with gate and up apart, or fused in `gate_up` with the rows of gate first. `activation` is
-    the name of the module's attribute."""
+    """A module that computes down(act(gate(x)) * up(x)), with gate and up apart, or fused in `gate_up` with the rows of
+    gate first. `activation` is the name of the module's attribute."""
 
     name: str
     module: nn.Module

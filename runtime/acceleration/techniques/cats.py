@@ -99,7 +99,8 @@ class CatsMLP(Forward):
     def beside_definition(self, x):
         if not 0 < decode_rows(x) <= MAX_BATCH:
             return self(x), self.dense(x)
-        # The gate decides what is skipped: both must decide on the same values, for rounding tips those at the threshold.
+        # The gate decides what is skipped: both must decide on the same values, for rounding tips those at the
+        # threshold.
         x = x.to(matrix(self.linear("down")).dtype)
         gate = self.gate(x)
         output = self.by_kernels(x, gate, exact=decode_rows(x) > self.max_union)

@@ -76,7 +76,8 @@ class DenseDecode(Technique):
         return tuple(_parts(anatomy))
 
     def settle(self, anatomy, statistics):
-        """The largest batch of every part's kernel, 0 where torch is as fast; and the ratio at batch 1, by which that was found."""
+        """The largest batch of every part's kernel, 0 where torch is as fast; and the ratio at batch 1,
+        by which that was found."""
         parts = _parts(anatomy)
         if self.always:
             return Settings({"max_batch": dict.fromkeys(parts, MAX_BATCH), "ratio": {}})
@@ -124,8 +125,8 @@ def _shape(part: Projection | Experts) -> tuple:
 
 
 def _contest(parts: list, batch: int, turn: int) -> tuple[Callable, Callable]:
-    """A product as torch computes it and one as hasten does, for `batch` rows, on different parts of one shape in turn, so
-    that weights are as cold as in decode."""
+    """A product as torch computes it and one as hasten does, for `batch` rows, on different parts of one shape in turn,
+    so that weights are as cold as in decode."""
     theirs, ours = (parts[(turn + shift) % len(parts)].module for shift in (0, len(parts) // 2))
     if isinstance(parts[0], Experts):
         layout = layout_of(ours)

@@ -29,7 +29,10 @@ from hasten.sparsity.union import largest_union
 
 BLOCK_SAMPLES = 2
 
-NOT_LOSSLESS = "in assisted decoding drafts would be verified by the dense model and decoded by the sparse one: other text than without"
+NOT_LOSSLESS = (
+    "in assisted decoding drafts would be verified by the dense model and decoded by the sparse one: other text than "
+    "without"
+)
 NO_PAGES = "continuous batching packs the rows of a batch into one, which hasten's kernels do not tell from a prefill"
 
 
@@ -82,7 +85,8 @@ class SparseLinear(Forward):
 
 
 class SparseExperts(Forward):
-    """A mixture of experts whose picked experts skip inputs in the decode of one token. Its weights must be column-major.
+    """A mixture of experts whose picked experts skip inputs in the decode of one token.
+    Its weights must be column-major.
 
     Args:
         module, name: the mixture.
@@ -130,7 +134,8 @@ class SparseExperts(Forward):
 
 @dataclass(slots=True)
 class Scores:
-    """What a calibration pass gathers: the scores of the inputs of every part, and the arguments of a few calls of every block."""
+    """What a calibration pass gathers: the scores of the inputs of every part,
+    and the arguments of a few calls of every block."""
 
     histograms: dict[str, list[ScoreHistogram]] = field(default_factory=dict)
     calls: dict[str, list[tuple[tuple, dict]]] = field(default_factory=dict)
@@ -138,14 +143,14 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class InputSparsity(Technique):
-    """In decode, inputs of a projection whose score is small are skipped; thresholds come from calibration, prefill stays
-    dense, and what is left dense (the head, projections at sparsity 0) is decoded as `DenseDecode` does.
+    """In decode, inputs of a projection whose score is small are skipped; thresholds come from calibration, prefill
+    stays dense, and what is left dense (the head, projections at sparsity 0) is decoded as `DenseDecode` does.
 
     Args:
         sparsity: the fraction of inputs to skip, in [0, 1), on average over the calibration tokens; or a mapping from
             module names, their endings or fnmatch patterns to fractions, where what is not named stays dense.
-        allocation: "uniform" gives every projection the same sparsity; "greedy" shares each block's budget where it costs
-            the block's output least (mixtures of experts keep theirs).
+        allocation: "uniform" gives every projection the same sparsity; "greedy" shares each block's budget where it
+            costs the block's output least (mixtures of experts keep theirs).
     """
 
     sparsity: Sparsity = 0.5
@@ -197,7 +202,8 @@ class InputSparsity(Technique):
                 yield block.module.register_forward_pre_hook(partial(_keep_call, calls), with_kwargs=True)
 
     def settle(self, anatomy, statistics):
-        """Sparsity and thresholds by the names of parts: one threshold for a projection, one for each map of a mixture of experts."""
+        """Sparsity and thresholds by the names of parts: one threshold for a projection,
+        one for each map of a mixture of experts."""
         gathered = statistics.of(self)
         sparsities = self._spread(anatomy)
         for name in sparsities:
@@ -278,7 +284,8 @@ class InputSparsity(Technique):
         return sparsities
 
     def _block_error(self, block: Block, gathered: Scores) -> Callable[[dict[str, float]], float]:
-        """The distance of the block's output, over the kept calls, from its dense output when projections skip inputs at given sparsities."""
+        """The distance of the block's output, over the kept calls,
+        from its dense output when projections skip inputs at given sparsities."""
         factors = {p.name: self.factors(p.weight.detach()) for p in block.projections}
         calls = gathered.calls[block.name]
         dense = [_hidden(block, call) for call in calls]
