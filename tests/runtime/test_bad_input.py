@@ -256,7 +256,7 @@ def test_broken_activations_are_named(model):
     ("change", "words"),
     [
         (lambda plan: plan | {"version": 99}, "version 99"),
-        (lambda plan: {k: v for k, v in plan.items() if k != "version"}, "no object of version and techniques"),
+        (lambda plan: {k: v for k, v in plan.items() if k != "version"}, "it has no version"),
         (lambda plan: plan | {"techniques": [{"technique": "Magic"}]}, "unknown technique 'Magic'"),
         (lambda plan: plan | {"techniques": [{"technique": "Wina", "speed": 3}]}, "no field speed"),
         (lambda plan: plan | {"techniques": [{"technique": "Wina", "sparsity": 2}]}, "sparsity"),
