@@ -125,7 +125,7 @@ class _Worker:
                 return self.connection.recv()
             detail = f"no answer within {SECONDS:.0f} seconds"
         except (EOFError, OSError):
-            self.process.join(1)
+            self.process.join(10)
             detail = f"the process ended with exit status {self.process.exitcode}"
         self.stop()
         return asdict(Record(kind, model_type, outcomes={name: Outcome("error", detail) for name in TECHNIQUES}))
@@ -134,7 +134,7 @@ class _Worker:
         """Ends the process: by itself when it waits for the next type, and by force otherwise."""
         if self.process is not None:
             self.connection.close()
-            self.process.join(1)
+            self.process.join(10)
             self.process.kill()
             self.process = None
 

@@ -27,6 +27,12 @@ def refuse_unready(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if "_hasten" in vars(module):
             raise StateError(f"{name or 'the model'} is accelerated already: call hasten.revert on it first")
+    for name, module in model.named_modules():
+        parameters = module.parameters(recurse=False)
+        if not hasattr(module, "_hf_hook") and any(parameter.device.type == "meta" for parameter in parameters):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            remedy = "load the whole model into the memory of one device"
+            raise UnsupportedModelError(name, kind, "its weight is offloaded or on the meta device", remedy)
     if model.training:
         raise StateError("the model is in training mode: call model.eval() first")
 

@@ -84,7 +84,7 @@ def test_sparse_neurons_and_sparse_attention(name):
     assert all(".self_attn." in product for product in parts["Wina"])
     gates = {f"model.layers.{i}.mlp.gate_proj" for i in range(2)} if name == "llama" else set()
     assert parts["DenseDecode"] == {"lm_head"} | gates, "it takes what the others leave"
-    assert [0.4 < entry.active_share < 0.7 for entry in report.techniques] == [True, True]
+    assert [0.4 < entry.active_share < 0.7 for entry in report.techniques[:2]] == [True, True]
     hasten.revert(model)
     assert_unchanged(model, before)
     assert torch.equal(decode_logits(model, token_ids(1, 24), 16), logits)

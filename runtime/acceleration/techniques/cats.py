@@ -201,6 +201,8 @@ class Cats(Technique):
 
     def summary(self, settings):
         sparsities = [setting["sparsity"] for setting in settings.values.values()]
+        if not sparsities:
+            return "none of them sparse"
         low, high = min(sparsities), max(sparsities)
         return f"{len(sparsities)} sparse at {low:.0%}" + (f" to {high:.0%}" if high > low else "")
 
