@@ -48,9 +48,11 @@ def measure(tokens: int, sparsities: Sequence[float]) -> tuple[list[dict], list[
     rows, kls = [], {}
     for name, technique in TECHNIQUES.items():
         for sparsity in sparsities:
-            with hasten.accelerated(model, technique(sparsity), calibration=statistics, measure_speed=False):
-                with counted(installed_on(model).edits) as activity:
-                    fast = heldout_logits(inference, heldout, tokens)
+            with (
+                hasten.accelerated(model, technique(sparsity), calibration=statistics, measure_speed=False),
+                counted(installed_on(model).edits) as activity,
+            ):
+                fast = heldout_logits(inference, heldout, tokens)
             result = drift(dense, fast)
             kls[name, sparsity] = per_token_kl(dense, fast)
             rows.append(
