@@ -122,7 +122,8 @@ def sum_columns(
     SHARES: tl.constexpr,
     HAS_CUTOFF: tl.constexpr,
 ):
-    """x . w[:, o_n] in fp32, [B, BLOCK_N], over every splits-th block of K from i_s on: active columns come in clusters."""
+    """x . w[:, o_n] in fp32, [B, BLOCK_N], over every splits-th block of K from i_s on:
+    active columns come in clusters."""
     o_k = tl.arange(0, BLOCK_K)
     p_w += o_k.to(tl.int64)[None, :, None] * N + o_n[None, None, :]  # [1, BLOCK_K, BLOCK_N]
     m_n = (o_n < N)[None, None, :]

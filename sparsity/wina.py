@@ -1,4 +1,5 @@
-"""Weight-informed activation sparsity, WINA (Chen et al. 2025, arXiv 2505.19427): input j scores |x_j| * ||W[:, j]||_2."""
+"""Weight-informed activation sparsity, WINA (Chen et al. 2025, arXiv 2505.19427): input j scores
+|x_j| * ||W[:, j]||_2."""
 
 import torch
 

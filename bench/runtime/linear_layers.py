@@ -1,7 +1,7 @@
 """Linear-attention layers of realistic size: transformers' torch fallbacks against hasten, in turn, in one run.
 
-Each case is measured twice: the recurrence alone (the function that the layer calls, or for MiniMax the layer without projections, activation and norm), and the whole
-layer with its projections, which both sides share.
+Each case is measured twice: the recurrence alone (the function that the layer calls, or for MiniMax the layer without
+projections, activation and norm), and the whole layer with its projections, which both sides share.
 """
 
 import argparse
@@ -68,7 +68,8 @@ def qwen3_next() -> nn.Module:
 
 
 def kimi_linear() -> nn.Module:
-    """A quarter of a layer of Kimi-Linear-48B-A3B (hidden 2304): 8 of its 32 heads of 128, for all of them transformers needs 17 GB per temporary at 4096 tokens."""
+    """A quarter of a layer of Kimi-Linear-48B-A3B (hidden 2304): 8 of its 32 heads of 128, for all of them transformers
+    needs 17 GB per temporary at 4096 tokens."""
     config = tf.KimiLinearConfig(num_hidden_layers=1, layer_types=["linear_attention"], linear_num_heads=8)
     return layer_of(modeling_kimi_linear.KimiLinearDeltaAttention(config, 0))
 
@@ -263,7 +264,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def peak(call: Callable[[], object]) -> int | None:
-    """Bytes by which the memory of this process grows at most during a call that was made once before; None where Linux does not tell."""
+    """Bytes by which the memory of this process grows at most during a call that was made once before;
+    None where Linux does not tell."""
     call()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -281,10 +283,12 @@ def _status(field: str) -> int:
 
 @torch.no_grad()
 def minimax_drift(tokens: int = 4096) -> dict:
-    """Relative error of the last outputs of a decode of `tokens` steps in bfloat16 against the same recurrence in float64, for transformers and hasten.
+    """Relative error of the last outputs of a decode of `tokens` steps in bfloat16 against the same recurrence in
+    float64, for transformers and hasten.
 
-    The recurrence alone, on queries, keys and values as the layer makes them (silu of normal numbers, heads of 64), for a head that forgets slowly
-    (the last layer, slope 6.7e-6) and one that forgets faster (slope 0.0039), with transformers' own loop and hasten's step.
+    The recurrence alone, on queries, keys and values as the layer makes them (silu of normal numbers, heads of 64), for
+    a head that forgets slowly (the last layer, slope 6.7e-6) and one that forgets faster (slope 0.0039), with
+    transformers' own loop and hasten's step.
     """
     result = {"tokens": tokens}
     for slope in (6.7e-6, 0.0039):

@@ -1,7 +1,9 @@
-"""Quality on the embedded model: drift of every technique and allocation against sparsity, in decode through the real kernels.
+"""Quality on the embedded model: drift of every technique and allocation against sparsity,
+in decode through the real kernels.
 
-Calibrates on the first half of the model's held-out text and measures on the second; the model was trained on neither. Differences between two
-techniques are taken token by token, with their standard error, so that one can tell whether they mean anything.
+Calibrates on the first half of the model's held-out text and measures on the second; the model was trained on neither.
+Differences between two techniques are taken token by token, with their standard error,
+so that one can tell whether they mean anything.
 """
 
 import argparse
@@ -68,8 +70,9 @@ def measure(tokens: int, sparsities: Sequence[float]) -> tuple[list[dict], list[
                     "tokens": result.tokens,
                 }
             )
-            print("{technique:12} {sparsity:.0%}  active {active_share:.1%}  KL {kl:.4f} ± {kl_standard_error:.4f}  top-1 {top1:.1%}  "
-                  "perplexity {dense_perplexity:.2f} -> {fast_perplexity:.2f}".format(**rows[-1]), flush=True)  # fmt: skip
+            print("{technique:12} {sparsity:.0%}  active {active_share:.1%}  KL {kl:.4f} ± {kl_standard_error:.4f}  "
+                  "top-1 {top1:.1%}  perplexity {dense_perplexity:.2f} -> {fast_perplexity:.2f}".format(**rows[-1]),
+                  flush=True)  # fmt: skip
     comparisons = []
     for better, worse in COMPARISONS:
         for sparsity in sparsities:

@@ -1,7 +1,7 @@
 """Triton: a linear layer of experts for up to 8 tokens, limited by reading each picked expert once.
 
-Every (token, pick) pair has its programs; those of the first pair of an expert compute for all pairs of that expert, and
-the others end at once. So the experts are sorted on the device, without a launch or a synchronisation of their own.
+Every (token, pick) pair has its programs; those of the first pair of an expert compute for all pairs of that expert,
+and the others end at once. So the experts are sorted on the device, without a launch or a synchronisation of their own.
 """
 
 import torch
@@ -113,8 +113,8 @@ def expert_columns_kernel(
             p_own, p_rows, p_limit, o_n, i_s, count, N, K, splits, B, BLOCK_N, BLOCK_K, SHARES, HAS_CUTOFF
         )  # [B, BLOCK_N]
         m_b = tl.arange(0, B) < count
-        p_part += (i_s * pairs + b_pair).to(tl.int64)[:, None] * N + o_n[None, :]
-        tl.store(p_part, b_y, mask=m_b[:, None] & (o_n < N)[None, :])
+        o_part = (i_s * pairs + b_pair).to(tl.int64)[:, None] * N + o_n[None, :]  # [B, BLOCK_N]
+        tl.store(p_part + o_part, b_y, mask=m_b[:, None] & (o_n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["pairs", "E", "splits"])
@@ -131,7 +131,8 @@ def expert_reduce_kernel(
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """One program: BLOCK_N outputs of one pair, the partial sums added in a fixed order; zeros for an id of no expert."""
+    """One program: BLOCK_N outputs of one pair, the partial sums added in a fixed order;
+    zeros for an id of no expert."""
     i_n, i_p = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N

@@ -1,4 +1,5 @@
-"""The calibration pass: one run of the dense model over some text, which gathers what all techniques of a plan ask for."""
+"""The calibration pass: one run of the dense model over some text,
+which gathers what all techniques of a plan ask for."""
 
 import contextlib
 from collections.abc import Iterable
@@ -51,13 +52,14 @@ def calibrate(
     *,
     strict: bool = True,
 ) -> Statistics:
-    """Runs the dense model over `calibration` and gathers what the techniques of `plan` ask for. The model is not changed.
+    """Runs the dense model over `calibration` and gathers what the techniques of `plan` ask for.
+    The model is not changed.
 
     Args:
         model: a `transformers` model that `accelerate` supports, in eval mode, not accelerated.
         plan: techniques; their sparsities do not matter here.
-        calibration: texts, token ids, or what a processor returns, as for `hasten.accelerate`; a few thousand tokens of what
-            the model will be used for.
+        calibration: texts, token ids, or what a processor returns, as for `hasten.accelerate`; a few thousand tokens of
+            what the model will be used for.
         tokenizer: the model's tokenizer, needed for texts.
         strict: as for `hasten.accelerate`.
 

@@ -19,8 +19,8 @@ from hasten.kernels.transpose import transpose
 
 @dataclass(slots=True)
 class Verification:
-    """What `Edit.verify` saw: calls, the dtype of their outputs, the largest relative distance of what they wrote from its
-    definition, and whether the definition itself overflowed."""
+    """What `Edit.verify` saw: calls, the dtype of their outputs, the largest relative distance of what they wrote from
+    its definition, and whether the definition itself overflowed."""
 
     name: str
     dtype: torch.dtype | None = None
@@ -62,13 +62,17 @@ class Edit:
     def check_weights(self) -> None:
         """Raises `StateError` where the weights are not those that it was made for."""
 
+    def accept_weights(self) -> None:
+        """Takes the weights to be those that it was made for, though another edit may have stored them anew."""
+
     def undo(self, model: nn.Module) -> None:
         """Undoes `apply`, also one that was interrupted; may be repeated."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def verify(self, model: nn.Module) -> Iterator[Verification | None]:
-        """While open, every call of what was installed is computed by its definition too. None where nothing computes."""
+        """While open, every call of what was installed is computed by its definition too.
+        None where nothing computes."""
         yield None
 
     @contextlib.contextmanager
@@ -116,6 +120,10 @@ class ReplaceForward(Edit):
         if self.forward.watch is not None:
             self.forward.watch.check(self.forward.weights(), thorough=True)
 
+    def accept_weights(self) -> None:
+        if self.forward.watch is not None:
+            self.forward.watch.restart()
+
     def undo(self, model: nn.Module) -> None:
         if self.module is not None:
             vars(self.module).pop("forward", None)
@@ -151,8 +159,8 @@ class ReplaceForward(Edit):
 
 @contextlib.contextmanager
 def _stock_inside(module: nn.Module) -> Iterator[None]:
-    """While open, the modules inside `module` run the forwards of their classes: what they skip hangs on the last bit of
-    their inputs, so that two calls of `module` would not be comparable."""
+    """While open, the modules inside `module` run the forwards of their classes: what they skip hangs on the last bit
+    of their inputs, so that two calls of `module` would not be comparable."""
     inside = [inner for inner in module.modules() if inner is not module and "forward" in vars(inner)]
     forwards = [vars(inner).pop("forward") for inner in inside]
     try:
@@ -186,8 +194,8 @@ class StoreColumnMajor(Edit):
 
 @dataclass(slots=True)
 class Freeze(Edit):
-    """Lets no parameter require grad, for hasten's kernels have no gradients, and refuses to run the model where one does
-    again; `undo` lets those require grad that did."""
+    """Lets no parameter require grad, for hasten's kernels have no gradients, and refuses to run the model where one
+    does again; `undo` lets those require grad that did."""
 
     name: str = ""
     trained: list[str] = field(default_factory=list)
@@ -220,7 +228,8 @@ def refuse_thawed(model: nn.Module, arguments: tuple) -> None:
 
 @dataclass(slots=True)
 class MarkStateful(Edit):
-    """Lets transformers know that the model cannot go back in its text, so that it refuses assisted decoding and says why."""
+    """Lets transformers know that the model cannot go back in its text,
+    so that it refuses assisted decoding and says why."""
 
     name: str = ""
 
@@ -260,17 +269,21 @@ class RefuseMethod(Edit):
 
 
 def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None:
-    """Applies `edits` in order. Each is in `done` before it begins, so that `undo_all` also undoes one that was interrupted."""
+    """Applies `edits` in order. Each is in `done` before it begins,
+    so that `undo_all` also undoes one that was interrupted."""
     # Tensors made in inference mode could never require grad again, nor count their versions.
     with torch.inference_mode(False), torch.no_grad():
         for edit in edits:
             done.append(edit)
             edit.apply(model)
+    for edit in done:
+        edit.accept_weights()
     give_memory_back()
 
 
 def undo_all(model: nn.Module, done: list[Edit]) -> None:
-    """Undoes `done` in reverse and empties it. Interrupted, it can be called again: an edit leaves `done` when it is undone."""
+    """Undoes `done` in reverse and empties it. Interrupted, it can be called again:
+    an edit leaves `done` when it is undone."""
     with torch.inference_mode(False), torch.no_grad():
         while done:
             done[-1].undo(model)

@@ -1,7 +1,7 @@
 """What stands in for the forward of a module while a model is accelerated.
 
-The module stays the object that it was, with its class, parameters, hooks and names; a `Forward` lies on the instance as
-its `forward`, and is copied and pickled with it.
+The module stays the object that it was, with its class, parameters, hooks and names; a `Forward` lies on the instance
+as its `forward`, and is copied and pickled with it.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class Forward:
         name: the module's name in the model.
 
     Attributes:
-        watch: notices changes of `weights()` where something was derived from them.
+        watch: notices changes of `weights()`; None where nothing was derived from any.
     """
 
     watch: "Watch | None" = None
@@ -35,13 +35,13 @@ class Forward:
     def __call__(self, *arguments, **keywords):
         raise NotImplementedError
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights that `watch` looks at, by their names in the model."""
-        return {}
-
     def dense(self, *arguments, **keywords):
         """The forward that the module's class has."""
         return type(self.module).forward(self.module, *arguments, **keywords)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that something was derived from, by their names in the model."""
+        return {}
 
     def tensors(self) -> list[torch.Tensor]:
         """What it holds beside the module's own weights."""
@@ -64,7 +64,8 @@ class Forward:
 
 
 def decode_rows(x: torch.Tensor) -> int:
-    """The batch size of a decode step, 0 for anything else: x is [B, 1, K], or [1, K] where a model flattens its tokens."""
+    """The batch size of a decode step, 0 for anything else: x is [B, 1, K], or [1, K] where a model
+    flattens its tokens."""
     if x.dim() == 3:
         return x.shape[0] if x.shape[1] == 1 else 0
     return 1 if x.dim() == 2 and x.shape[0] == 1 else 0
@@ -73,8 +74,8 @@ def decode_rows(x: torch.Tensor) -> int:
 class Watch:
     """Notices that a weight was written to, replaced, or moved since thresholds and layout were derived from it.
 
-    Every call compares the version and address of the weights, a prefill on a CPU also samples of their values, for writes
-    through `.data` have no version. The stamps are taken at the first check; a copy or a pickle takes its own.
+    Every call compares the version and address of the weights, a prefill on a CPU also samples of their values, for
+    writes through `.data` have no version. The stamps are taken at the first check; a copy or a pickle takes its own.
     """
 
     def __init__(self):

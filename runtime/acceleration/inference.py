@@ -309,7 +309,8 @@ class Inference:
         output = self._call(self.target, arguments)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor):
-            raise self._refusal(arguments, "its output has no logits")
+            reason, remedy = "it has no language-model head: its output has no logits", "pass the ...ForCausalLM model"
+            raise UnsupportedModelError("", type(self.target).__qualname__, reason, remedy)
         ids = arguments["decoder_input_ids" if self.encodes else "input_ids"]
         if not arguments.keys() - TEXT and logits.shape[1] not in (1, ids.shape[1]):
             raise self._refusal(arguments, f"its logits {list(logits.shape)} are not one row for each token")
@@ -359,30 +360,32 @@ def inner_language_model(model: nn.Module) -> nn.Module | None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A block in which the model is run as if it had read nothing before, and after which it remembers what it did.
 
-    Put back are buffers that a run replaces, and attributes that are tensors or numbers, such as `rope_deltas` of
-    multimodal rotary positions. Not for blocks that change the model itself.
+    Put back are buffers and submodules that a run replaces, and attributes that are tensors, numbers or words, such as
+    `rope_deltas` of multimodal rotary positions or BigBird's kind of attention. Not for blocks that change the model.
     """
-    kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
+    kept = [(module, _memory(module), dict(module._buffers), dict(module._modules)) for module in model.modules()]
     try:
-        for module, attributes, _ in kept:
+        for module, attributes, _, _ in kept:
             for name in REMEMBERED.keys() & attributes.keys():
                 setattr(module, name, REMEMBERED[name])
         yield
     finally:
-        for module, attributes, buffers in kept:
+        for module, attributes, buffers, modules in kept:
             for name in _memory(module).keys() - attributes.keys():
                 delattr(module, name)
             vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for now, before in ((module._buffers, buffers), (module._modules, modules)):
+                now.clear()
+                now.update(before)
 
 
 def _memory(module: nn.Module) -> dict[str, object]:
-    """The attributes of a module that may hold something of its last inputs; flags and private ones are its own state."""
+    """The attributes of a module that may hold something of its last inputs;
+    flags and private ones are its own state."""
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and (value is None or type(value) in (int, float) or torch.is_tensor(value))
+        if not name.startswith("_") and (value is None or type(value) in (int, float, str, torch.Tensor))
     }
 
 

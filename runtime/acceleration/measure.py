@@ -1,4 +1,5 @@
-"""Measured speed and measured drift of a model, in decode as users run it: a prefill, then one token after the other."""
+"""Measured speed and measured drift of a model, in decode as users run it: a prefill,
+then one token after the other."""
 
 import contextlib
 import math
@@ -54,8 +55,8 @@ class Drift:
 def heldout_logits(
     inference: Inference, pieces: list[Inputs], tokens: int = DRIFT_TOKENS
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them [T - prefix, V]),
-    up to `tokens` in all."""
+    """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them
+    [T - prefix, V]), up to `tokens` in all."""
     results, done = [], 0
     for piece in progress(pieces, "measuring drift", unit="window"):
         if done >= tokens:
@@ -137,7 +138,8 @@ def _seconds_of(inference: Inference, tokens: int, context: int, batch: int) -> 
 
 
 def settled(once: Callable[[], float], most: int) -> float:
-    """The median of as few measurements, after one for warming up, as give it to within PRECISION; of `most` at the most."""
+    """The median of as few measurements, after one for warming up, as give it to within PRECISION;
+    of `most` at the most."""
     once()
     found: list[float] = []
     while len(found) < most:
@@ -177,8 +179,8 @@ def faster_up_to(
     """Up to which batch our product beats torch's, and the ratio at batch 1.
 
     Args:
-        contest: for a batch and a turn, torch's product and ours; other weights in every turn, so that they are as cold as
-            in decode. Who comes first alternates.
+        contest: for a batch and a turn, torch's product and ours; other weights in every turn, so that they are as cold
+            as in decode. Who comes first alternates.
     """
     best, ratio_at_one = 0, math.nan
     for batch in (1, 2, 4, MAX_BATCH):

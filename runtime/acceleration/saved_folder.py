@@ -1,4 +1,5 @@
-"""The folder of a saved model: an ordinary one of `transformers`, with a plan file beside the model that vouches for it.
+"""The folder of a saved model: an ordinary one of `transformers`,
+with a plan file beside the model that vouches for it.
 
 The plan file lists every file that loading reads, with its size and digest, and closes with a digest of its own text.
 Nothing is parsed before its digest was compared, and no path leads out of the folder.

@@ -35,8 +35,8 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> None:
     `hasten_plan.json`.
 
     `transformers` loads the folder as the dense model; `hasten.load` loads it accelerated. What stood in the folder is
-    kept until all is written; then files of the same name, and those of an earlier `save`, are replaced. Of a model that
-    was calibrated with pictures or sound the first of these inputs is kept, with its values shuffled.
+    kept until all is written; then files of the same name, and those of an earlier `save`, are replaced. Of a model
+    that was calibrated with pictures or sound the first of these inputs is kept, with its values shuffled.
 
     Args:
         model: an accelerated `transformers` model.
@@ -216,7 +216,8 @@ def _settled(assignments: list[Assignment], saved: dict[str, Settings]) -> list[
 
 
 def _dtypes(model: nn.Module) -> dict[str, str]:
-    """The dtypes of floating-point parameters and buffers by their names; under "" the model's, which is not repeated."""
+    """The dtypes of floating-point parameters and buffers by their names; under "" the model's,
+    which is not repeated."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     found = {
         name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point() and tensor.dtype != model.dtype

@@ -1,4 +1,5 @@
-"""The self-check: a short prefill and a decode step, in which every edit runs what it installed beside its definition."""
+"""The self-check: a short prefill and a decode step, in which every edit runs what it installed beside
+its definition."""
 
 import contextlib
 
@@ -38,12 +39,13 @@ def self_check(inference: Inference, edits: list[Edit]) -> float:
             continue
         if not verification.finite:
             raise HastenError(
-                f"self-check: {verification.name} overflows in {verification.dtype} by its definition too; the model was left as it was"
+                f"self-check: {verification.name} overflows in {verification.dtype} by its definition too; "
+                "the model was left as it was"
             )
         if not verification.distance <= LIMIT[verification.dtype]:
             raise HastenError(
-                f"self-check: {verification.name} differs from its definition by {verification.distance:.2g} (relative); "
-                "the model was left as it was"
+                f"self-check: {verification.name} differs from its definition by {verification.distance:.2g} "
+                "(relative); the model was left as it was"
             )
         worst = max(worst, verification.distance)
     return worst

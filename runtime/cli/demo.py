@@ -125,8 +125,8 @@ def excerpts(text: str, tokenizer, count: int) -> list[torch.Tensor]:
 
 
 def weights_read(anatomy: Anatomy, entry: TechniqueReport) -> float:
-    """The share of the layers' projection weights that a decode step reads: all of those that the technique leaves dense,
-    and of the others as much as it had active inputs.
+    """The share of the layers' projection weights that a decode step reads: all of those that the technique leaves
+    dense, and of the others as much as it had active inputs.
     """
     if entry.active_share is None:
         return 1.0
@@ -161,7 +161,7 @@ def _show_drift(points: list[Point]) -> None:
     tables.show(title, columns, rows, labels=2)
     typer.echo(
         "Real kernels and real decode; calibrated on the first part of the held-out text, measured on the rest.\n"
-        "Weights read: of all weights in the layers, per token, by the inputs that were counted as active on this text.\n"
+        "Weights read: of all weights in the layers, per token, by the inputs counted as active on this text.\n"
         "CATS skips in up and down only and leaves attention and gate dense, so at equal sparsity it does more work:\n"
         "compare at equal weights read."
     )

@@ -11,7 +11,7 @@ from hasten.kernels import backend, storage  # noqa: E402 (after the skips)
 from hasten.kernels.expert_linear import expert_linear, reference, triton  # noqa: E402
 
 # T, P, E, N, K
-SIZES = [(1, 1, 1, 1, 1), (1, 6, 9, 5, 130), (2, 3, 4, 33, 37), (3, 2, 5, 9, 530), (8, 2, 3, 11, 70)]
+SIZES = [(1, 1, 1, 1, 1), (1, 6, 9, 5, 130), (2, 3, 4, 33, 37), (3, 2, 5, 9, 300), (8, 2, 3, 11, 70)]
 GPU_SIZES = [(1, 2, 8, 28672, 4096), (1, 8, 128, 1536, 2048), (4, 8, 128, 2048, 768), (7, 4, 32, 2880, 2881)]
 FORMS = ["rows", "columns", "cutoff"]
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -61,8 +61,9 @@ def few_multiprocessors(monkeypatch):
         monkeypatch.setattr(triton, "multiprocessors", lambda device: 4)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 4], ids=["tall", "wide"])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=short)
+@pytest.mark.parametrize(
+    ("dtype", "multiprocessors"), [(torch.float32, 1), (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, 1)]
+)
 @pytest.mark.parametrize("size", SIZES, ids=short)
 @each_form
 def test_matches_reference(form, size, dtype, multiprocessors, monkeypatch):
@@ -98,7 +99,7 @@ def test_more_pairs_of_one_expert_than_one_program_takes(form):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=short)
 @each_form
 def test_same_bits_every_time(form, dtype):
-    arguments = make(form, 3, 2, 4, 9, 300, dtype)
+    arguments = make(form, 3, 2, 4, 9, 130, dtype)
     first = launch(arguments)
     assert all(torch.equal(launch(arguments), first) for _ in range(2 if INTERPRETED else 50))
 

@@ -1,14 +1,18 @@
-import copy
 import json
 
 import pytest
 import torch
+from running import decode_logits, distance
+from snapshots import assert_unchanged, snapshot
 from tiny_models import build, token_ids
 from transformers import StaticCache
 
 import hasten
 from hasten.acceleration import measure
-from hasten.acceleration.modules import DecodeLinear, SparseLinear, decode_batch, largest_union
+from hasten.acceleration.forwards import decode_rows
+from hasten.acceleration.inference import Inference
+from hasten.acceleration.techniques.base import DECODE
+from hasten.sparsity.union import largest_union
 
 PLANS = {
     "dense": hasten.DenseDecode(always=True),
@@ -20,6 +24,8 @@ PLANS = {
     "cats-and-wina": [hasten.Cats(0.5), hasten.Wina({"*self_attn*": 0.4})],
 }
 
+pytestmark = pytest.mark.usefixtures("no_contest")
+
 
 @pytest.fixture(params=PLANS)
 def plan(request):
@@ -28,24 +34,6 @@ def plan(request):
 
 def accelerate(model, plan, **settings):
     return hasten.accelerate(model, plan, calibration=token_ids(seed=1), measure_speed=False, **settings)
-
-
-def snapshot(model):
-    modules = {name: (id(module), type(module)) for name, module in model.named_modules()}
-    weights = {
-        name: (id(weight), weight.stride(), weight.clone()) for name, weight in model.state_dict(keep_vars=True).items()
-    }
-    return modules, weights
-
-
-def assert_unchanged(model, before):
-    modules, weights = snapshot(model)
-    assert modules == before[0]
-    assert weights.keys() == before[1].keys()
-    for name, (identity, strides, values) in weights.items():
-        assert (identity, strides) == before[1][name][:2], name
-        assert torch.equal(values, before[1][name][2]), name
-    assert not hasattr(model, "_hasten")
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "phi3"])
@@ -81,30 +69,18 @@ def test_prefill_stays_dense(plan):
         torch.testing.assert_close(model(x).logits, dense, rtol=1e-5, atol=1e-5)
 
 
-def test_wina_and_teal_hit_their_sparsity():
-    """Counts skipped inputs in decode on the calibration text itself."""
-    for technique, sparsity in ((hasten.Wina(0.5), 0.5), (hasten.Teal(0.3), 0.3)):
-        model, ids = build("llama"), token_ids(1, 400, seed=1)
-        hasten.accelerate(model, technique, calibration=ids, heldout=token_ids(), measure_speed=False)
-        counts = {}
-        for name, module in model.named_modules():
-            if isinstance(module, SparseLinear):
-                counts[name] = []
-                module.register_forward_pre_hook(
-                    lambda module, x, seen=counts[name]: seen.append((x[0].abs() <= module.cutoff).float().mean())
-                )
-        with torch.no_grad():
-            model(ids)
-        assert len(counts) == 14
-        for name, seen in counts.items():
-            assert abs(float(torch.stack(seen).mean()) - sparsity) < 0.02, name
+def sparse_projections(model):
+    """The projections that skip inputs, by their names."""
+    modules = dict(model.named_modules())
+    return {name: module for name, module in modules.items() if hasattr(vars(module).get("forward"), "cutoff")}
 
 
 def test_greedy_keeps_the_budget_of_every_block():
     model = build("llama")
     report = accelerate(model, hasten.Wina(0.5, allocation="greedy"))
     for block in range(2):
-        settings = {s.name: s.sparsity for s in report.techniques[0].settings if f"layers.{block}." in s.name}
+        decided = report.techniques[0].settings.values
+        settings = {name: own["sparsity"] for name, own in decided.items() if f"layers.{block}." in name}
         sizes = {name: model.get_submodule(name).weight.numel() for name in settings}
         everything = sum(
             m.weight.numel()
@@ -119,15 +95,14 @@ def test_sparsity_mapping_names_modules_endings_and_patterns():
     model = build("llama")
     mapping = {"model.layers.0.mlp.up_proj": 0.1, "down_proj": 0.2, "*.1.self_attn.*": 0.3}
     report = accelerate(model, hasten.Wina(mapping))
-    sparsities = {setting.name: setting.sparsity for setting in report.techniques[0].settings}
+    sparsities = {name: own["sparsity"] for name, own in report.techniques[0].settings.values.items()}
     assert sparsities == {
         "model.layers.0.mlp.up_proj": 0.1,
         "model.layers.0.mlp.down_proj": 0.2,
         "model.layers.1.mlp.down_proj": 0.2,
         **{f"model.layers.1.self_attn.{role}_proj": 0.3 for role in "qkvo"},
     }
-    assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
-    assert not isinstance(model.model.layers[0].mlp.gate_proj, SparseLinear)
+    assert sparse_projections(model).keys() == sparsities.keys() == set(report.techniques[0].edited)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +132,7 @@ def test_generate(settings, rows, plan):
 def test_static_and_dynamic_caches_agree():
     model, ids = build("llama"), token_ids()[0]
     accelerate(model, hasten.Wina(0.5))
-    dynamic = measure.decode_logits(model, ids, 8)
+    dynamic = decode_logits(model, ids[None], 8)[0, 7:]
     cache = StaticCache(config=model.config, max_cache_len=128)
     rows = []
     with torch.no_grad():
@@ -172,20 +147,20 @@ def test_static_and_dynamic_caches_agree():
 def test_a_layer_compiles_without_graph_breaks(name):
     model, ids = build("llama"), token_ids()[0]
     accelerate(model, PLANS[name])
-    expected = measure.decode_logits(model, ids[:24], 8)
+    expected = decode_logits(model, ids[None, :24], 8)
     torch.compiler.reset()
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend="aot_eager", dynamic=True)
-    torch.testing.assert_close(measure.decode_logits(model, ids[:24], 8), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(decode_logits(model, ids[None, :24], 8), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_batch_uses_the_union_while_it_pays():
-    assert [largest_union(sparsity) for sparsity in (0.1, 0.3, 0.5, 0.65, 0.9)] == [1, 1, 2, 4, 8]
+    assert [largest_union(sparsity, 8) for sparsity in (0.1, 0.3, 0.5, 0.65, 0.9)] == [1, 1, 2, 4, 8]
     model = build("llama")
     accelerate(model, hasten.Wina(0.5))
     projection = model.model.layers[0].mlp.up_proj
     x = torch.randn(4, 1, 64)
-    active = x.abs() > projection.cutoff
+    active = x.abs() > projection.forward.cutoff
     for batch, expected in ((1, active[:1]), (2, active[:2].any(0)), (4, torch.ones(64, dtype=torch.bool))):
         rows = x[:batch]
         torch.testing.assert_close(projection(rows), (rows * expected) @ projection.weight.T, rtol=1e-4, atol=1e-5)
@@ -199,13 +174,13 @@ def test_cats_is_exact_for_batches_whose_union_does_not_pay(name):
         dense = model.model.layers[0].mlp(x)
         accelerate(model, hasten.Cats(0.5))
         mlp = model.model.layers[0].mlp
-        assert mlp.max_union == 2
+        assert mlp.forward.max_union == 2
         torch.testing.assert_close(mlp(x), dense, rtol=1e-4, atol=1e-5)
         assert (mlp(x[:1]) - dense[:1]).norm() > 1e-3 * dense[:1].norm()
 
 
 def test_what_counts_as_decode():
-    assert [decode_batch(torch.empty(*shape)) for shape in ((1, 1, 8), (5, 1, 8), (1, 2, 8), (1, 8), (2, 8))] == [
+    assert [decode_rows(torch.empty(*shape)) for shape in ((1, 1, 8), (5, 1, 8), (1, 2, 8), (1, 8), (2, 8))] == [
         1,
         5,
         0,
@@ -233,17 +208,6 @@ def test_state_lives_on_the_model():
     assert_unchanged(other, before)
 
 
-def test_an_accelerated_model_can_be_copied():
-    model, ids = build("llama"), token_ids()[0]
-    accelerate(model, hasten.Wina(0.5))
-    expected = measure.decode_logits(model, ids, 8)
-    copied = copy.deepcopy(model)
-    hasten.revert(model)
-    assert torch.equal(measure.decode_logits(copied, ids, 8), expected)
-    hasten.revert(copied)
-    assert torch.equal(measure.decode_logits(copied, ids, 8), measure.decode_logits(model, ids, 8))
-
-
 def test_statistics_serve_any_sparsity():
     model = build("llama")
     pieces = token_ids(4, 200, seed=1)
@@ -269,7 +233,7 @@ def test_drift_grows_with_sparsity_and_is_nought_for_the_same_model():
             kls.append(report.drift.kl)
     assert kls == sorted(kls)
     assert kls[-1] > 10 * kls[0]
-    logits = measure.heldout_logits(model, list(token_ids()))
+    logits = measure.heldout_logits(Inference(model), list(token_ids()))
     same = measure.drift(logits, logits)
     assert same.kl == 0 and same.top1 == 1 and same.dense_perplexity == same.fast_perplexity
 
@@ -287,15 +251,16 @@ def test_report_shows_what_was_measured():
     model = build("llama")
     report = hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(seed=1))
     text = str(report)
-    for part in ("Wina(sparsity=0.5", "decode", "prefill", "drift", "KL", "memory", "ms per token"):
+    for part in ("Wina(sparsity=0.5", "decode", "prefill", "drift", "KL", "memory", " ms (", "active"):
         assert part in text
     assert ("slower" in text) or ("faster" in text) or ("the same" in text)
     data = json.loads(report.to_json())
     assert data["techniques"][0]["technique"] == "Wina"
     assert data["techniques"][0]["configuration"] == {"sparsity": 0.5, "allocation": "uniform"}
     assert data["speedup"] == report.speedup
-    first = report.techniques[0]
-    assert report.speedup == first.before.decode_seconds / first.after.decode_seconds
+    ratios = [timing.ratio for entry in report.techniques for timing in entry.timings if timing.regime == DECODE]
+    assert len(ratios) == 2, "DenseDecode is implied"
+    assert report.speedup == pytest.approx(ratios[0] * ratios[1])
     assert report.memory_after <= 1.05 * report.memory_before
 
 
@@ -303,25 +268,8 @@ def test_memory_holds_each_weight_once():
     model = build("llama", torch.bfloat16)
     before = measure.memory(model)
     accelerate(model, hasten.Wina(0.5))
-    cutoffs = sum(module.cutoff.nbytes for module in model.modules() if isinstance(module, SparseLinear))
-    assert measure.memory(model) == before + cutoffs
-    assert not any(isinstance(module, DecodeLinear) and isinstance(module, SparseLinear) for module in model.modules())
-
-
-def test_hooks_of_the_replaced_module_stay():
-    model, seen = build("llama"), []
-    projection = model.model.layers[0].mlp.up_proj
-    handle = projection.register_forward_hook(lambda module, x, y: seen.append(type(module)))
-    accelerate(model, hasten.Wina(0.5))
-    seen.clear()
-    with torch.no_grad():
-        model(token_ids(1, 4))
-    assert seen == [SparseLinear]
-    handle.remove()
-    hasten.revert(model)
-    with torch.no_grad():
-        model(token_ids(1, 4))
-    assert len(seen) == 1
+    cutoffs = sum(module.forward.cutoff.nbytes for module in sparse_projections(model).values())
+    assert cutoffs and measure.memory(model) == before + cutoffs
 
 
 def test_inference_mode_leaves_no_trace():
@@ -334,24 +282,16 @@ def test_inference_mode_leaves_no_trace():
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
-def test_autocast_computes_as_the_dense_model_does():
-    model, ids = build("llama"), token_ids()[0]
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize("technique", [hasten.DenseDecode(always=True), hasten.Wina(0.01), hasten.Cats(0.01)], ids=str)
+def test_autocast_computes_as_the_dense_model_does(name, technique):
+    """Over weights in float32, whose projections then give bfloat16."""
+    model, ids = build(name), token_ids(1, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = measure.decode_logits(model, ids, 8)
-        accelerate(model, hasten.DenseDecode(always=True))
-        fast = measure.decode_logits(model, ids, 8)
-    assert (fast - expected).norm() < 0.03 * expected.norm()
-
-
-@pytest.mark.parametrize("name", ["dense", "wina", "cats"])
-def test_an_accelerated_model_can_be_pickled(tmp_path, name):
-    model, ids = build("llama"), token_ids()[0]
-    accelerate(model, PLANS[name])
-    expected = measure.decode_logits(model, ids, 8)
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(measure.decode_logits(loaded, ids, 8), expected)
-    hasten.revert(loaded)
+        expected = decode_logits(model, ids, 8).float()
+        accelerate(model, technique)
+        fast = decode_logits(model, ids, 8).float()
+    assert distance(fast, expected) < 0.05
 
 
 def test_training_mode_survives_revert():

@@ -5,13 +5,17 @@ import math
 
 import pytest
 import torch
-from test_acceleration import assert_unchanged, snapshot
+from running import decode_logits
+from snapshots import assert_unchanged, snapshot
 from tiny_models import build, token_ids
 from torch.nn.utils import prune
 
 import hasten
-from hasten.acceleration import anatomy, bind, calibration, edits, measure, modules
-from hasten.acceleration import install as acceleration
+from hasten.acceleration import edits, measure
+from hasten.acceleration.inference import Inference
+from hasten.acceleration.techniques import input_sparsity
+
+pytestmark = pytest.mark.usefixtures("no_contest")
 
 
 @pytest.fixture
@@ -147,7 +151,7 @@ def test_second_accelerate(model):
     hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
     with pytest.raises(hasten.StateError, match=r"accelerated already.*revert"):
         hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids())
-    assert measure.decode_logits(model, token_ids()[0], 8).isfinite().all()
+    assert decode_logits(model, token_ids(), 90).isfinite().all()
 
 
 def test_calibrating_an_accelerated_model(model):
@@ -161,17 +165,11 @@ def test_revert_without_accelerate(model):
         hasten.revert(model)
 
 
-def test_training_mode_and_gradients(model):
+def test_training_mode(model):
     model.train()
     with pytest.raises(hasten.StateError, match=r"training mode.*eval"):
         hasten.accelerate(model, hasten.DenseDecode())
     model.eval()
-    model.model.layers[1].mlp.up_proj.requires_grad_(True)
-    with pytest.raises(
-        hasten.StateError, match=r"layers\.1\.mlp\.up_proj\.weight requires grad.*requires_grad_\(False\)"
-    ):
-        hasten.accelerate(model, hasten.DenseDecode())
-    model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("technique", [hasten.Wina(0.5), hasten.Cats(0.5)], ids=["wina", "cats"])
@@ -229,44 +227,28 @@ def test_a_weight_on_the_meta_device(model):
     norm.up_proj.weight = weight
 
 
-@pytest.mark.parametrize("seam", ["calibrating", "editing", "self-check"])
-def test_interrupt_leaves_the_model(model, monkeypatch, seam):
-    def interrupt(*arguments, **keywords):
-        raise KeyboardInterrupt
+def test_an_interrupt_in_the_midst_of_calibration(model, monkeypatch):
+    passes, plain = iter(range(100)), Inference.forward
 
-    if seam == "calibrating":
-        passes = iter(range(100))
-        plain = calibration.forward
-        monkeypatch.setattr(calibration, "forward", lambda *a: interrupt() if next(passes) == 1 else plain(*a))
-    elif seam == "editing":
-        applied = iter(range(100))
-        plain_apply = edits.ReplaceModule.apply
-        monkeypatch.setattr(
-            edits.ReplaceModule, "apply", lambda edit, m: (plain_apply(edit, m), next(applied) == 5 and interrupt())
-        )
-    else:
-        monkeypatch.setattr(acceleration, "_self_check", interrupt)
+    def interrupted(*arguments):
+        if next(passes) == 1:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(Inference, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False)
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-
-
-def test_a_wrong_kernel_is_caught(model, monkeypatch):
-    def wrong(x, weight, bias=None):
-        right = torch.nn.functional.linear(x, weight, bias)
-        return right if acceleration.backend.choose(x) == "reference" else right * 1.1
-
-    monkeypatch.setattr(modules, "linear", wrong)
-    with pytest.raises(hasten.HastenError, match=r"self-check.*differs from its definition"):
-        hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
+    assert_unchanged(model, snapshot(model))
 
 
 def test_broken_activations_are_named(model):
     norm = model.model.layers[1].input_layernorm.weight
     kept = norm.clone()
     norm.data.fill_(math.nan)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False)
+    words = r"model\.layers\.1\.\S+ .*NaN or infinite activations there; load the model in a dtype"
+    for technique in (hasten.Wina(0.5), hasten.Cats(0.5)):
+        with pytest.raises(hasten.UnsupportedModelError, match=words):
+            hasten.accelerate(model, technique, calibration=token_ids(), measure_speed=False)
     norm.data.copy_(kept)
 
 
@@ -274,7 +256,7 @@ def test_broken_activations_are_named(model):
     ("change", "words"),
     [
         (lambda plan: plan | {"version": 99}, "version 99"),
-        (lambda plan: {k: v for k, v in plan.items() if k != "version"}, "no version"),
+        (lambda plan: {k: v for k, v in plan.items() if k != "version"}, "no object of version and techniques"),
         (lambda plan: plan | {"techniques": [{"technique": "Magic"}]}, "unknown technique 'Magic'"),
         (lambda plan: plan | {"techniques": [{"technique": "Wina", "speed": 3}]}, "no field speed"),
         (lambda plan: plan | {"techniques": [{"technique": "Wina", "sparsity": 2}]}, "sparsity"),
@@ -335,9 +317,8 @@ def _five_times(mlp):
     [
         (_five_times, "FiveTimesMLP.*not the stock one"),
         (lambda mlp: setattr(mlp, "forward", mlp.forward), "not the stock one"),
-        (lambda mlp: mlp.up_proj.register_forward_hook(lambda *_: None), "up projection has forward hooks"),
     ],
-    ids=["class", "forward", "hook"],
+    ids=["class", "forward"],
 )
 def test_cats_refuses_mlps_that_compute_something_else(change, words):
     model = build("llama")
@@ -345,7 +326,7 @@ def test_cats_refuses_mlps_that_compute_something_else(change, words):
     with pytest.raises(hasten.UnsupportedModelError, match=rf"layers\.0\.mlp .*{words}"):
         hasten.accelerate(model, hasten.Cats(0.5), calibration=token_ids())
     report = hasten.accelerate(model, hasten.Cats(0.5), calibration=token_ids(), strict=False, measure_speed=False)
-    assert [setting.name for setting in report.techniques[0].settings] == ["model.layers.1.mlp"]
+    assert report.techniques[0].settings.values.keys() == {"model.layers.1.mlp"}
     assert [skip.name for skip in report.skipped if "torch's product" not in skip.reason] == ["model.layers.0.mlp"]
 
 
@@ -362,7 +343,7 @@ def test_strict_false_leaves_what_it_cannot_change():
         with hasten.accelerated(model, technique, calibration=token_ids(), strict=False, measure_speed=False) as report:
             odd = {skip.name for skip in report.skipped if "not a plain" in skip.reason}
             assert odd == {f"model.layers.0.self_attn.{role}_proj" for role in "qkvo"}
-            assert len(report.techniques[0].settings) == 10
+            assert len(report.techniques[0].settings.values) == 10
     assert hasten.calibrate(model, hasten.Wina(), token_ids(), strict=False).tokens == token_ids().numel()
 
 
@@ -374,13 +355,6 @@ def test_calibrate_asks_for_the_same_state(model):
     hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
     with pytest.raises(hasten.StateError, match="accelerated already"):
         hasten.calibrate(model, hasten.Wina(), token_ids())
-
-
-def test_parameters_that_are_no_projection_must_not_require_grad(model):
-    model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(hasten.StateError, match=r"model\.norm\.weight requires grad"):
-        hasten.accelerate(model, hasten.DenseDecode())
-    model.requires_grad_(False)
 
 
 def test_writes_through_data_are_seen_by_the_next_prefill_and_by_save(tmp_path):
@@ -395,28 +369,28 @@ def test_writes_through_data_are_seen_by_the_next_prefill_and_by_save(tmp_path):
 
 def test_an_interrupted_revert_can_be_repeated(model, monkeypatch):
     hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False)
-    calls, plain = iter(range(100)), edits.is_column_major
+    calls, plain = iter(range(100)), edits.StoreColumnMajor.undo
 
-    def interrupted(weight):
+    def interrupted(edit, model):
+        plain(edit, model)
         if next(calls) == 4:
             raise KeyboardInterrupt
-        return plain(weight)
 
-    monkeypatch.setattr(edits, "is_column_major", interrupted)
+    monkeypatch.setattr(edits.StoreColumnMajor, "undo", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hasten.revert(model)
     hasten.revert(model)
 
 
 def test_interrupt_while_allocating_leaves_no_hooks(model, monkeypatch):
-    calls, plain = iter(range(1000)), bind.cutoffs
+    calls, plain = iter(range(1000)), input_sparsity.cutoffs
 
     def interrupted(*arguments):
         if next(calls) == 60:
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(bind, "cutoffs", interrupted)
+    monkeypatch.setattr(input_sparsity, "cutoffs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hasten.accelerate(model, hasten.Wina(0.5, "greedy"), calibration=token_ids(), measure_speed=False)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
@@ -427,11 +401,3 @@ def test_an_error_while_measuring_restores_the_model(model, monkeypatch):
     monkeypatch.setattr(measure, "memory", lambda m: plain(m) if next(calls) == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False)
-
-
-def test_several_devices():
-    near, far = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3, device="meta")
-    projections = (anatomy.Projection("a.up", "up", near), anatomy.Projection("b.up", "up", far))
-    block = anatomy.Block("a", torch.nn.Module(), projections, None, None)
-    with pytest.raises(hasten.UnsupportedModelError, match=r"b\.up.*it is on meta, a\.up is on cpu.*one device"):
-        anatomy._one_device(anatomy.Anatomy("llama", (block,), None))

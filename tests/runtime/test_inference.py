@@ -113,6 +113,15 @@ def test_state_of_the_code_itself_stays():
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
 
 
+def test_modules_that_a_model_replaces_come_back():
+    model = build("encoder-decoder", "bigbird_pegasus")  # text shorter than its blocks gets another kind of attention
+    before = [(name, module, vars(module).get("attention_type")) for name, module in model.named_modules()]
+    Inference(model).decode(token_ids(1, 9), 4)
+    assert [(name, module, vars(module).get("attention_type")) for name, module in model.named_modules()] == before
+    model(input_ids=token_ids(1, 9), decoder_input_ids=token_ids(1, 9))
+    assert [module for _, module in model.named_modules()] != [module for _, module, _ in before]
+
+
 @pytest.mark.parametrize("model_type", ["blip-2", "instructblip"])
 @torch.no_grad()
 def test_text_alone_runs_the_inner_language_model(model_type):

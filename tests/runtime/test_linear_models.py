@@ -7,10 +7,10 @@ import linear_models
 import pytest
 import torch
 import transformers as tf
+from running import distance, logits
 
 import hasten
-from hasten.acceleration import linear_layers
-from hasten.model_facts import cache_of
+from hasten.acceleration.techniques import linear_attention_layers
 
 FAMILIES = list(linear_models.CONFIGS)
 ONE_OF_EACH = ["minimax", "qwen3_next", "kimi_linear", "mamba2", "falcon_h1"]
@@ -22,33 +22,18 @@ def calls(monkeypatch):
     """How often each kernel was called."""
     counts = {}
     for name in ("linear_attention", "linear_attention_step", "delta_rule", "delta_rule_step"):
-        kernel = getattr(linear_layers, name)
+        kernel = getattr(linear_attention_layers, name)
 
         def counted(*arguments, name=name, kernel=kernel, **settings):
             counts[name] = counts.get(name, 0) + 1
             return kernel(*arguments, **settings)
 
-        monkeypatch.setattr(linear_layers, name, counted)
+        monkeypatch.setattr(linear_attention_layers, name, counted)
     return counts
 
 
 def ids(rows=2, length=112, seed=0):
     return torch.randint(3, 290, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, tokens, parts):
-    """A prefill of parts[0] tokens, then the other parts with the cache."""
-    outputs, cache = [], {}
-    for part in tokens.split(parts, 1):
-        output = model(input_ids=part, use_cache=True, **cache)
-        cache = cache_of(output)
-        outputs.append(output.logits)
-    return torch.cat(outputs, 1)
-
-
-def distance(a, b):
-    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
 
 
 def generated(model, tokens, **settings):
@@ -143,7 +128,8 @@ def test_caches_move_between_the_stock_and_the_fast_model(family):
         for begin, then in ((model, fast), (fast, model)):
             if family == "minimax" and then is model:
                 continue  # transformers' loop takes a state of the weights' dtype only; in float32 that is the same
-            cache = cache_of(begin(input_ids=tokens[:, :50], use_cache=True))
+            name = "cache_params" if family == "mamba2" else "past_key_values"
+            cache = {name: getattr(begin(input_ids=tokens[:, :50], use_cache=True), name)}
             steps = [
                 then(input_ids=part, use_cache=True, **cache).logits
                 for part in tokens[:, 50:].split([5, 1, 1, 1, 1, 1], 1)
@@ -166,7 +152,7 @@ def test_a_copy_of_a_fast_model_is_fast_and_of_its_own():
     hasten.accelerate(model, PLAN, measure_speed=False)
     twin = copy.deepcopy(model)
     layer = next(module for module in twin.modules() if type(module).__name__ == "Mamba2Mixer")
-    assert layer.forward.__self__ is layer
+    assert layer.forward.module is layer
     twin.backbone.layers[0].mixer.out_proj.weight.zero_()
     assert distance(logits(model, ids(), [112]), logits(twin, ids(), [112])) > 1e-3
 
@@ -193,14 +179,14 @@ def test_minimax_in_bfloat16_keeps_its_state_in_float32():
     with torch.no_grad():
         for parameter, rounded in zip(exact.parameters(), layer.parameters(), strict=True):
             parameter.copy_(rounded)
-    fast = linear_layers.minimax_forward(layer)
+    fast = linear_attention_layers.minimax_forward(layer)
     theirs, ours = tf.models.minimax.modeling_minimax.MiniMaxCache(), tf.models.minimax.modeling_minimax.MiniMaxCache()
     states = tf.models.minimax.modeling_minimax.MiniMaxCache()
     x = torch.randn(1, 501, 64).bfloat16()
     with torch.no_grad():
         for t in range(501):
             token = x[:, t : t + 1]
-            linear_layers.minimax_forward(exact)(exact, token.float(), None, None, states)
+            linear_attention_layers.minimax_forward(exact)(exact, token.float(), None, None, states)
             layer(token, None, None, theirs)
             _, state = fast(layer, token, None, None, ours)
     assert state.dtype == torch.float32
@@ -249,7 +235,7 @@ def test_a_forward_of_someone_else():
     report = hasten.accelerate(model, PLAN, strict=False, measure_speed=False)
     assert [skip.name for skip in report.skipped] == ["backbone.layers.1.mixer"]
     model.backbone.layers[0].mixer.forward = print
-    with pytest.raises(hasten.StateError, match=r"backbone.layers.0.mixer was replaced after"):
+    with pytest.raises(hasten.StateError, match=r"the forward of backbone.layers.0.mixer was replaced after"):
         hasten.revert(model)
 
 

@@ -2,14 +2,24 @@ import pytest
 import torch
 
 from hasten.sparsity.allocation import HIGHEST, greedy
+from hasten.sparsity.cats import cats
 from hasten.sparsity.histogram import ScoreHistogram
-from hasten.sparsity.scores import column_norms, cutoffs
+from hasten.sparsity.teal import teal
+from hasten.sparsity.threshold import cutoffs, masked, past_first, scores
+from hasten.sparsity.union import largest_union
+from hasten.sparsity.wina import wina
 
 
-def test_column_norms():
-    weight = torch.randn(37, 11, dtype=torch.bfloat16)
-    expected = weight.double().pow(2).sum(0).sqrt()
-    torch.testing.assert_close(column_norms(weight).double(), expected, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("shape", [(37, 11), (3, 37, 11)], ids=str)
+def test_factors(shape):
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    expected = weight.double().pow(2).sum(-2).sqrt()
+    torch.testing.assert_close(wina(weight).double(), expected, rtol=1e-5, atol=0)
+    assert wina(weight).dtype == torch.float32
+    for ones in (teal(weight), cats(weight)):
+        assert ones.dtype == torch.float32 and torch.equal(ones, torch.ones(ones.shape))
+    assert teal(weight).shape == wina(weight).shape
+    assert cats(weight).shape == weight.shape[-1:]
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
@@ -54,7 +64,7 @@ def test_scores_beyond_the_range_are_counted():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_scores_are_refused(value):
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="finite"):
         ScoreHistogram().add(torch.tensor([1.0, value]))
 
 
@@ -80,3 +90,32 @@ def test_greedy_spends_the_budget_where_it_costs_least():
 def test_greedy_refuses_what_it_cannot_reach():
     with pytest.raises(ValueError, match=r"0\.95.*0\.99"):
         greedy({"q": 4}, lambda sparsity: 0.0, 0.99)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores(dtype):
+    x, factors = torch.randn(5, 11).to(dtype), torch.rand(11)
+    assert torch.equal(scores(x, factors), x.float().abs() * factors)
+
+
+def test_the_first_position_does_not_count():
+    x = torch.randn(1, 6, 4)
+    assert torch.equal(past_first(x), x[0, 1:])
+    assert torch.equal(past_first(x[0]), x[0, 1:])
+    cutoff = torch.full((4,), 0.7)
+    expected = torch.where(x.abs() > 0.7, x, 0)
+    expected[:, 0] = x[:, 0]
+    assert torch.equal(masked(x, cutoff), expected)
+    x[0, 3, 2] = 0.7
+    assert masked(x, cutoff)[0, 3, 2] == 0, "an input at its cutoff is skipped"
+
+
+def test_the_union_of_a_batch():
+    """The largest batch that leaves at least 15 % of the inputs out, were its rows independent."""
+    for percent in range(1, 100):
+        sparsity = percent / 100
+        batch = largest_union(sparsity, 8)
+        assert 1 <= batch <= 8
+        assert batch == 1 or sparsity**batch >= 0.15 - 1e-9
+        assert batch == 8 or sparsity ** (batch + 1) < 0.15
+    assert [largest_union(sparsity, 3) for sparsity in (0.5, 0.99)] == [2, 3]

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hasten.acceleration.anatomy import GatedMLP
 from hasten.acceleration.edits import ReplaceForward, StoreColumnMajor
 from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix, product
+from hasten.acceleration.parts import GatedMLP
 from hasten.acceleration.techniques.base import Settings, Technique
 from hasten.acceleration.techniques.dense_decode import DenseDecode
-from hasten.acceleration.techniques.input_sparsity import refused_methods
+from hasten.acceleration.techniques.input_sparsity import refused_methods, refusing_broken_inputs
 from hasten.errors import SavedPlanError, UnsupportedModelError
 from hasten.kernels import backend
 from hasten.kernels.column_sparse_linear import column_sparse_linear
@@ -99,7 +99,8 @@ class CatsMLP(Forward):
     def beside_definition(self, x):
         if not 0 < decode_rows(x) <= MAX_BATCH:
             return self(x), self.dense(x)
-        # The gate decides what is skipped: both must decide on the same values, for rounding tips those at the threshold.
+        # The gate decides what is skipped: both must decide on the same values, for rounding tips those at the
+        # threshold.
         x = x.to(matrix(self.linear("down")).dtype)
         gate = self.gate(x)
         output = self.by_kernels(x, gate, exact=decode_rows(x) > self.max_union)
@@ -165,7 +166,7 @@ class Cats(Technique):
             histogram = histograms[name] = ScoreHistogram()
             activation = mlp.module.get_submodule(mlp.activation)
             listener = partial(_listen, histogram, cats(mlp.down.weight.detach()))
-            yield activation.register_forward_hook(listener)
+            yield activation.register_forward_hook(partial(refusing_broken_inputs, name, listener))
 
     def settle(self, anatomy, statistics):
         """Sparsity and threshold by the names of MLPs."""

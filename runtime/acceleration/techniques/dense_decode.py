@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from hasten.acceleration import measure
-from hasten.acceleration.anatomy import Anatomy, Experts, Projection
+from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import Edit, ReplaceForward
 from hasten.acceleration.experts import ExpertsLayout, decode_experts, layout_of
 from hasten.acceleration.forwards import Forward, decode_rows, matrix, product
+from hasten.acceleration.parts import Experts, Projection
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
 from hasten.kernels.storage import MAX_BATCH
 from hasten.kernels.tuning import remembered
@@ -75,7 +76,8 @@ class DenseDecode(Technique):
         return tuple(_parts(anatomy))
 
     def settle(self, anatomy, statistics):
-        """The largest batch of every part's kernel, 0 where torch is as fast; and the ratio at batch 1, by which that was found."""
+        """The largest batch of every part's kernel, 0 where torch is as fast; and the ratio at batch 1,
+        by which that was found."""
         parts = _parts(anatomy)
         if self.always:
             return Settings({"max_batch": dict.fromkeys(parts, MAX_BATCH), "ratio": {}})
@@ -123,8 +125,8 @@ def _shape(part: Projection | Experts) -> tuple:
 
 
 def _contest(parts: list, batch: int, turn: int) -> tuple[Callable, Callable]:
-    """A product as torch computes it and one as hasten does, for `batch` rows, on different parts of one shape in turn, so
-    that weights are as cold as in decode."""
+    """A product as torch computes it and one as hasten does, for `batch` rows, on different parts of one shape in turn,
+    so that weights are as cold as in decode."""
     theirs, ours = (parts[(turn + shift) % len(parts)].module for shift in (0, len(parts) // 2))
     if isinstance(parts[0], Experts):
         layout = layout_of(ours)
