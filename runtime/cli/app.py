@@ -10,9 +10,6 @@ import hasten
 from hasten.cli.techniques import takes_plan
 from hasten.errors import HastenError
 
-Model = Annotated[
-    str, typer.Argument(help="A Hugging Face id or folder, a folder of hasten.save, or stdlib-llama (embedded).")
-]
 Calibration = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text to calibrate on, a few thousand tokens of typical use.")
 ]
@@ -114,7 +111,9 @@ def accelerate(
 @app.command()
 @takes_plan
 def generate(
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face id or folder, a folder of hasten.save, or stdlib-llama (embedded).")
+    ],
     prompt: Annotated[str, typer.Argument(help="Given to the model as it is, or with --chat as a user's message.")],
     plan: list,
     calibration: Calibration = None,

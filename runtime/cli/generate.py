@@ -34,9 +34,7 @@ class Generation:
 
 
 class _Clock(transformers.TextStreamer):
-    """Streams the continuation to stdout if `shown`, with the prompt before it if that is a text, and notes when each token
-    came.
-    """
+    """Streams the continuation to stdout if `shown`, after the prompt where that is a text; notes when each token came."""
 
     def __init__(self, tokenizer, prompt: Prompt, shown: bool):
         super().__init__(tokenizer, skip_prompt=not isinstance(prompt, str), skip_special_tokens=True)
@@ -122,8 +120,9 @@ def chat(tokenizer: transformers.PreTrainedTokenizerBase, name: str, message: st
 def continue_prompt(
     model, tokenizer, prompt: Prompt, max_new_tokens: int, temperature: float = 0.0, shown: bool = False
 ) -> Generation:
-    """Up to `max_new_tokens` tokens after `prompt`, a text or chat messages, the likeliest at temperature 0; `shown` streams
-    them to stdout.
+    """Up to `max_new_tokens` tokens after `prompt`, a text or chat messages, the likeliest at temperature 0.
+
+    `shown` streams them to stdout.
 
     Raises:
         ValueError: a prompt without tokens.

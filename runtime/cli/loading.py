@@ -17,10 +17,9 @@ CALIBRATION_CHARACTERS = 20_000
 
 
 def load(name: str, plan: list[Technique], dtype: str) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """A model in eval mode without gradients, on the GPU if there is one, and its tokenizer. `plan` is what the model is
-    loaded for.
+    """A model in eval mode without gradients, on the GPU if there is one, and its tokenizer.
 
-    A folder that `hasten.save` wrote comes accelerated.
+    A folder that `hasten.save` wrote comes accelerated; then there can be no other `plan`.
 
     Raises:
         ValueError: a plan for a folder that holds one.

@@ -13,8 +13,9 @@ import hasten
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An option and its technique, a class of the public face. `takes`: which of its fields the command line sets; an option
-    for one that takes no sparsity is a flag.
+    """An option and its technique, a class of the public face.
+
+    takes: which of its fields the command line sets. An option of a technique that takes no sparsity is a flag.
     """
 
     option: str
