@@ -34,7 +34,7 @@ class Generation:
 
 
 class _Clock(transformers.TextStreamer):
-    """Streams the continuation to stdout if `shown`, after the prompt where that is a text; notes when each token came."""
+    """Streams the continuation, after a prompt that is a text, to stdout if `shown`; notes when each token came."""
 
     def __init__(self, tokenizer, prompt: Prompt, shown: bool):
         super().__init__(tokenizer, skip_prompt=not isinstance(prompt, str), skip_special_tokens=True)
