@@ -145,7 +145,7 @@ def continue_both(model: nn.Module, tokenizer, statistics: hasten.Statistics, to
 
 
 def _name(technique: Technique) -> str:
-    return "dense" if isinstance(technique, DenseDecode) else type(technique).__name__.upper()
+    return "dense" if technique.exact else type(technique).__name__.upper()
 
 
 def _show_drift(points: list[Point]) -> None:

@@ -109,7 +109,7 @@ def test_generate_refuses(options, message):
     assert message in refused(*GENERATE, *options)
 
 
-TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}<reply>"
+TEMPLATE = "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}<reply>"
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def with_template(embedded, monkeypatch):
 def test_chat_goes_through_the_template_and_only_the_reply_is_shown(embedded, with_template):
     with_template(TEMPLATE)
     reply = generation.continue_prompt(*embedded, "<user>def read(path):</><reply>", 8).text
-    assert run(*GENERATE, "--chat").stdout == reply.strip("\n") + "\n"
+    assert run(*GENERATE, "--chat").stdout == reply + "\n"
     record = json.loads(run(*GENERATE, "--chat", "--json").stdout)
     assert record["text"] == reply and record["prompt"] == [{"role": "user", "content": "def read(path):"}]
 
