@@ -50,9 +50,8 @@ def measure(tokens: int, sparsities: Sequence[float]) -> tuple[list[dict], list[
     rows, kls = [], {}
     for name, technique in TECHNIQUES.items():
         for sparsity in sparsities:
-            setting = {"calibration": statistics, "measure_speed": False}
             with (
-                hasten.accelerated(model, technique(sparsity), **setting),
+                hasten.accelerated(model, technique(sparsity), calibration=statistics, measure_speed=False),
                 counted(installed_on(model).edits) as activity,
             ):
                 fast = heldout_logits(inference, heldout, tokens)

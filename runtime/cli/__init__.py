@@ -1,4 +1,4 @@
-"""The command line: `hasten demo`, `generate`, `bench` and `doctor`."""
+"""The command line: `hasten accelerate`, `generate`, `demo`, `bench` and `doctor`."""
 
 from hasten.cli.app import app, main
 

@@ -7,7 +7,13 @@ import typer
 from typer.core import TyperGroup
 
 import hasten
+from hasten.cli.techniques import takes_plan
 from hasten.errors import HastenError
+
+Calibration = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text to calibrate on, a few thousand tokens of typical use.")
+]
+DType = Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="auto: as it was saved.")]
 
 
 class _Commands(TyperGroup):
@@ -75,21 +81,43 @@ def demo(
 
 
 @app.command()
+@takes_plan
+def accelerate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face id or folder, or stdlib-llama (embedded).")],
+    plan: list,
+    calibration: Calibration = None,
+    heldout: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text to measure drift on.  [default: a tenth of the calibration text]"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save the model, its plan and its tokenizer there.")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse a model of which a part cannot be changed.")] = True,
+    speed: Annotated[bool, typer.Option(help="Time the model before and after.")] = True,
+    drift: Annotated[bool, typer.Option(help="Compare predictions before and after.")] = True,
+    dtype: DType = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> None:
+    """Makes MODEL faster by the techniques that are given, measures what that brings and costs, and saves it.
+
+    Several techniques make one plan. The report goes to stdout, notes to stderr.
+    """
+    from hasten.cli import accelerate
+
+    accelerate.run(model, plan, calibration, heldout, out, strict, speed, drift, dtype, json)
+
+
+@app.command()
+@takes_plan
 def generate(
     model: Annotated[
         str, typer.Argument(help="A Hugging Face id or folder, a folder of hasten.save, or stdlib-llama (embedded).")
     ],
-    prompt: Annotated[str, typer.Argument(help="Given to the model as it is, without a chat template.")],
-    wina: Annotated[float | None, typer.Option(metavar="SPARSITY", help="Skip these inputs by WINA.")] = None,
-    teal: Annotated[float | None, typer.Option(metavar="SPARSITY", help="Skip these inputs by TEAL.")] = None,
-    cats: Annotated[float | None, typer.Option(metavar="SPARSITY", help="Skip these MLP neurons by CATS.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Exact: hasten's dense kernel.")] = False,
-    greedy_allocation: Annotated[
-        bool, typer.Option("--greedy-allocation", help="Spread WINA's or TEAL's sparsity where it costs least.")
-    ] = False,
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to calibrate on, a few thousand tokens.")
-    ] = None,
+    prompt: Annotated[str, typer.Argument(help="Given to the model as it is, or with --chat as a user's message.")],
+    plan: list,
+    calibration: Calibration = None,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT goes through the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[
         float | None, typer.Option(help="0 picks the likeliest token, more samples.  [default: 0; 1 with --particles]")
@@ -102,9 +130,7 @@ def generate(
     ] = None,
     particles: Annotated[int, typer.Option(min=1, help="So many texts compete, and one is drawn by weight.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="auto: as it was saved.")
-    ] = "auto",
+    dtype: DType = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Continues PROMPT on stdout, with the speed on stderr. Without a technique the model runs as it is.
@@ -113,15 +139,18 @@ def generate(
     """
     from hasten.cli import constrained, generate
 
-    techniques = generate.techniques(wina, teal, cats, dense, greedy_allocation)
     constraint = constrained.constraint_of(json_schema, regex, choice, grammar)
     if temperature is None:
         temperature = 1.0 if particles > 1 else 0.0
+    generate.check_temperature(temperature)
+    loaded, tokenizer = generate.prepare(model, plan, calibration, dtype)
+    message = generate.chat(tokenizer, model, prompt) if chat else prompt
     if constraint is None and particles == 1:
-        generate.run(model, prompt, techniques, calibration, max_new_tokens, temperature, dtype, json, seed)
+        generate.run(loaded, tokenizer, model, message, max_new_tokens, temperature, json, seed)
     else:
-        loaded = generate.prepare(model, techniques, calibration, dtype)
-        constrained.run(*loaded, model, prompt, constraint, particles, seed, max_new_tokens, temperature, json)
+        constrained.run(
+            loaded, tokenizer, model, message, constraint, particles, seed, max_new_tokens, temperature, json
+        )
 
 
 @app.command()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import typer
 
+from hasten.cli import loading, tables
 from hasten.generation.generation import generate
+from hasten.generation.prompts import Prompt
 from hasten.generation.results import Generated
 from hasten.guidance.text.constraints import Choice, Constraint, Grammar, JsonSchema, Regex
 
@@ -20,10 +22,10 @@ def constraint_of(
         OSError, ValueError: a file that cannot be read, or that is no UTF-8.
     """
     parts: list[Constraint] = []
-    parts += [JsonSchema(_read(json_schema))] if json_schema is not None else []
+    parts += [JsonSchema(loading.read(json_schema))] if json_schema is not None else []
     parts += [Regex(regex)] if regex is not None else []
     parts += [Choice(choice.split(","))] if choice is not None else []
-    parts += [Grammar(_read(grammar))] if grammar is not None else []
+    parts += [Grammar(loading.read(grammar))] if grammar is not None else []
     if not parts:
         return None
     whole = parts[0]
@@ -32,18 +34,11 @@ def constraint_of(
     return whole
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8: {error}") from error
-
-
 def run(
     model,
     tokenizer,
     name: str,
-    prompt: str,
+    prompt: Prompt,
     constraint: Constraint | None,
     particles: int,
     seed: int | None,
@@ -70,10 +65,10 @@ def run(
     kept = "" if result.mass_kept != result.mass_kept else f", mass kept {result.mass_kept:.3g}"
     effective = f", {result.ess:.1f} of {particles} particles effective" if particles > 1 else ""
     tokens = f"{len(result.tokens)} tokens, {result.checks_per_token:.1f} checks per token"
-    typer.echo(f"hasten: {result.status}, {tokens}{kept}{effective}", err=True)
+    tables.say(f"{result.status}, {tokens}{kept}{effective}")
 
 
-def _record(name: str, prompt: str, result: Generated) -> dict:
+def _record(name: str, prompt: Prompt, result: Generated) -> dict:
     finite = result.log_z if abs(result.log_z) < float("inf") else None  # JSON has no NaN
     return {
         "model": name,

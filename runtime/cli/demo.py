@@ -17,7 +17,7 @@ from hasten.acceleration.measure import Drift
 from hasten.acceleration.preflight import examine
 from hasten.acceleration.report import TechniqueReport
 from hasten.acceleration.techniques import Cats, DenseDecode, Teal, Technique, Wina
-from hasten.cli import generate, picture, tables
+from hasten.cli import generate, loading, picture, tables
 from hasten.model_facts import progress
 
 KINDS = (Wina, Teal, Cats)
@@ -70,7 +70,7 @@ def run(plot: str, json_file: Path | None, quick: bool) -> None:
     picture_file = picture.destination(plot)
     if json_file:
         tables.check_writable(json_file)
-    model, tokenizer = generate.load(generate.EMBEDDED, [], "auto")
+    model, tokenizer = loading.load(loading.EMBEDDED, [], "auto")
     text = (hasten.embedded_model() / "heldout.txt").read_text(encoding="utf-8")
     calibration, heldout = text[:CALIBRATION_CHARACTERS], text[CALIBRATION_CHARACTERS:]
 
@@ -145,7 +145,7 @@ def continue_both(model: nn.Module, tokenizer, statistics: hasten.Statistics, to
 
 
 def _name(technique: Technique) -> str:
-    return "dense" if isinstance(technique, DenseDecode) else type(technique).__name__.upper()
+    return "dense" if technique.exact else type(technique).__name__.upper()
 
 
 def _show_drift(points: list[Point]) -> None:

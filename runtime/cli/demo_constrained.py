@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from hasten.cli import generate, tables
+from hasten.cli import loading, tables
 from hasten.generation.generation import generate as constrained
 from hasten.guidance.text.constraints import Constraint, JsonSchema, Predicate
 
@@ -72,7 +72,7 @@ def run(json_file: Path | None) -> None:
     start = time.perf_counter()
     if json_file:
         tables.check_writable(json_file)
-    model, tokenizer = generate.load(generate.EMBEDDED, [], "float32")
+    model, tokenizer = loading.load(loading.EMBEDDED, [], "float32")
     schema = json.dumps(SCHEMA["properties"])
     examples = [
         example(model, tokenizer, "JSON by a schema", EXTRACT, JsonSchema(SCHEMA, whitespace="[ ]?"), schema),

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from hasten.cli import tables
-from hasten.kernels import backend, cpu
+from hasten.kernels import backend, cpu, tuning
 from hasten.kernels.linear import linear
 
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -47,8 +47,9 @@ def examine() -> Iterator[Check]:
     yield from _versions()
     yield Check("machine", f"{platform.machine()}, {_cores()} cores, torch uses {torch.get_num_threads()}")
     yield Check("CPU features", " ".join(_cpu_features()) or "unknown on this system")
-    yield _library()
+    yield from _library()
     yield _openmp()
+    yield _measurements()
     for name, reason in backend.available().items():
         yield _backend(name, reason)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -89,15 +90,29 @@ def _cpu_features() -> list[str]:
     return [feature for feature in CPU_FEATURES if feature in flags]
 
 
-def _library() -> Check:
+def _library() -> Iterator[Check]:
+    """Whether the C++ kernels were built, and the instruction set that they use here."""
     reason = cpu.reason()
     if reason:
         state = "broken" if cpu.LIBRARY.exists() else "note"
-        return Check("C++ kernels", f"{reason} (the plain torch definitions run instead)", state)
+        yield Check("C++ kernels", f"{reason} (the plain torch definitions run instead)", state)
+        return
+    yield Check("C++ kernels", f"built, and run here for {', '.join(cpu.isas())}")
     try:
-        return Check("C++ kernels", f"{cpu.isa()} (of {', '.join(cpu.isas())})")
+        yield Check("instruction set", cpu.isa())
     except ValueError as error:
-        return Check("C++ kernels", str(error), "broken")
+        yield Check("instruction set", str(error), "broken")
+
+
+def _measurements() -> Check:
+    """Where it is kept which kernels are faster on this machine."""
+    try:
+        file = tuning.cache_file()
+    except ValueError as error:  # an instruction set that this machine lacks
+        return Check("measurements", str(error), "broken")
+    if file is None:
+        return Check("measurements", "not kept: HASTEN_CACHE is empty, or there is no home folder", "note")
+    return Check("measurements", f"{file} ({'exists' if file.exists() else 'nothing measured yet'})")
 
 
 def _openmp() -> Check:

@@ -1,4 +1,4 @@
-"""Output: tables, drawn on a terminal and plain elsewhere, and files, checked before the work starts."""
+"""Output: tables, drawn on a terminal and plain elsewhere, notes, and files, checked before the work starts."""
 
 import json
 import os
@@ -41,6 +41,20 @@ def ratio(value: float) -> str:
     """A ratio of speeds in words: "2.10x faster"; within 2 % it is the same."""
     verdict = "faster" if value >= 1.02 else "slower" if value <= 0.98 else "the same"
     return f"{value:.2f}x {verdict}"
+
+
+def say(message: str) -> None:
+    """Prints a note on stderr."""
+    typer.echo(f"hasten: {message}", err=True)
+
+
+def check_folder(path: Path) -> None:
+    """Raises OSError unless a folder stands or can be made at `path`, and can be written to."""
+    present = next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.exists())
+    if not present.is_dir():
+        raise NotADirectoryError(f"cannot write to {path}: {present} is no folder")
+    if not os.access(present, os.W_OK):
+        raise PermissionError(f"cannot write to {path}")
 
 
 def check_writable(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line: what it prints, and one clear line with exit status 1 for bad input."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -7,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import refused, run
 
 import hasten
 from hasten.acceleration import measure
@@ -15,37 +16,23 @@ from hasten.acceleration.inference import Inference
 from hasten.acceleration.preflight import examine
 from hasten.acceleration.report import TechniqueReport
 from hasten.bench.kernels import cases as kernel_cases
-from hasten.cli import app, bench, demo, doctor, picture, tables
+from hasten.cli import bench, demo, doctor, loading, picture, tables
 from hasten.cli import generate as generation
-from hasten.kernels import cpu
+from hasten.kernels import cpu, tuning
 
 GENERATE = ("generate", "stdlib-llama", "def read(path):", "--max-new-tokens", "8")
 
 
-def run(*arguments, status=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
-
-
 @pytest.fixture(scope="module")
 def embedded():
-    return generation.load("stdlib-llama", [], "auto")
-
-
-def refused(*arguments):
-    """The one line on stderr."""
-    (line,) = run(*arguments, status=1).stderr.splitlines()
-    return line
+    return loading.load("stdlib-llama", [], "auto")
 
 
 def test_version():
     assert run("--version").stdout == f"hasten {hasten.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "accelerate", "generate", "bench", "doctor"])
 def test_help_names_every_command(command):
     assert command in run("--help").output
     assert "Usage" in run(command, "--help").output
@@ -66,7 +53,7 @@ def test_generate_streams_to_stdout_and_tells_the_speed_on_stderr(embedded):
         ("--wina", "0.5"),
         ("--teal", "0.4", "--dense"),
         ("--cats", "0.5"),
-        ("--wina", "0.3", "--greedy-allocation"),
+        ("--wina", "0.3", "--allocation", "greedy"),
     ],
     ids=" ".join,
 )
@@ -109,17 +96,58 @@ def test_generate_from_a_folder_that_was_saved(embedded, tmp_path):
         (("--wina", "1.5"), "sparsity must be in [0, 1), got 1.5"),
         (("--teal", "-0.1"), "sparsity must be in [0, 1), got -0.1"),
         (("--cats", "nan"), "sparsity must be in [0, 1), got nan"),
-        (("--greedy-allocation",), "--wina or --teal"),
-        (("--greedy-allocation", "--cats", "0.5"), "--wina or --teal"),
+        (("--allocation", "greedy"), "--wina or --teal"),
+        (("--allocation", "greedy", "--cats", "0.5"), "--wina or --teal"),
         (("--temperature", "-1"), "temperature must be 0 or more, got -1.0"),
         (("--temperature", "nan"), "temperature must be 0 or more, got nan"),
         (("--wina", "0.5", "--calibration", "nowhere.txt"), "nowhere.txt"),
-        (("--calibration", "nowhere.txt"), "--calibration is for --wina, --teal and --cats"),
+        (("--calibration", "nowhere.txt"), "--calibration is for --wina, --teal or --cats"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_generate_refuses(options, message):
     assert message in refused(*GENERATE, *options)
+
+
+TEMPLATE = "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}<reply>"
+
+
+@pytest.fixture
+def with_template(embedded, monkeypatch):
+    """A function that gives the embedded model's tokenizer a chat template."""
+    model, tokenizer = embedded
+
+    def give(template):
+        chatting = copy.deepcopy(tokenizer)
+        chatting.chat_template = template
+        monkeypatch.setattr(loading, "load", lambda name, plan, dtype: (model, chatting))
+
+    return give
+
+
+def test_chat_goes_through_the_template_and_only_the_reply_is_shown(embedded, with_template):
+    with_template(TEMPLATE)
+    reply = generation.continue_prompt(*embedded, "<user>def read(path):</><reply>", 8).text
+    assert run(*GENERATE, "--chat").stdout == reply + "\n"
+    record = json.loads(run(*GENERATE, "--chat", "--json").stdout)
+    assert record["text"] == reply and record["prompt"] == [{"role": "user", "content": "def read(path):"}]
+
+
+def test_chat_under_a_constraint(embedded, with_template):
+    with_template(TEMPLATE)
+    pattern = ("--regex", "[0-9]{2}", "--seed", "1", "--temperature", "1", "--json")
+    chatted = json.loads(run(*GENERATE, *pattern, "--chat").stdout)
+    plain = json.loads(run("generate", "stdlib-llama", "<user>def read(path):</><reply>", *pattern).stdout)
+    assert chatted["text"] == plain["text"] and chatted["log_z"] == plain["log_z"]
+
+
+@pytest.mark.parametrize("options", [(), ("--regex", "[0-9]")], ids=["free", "constrained"])
+def test_chat_without_a_template_or_with_one_that_refuses(options, with_template):
+    assert refused(*GENERATE, "--chat", *options) == (
+        "hasten: the tokenizer of stdlib-llama has no chat template: leave out --chat"
+    )
+    with_template("{{ raise_exception('no user may speak first') }}")
+    assert "refuses the message: no user may speak first" in refused(*GENERATE, "--chat", *options)
 
 
 @pytest.mark.parametrize("content", ["", "\xff"], ids=["empty", "no text"])
@@ -151,8 +179,21 @@ def test_doctor():
     checks = {check["name"]: check for check in json.loads(run("doctor", "--json").stdout)}
     assert checks["torch"]["state"] == checks["backend reference"]["state"] == "ok"
     if cpu.reason() is None:
-        assert checks["C++ kernels"]["value"].startswith(cpu.isa())
+        assert checks["instruction set"]["value"] == cpu.isa()
         assert checks["backend cpu"]["value"] == "works on cpu"
+
+
+def test_doctor_tells_where_measurements_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    file = tuning.cache_file()
+    checks = {check.name: check for check in doctor.examine()}
+    assert checks["measurements"].value == f"{file} (nothing measured yet)"
+    tuning.remembered("a kernel", lambda: 1)
+    checks = {check.name: check for check in doctor.examine()}
+    assert checks["measurements"].value == f"{file} (exists)"
+    monkeypatch.setenv("HASTEN_CACHE", "")
+    checks = {check.name: check for check in doctor.examine()}
+    assert checks["measurements"].state == "note" and "not kept" in checks["measurements"].value
 
 
 def test_doctor_fails_where_a_backend_is_wrong(monkeypatch):

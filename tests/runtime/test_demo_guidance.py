@@ -4,18 +4,10 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import run
 
 import hasten
-from hasten.cli import app, demo_guidance
-
-
-def run(*arguments, status=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
+from hasten.cli import demo_guidance
 
 
 def test_every_method_is_drawn_and_costs_what_it_should(tmp_path, monkeypatch):
