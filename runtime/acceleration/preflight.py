@@ -25,6 +25,13 @@ def refuse_unready(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if "_hasten" in vars(module):
             raise StateError(f"{name or 'the model'} is accelerated already: call hasten.revert on it first")
+        for inner, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type == "meta" and not hasattr(
+                module, "_hf_hook"
+            ):  # with one it comes when it is needed
+                remedy = "load the whole model into the memory of one device"
+                kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                raise UnsupportedModelError(name, kind, f"its {inner} is on the meta device", remedy)
     if model.training:
         raise StateError("the model is in training mode: call model.eval() first")
 
