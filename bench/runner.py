@@ -1,4 +1,5 @@
-"""Runs benchmark cases: medians over interleaved calls with cold weights, against baselines and the memory's bandwidth."""
+"""Runs benchmark cases: medians over interleaved calls with cold weights,
+against baselines and the memory's bandwidth."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -20,8 +21,8 @@ class Case:
     """One operator on one problem.
 
     make() builds it and returns what can be run: under OURS and under each baseline's name, calls that do the same on
-    different copies of the weights. bytes is what one call has to move, operations what it has to compute (2 for a multiplication
-    and an addition).
+    different copies of the weights. bytes is what one call has to move, operations what it has to compute (2 for a
+    multiplication and an addition).
     """
 
     op: str
@@ -39,20 +40,22 @@ def copies(weight: torch.Tensor, copy: Callable[[torch.Tensor], torch.Tensor] = 
 
 
 def run(cases: Iterable[Case], seconds: float = 2.0, rounds: int = 25) -> list[dict]:
-    """One record per case and baseline, after measuring each case for at least `rounds` rounds and about `seconds` seconds.
+    """One record per case and baseline, after measuring each case for at least `rounds` rounds and
+    about `seconds` seconds.
 
     A case that takes longer than PATIENCE seconds has FEWEST rounds.
 
-    op, case, dtype, device, backend; baseline; seconds and baseline_seconds of one call; ratio = baseline_seconds / seconds
-    (above 1: hasten is faster); share_of_limit = the time that the machine's limits allow over the time taken. Limits are the
-    bandwidth that torch reads at and, for a case with operations, the rate of torch's matrix product in the case's dtype,
-    both in the same rounds.
+    op, case, dtype, device, backend; baseline; seconds and baseline_seconds of one call; ratio = baseline_seconds /
+    seconds (above 1: hasten is faster); share_of_limit = the time that the machine's limits allow over the time taken.
+    Limits are the bandwidth that torch reads at and, for a case with operations, the rate of torch's matrix product in
+    the case's dtype, both in the same rounds.
     """
     return [record for case in cases for record in _run_case(case, seconds, rounds)]
 
 
 def bandwidth(device: str, turn: int) -> float:
-    """Bytes per second that torch reads at just now, cold: the fastest of the probes, once each. Count `turn` up from call to call."""
+    """Bytes per second that torch reads at just now, cold: the fastest of the probes, once each.
+    Count `turn` up from call to call."""
     probes = list(_bandwidth_probes(device).values())
     measure = _measure_cuda if torch.device(device).type == "cuda" else _measure_cpu
     return PROBE_BYTES / min(measure(probes, turn))
@@ -127,7 +130,8 @@ def _measure_cuda(contenders, turn: int) -> list[float]:
 
 
 def _cold(turn: int, place: int, count: int) -> int:
-    """The copy to use, two further every turn; contenders that share copies are kept apart by a third of the rotation."""
+    """The copy to use, two further every turn; contenders that share copies are kept apart by a third
+    of the rotation."""
     return (2 * turn + place * count // 3) % count
 
 

@@ -19,7 +19,7 @@ SCHEMES = ("systematic", "stratified", "multinomial", "residual")
 
 
 def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
-    """(sum w)^2 / sum w^2 over the last dimension of log weights [..., N]: between 1 and N, 0 where all weights are 0."""
+    """(sum w)^2 / sum w^2 over the last dimension of log weights [..., N]: from 1 to N, 0 where all weights are 0."""
     scaled = _scaled(log_weights)
     return scaled.sum(-1).square() / scaled.square().sum(-1).clamp(min=torch.finfo(scaled.dtype).tiny)
 

@@ -1,1 +1,2 @@
-"""Tensors in, tensors out: one folder per operator, with its definition in torch, its C++ for CPUs and Triton for GPUs."""
+"""Tensors in, tensors out: one folder per operator, with its definition in torch,
+its C++ for CPUs and Triton for GPUs."""

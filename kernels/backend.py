@@ -42,7 +42,8 @@ def is_reference() -> bool:
 
 
 def choose(x: torch.Tensor, fallback: str = "reference") -> str:
-    """The implementation that an operator on x runs as: "reference", "cpu", "triton", or `fallback` where none was asked for and no kernel can run."""
+    """The implementation that an operator on x runs as: "reference", "cpu", "triton", or `fallback` where none was
+    asked for and no kernel can run."""
     name = _chosen.get()
     if x.dtype not in storage.DTYPE_CODES:
         return name if name == "reference" else fallback

@@ -1,8 +1,9 @@
 """What operators check before a kernel runs, with one error for one kind of mistake.
 
-TypeError: an argument of another kind, or a tensor of another dtype. ValueError: a shape, a value, a device or a layout in memory. NotImplementedError:
-an input that requires grad in grad mode. Kernels have no gradients, whatever the shapes and wherever they run; the definitions have, under
-`hasten.kernels.backend.use("reference")`, all but those of steps, which change a state in place.
+TypeError: an argument of another kind, or a tensor of another dtype. ValueError: a shape, a value, a device or a layout
+in memory. NotImplementedError: an input that requires grad in grad mode. Kernels have no gradients, whatever the shapes
+and wherever they run; the definitions have, under `hasten.kernels.backend.use("reference")`,
+all but those of steps, which change a state in place.
 """
 
 import math
@@ -57,14 +58,16 @@ def check_device(x: torch.Tensor, name: str, tensor: torch.Tensor, of: str = "x"
 
 
 def check_like(x: torch.Tensor, name: str, tensor: torch.Tensor, of: str = "x") -> None:
-    """Raises TypeError unless tensor has the dtype of x, which is called `of`, ValueError unless it is on its device."""
+    """Raises TypeError unless tensor has the dtype of x, which is called `of`,
+    ValueError unless it is on its device."""
     if tensor.dtype != x.dtype:
         raise TypeError(f"{name}: expected {x.dtype}, the dtype of {of}, got {tensor.dtype}")
     check_device(x, name, tensor, of)
 
 
 def check_float32(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-    """Raises TypeError unless tensor is float32, ValueError unless it is on the device of x: what says which columns or rows are active."""
+    """Raises TypeError unless tensor is float32, ValueError unless it is on the device of x:
+    what says which columns or rows are active."""
     if tensor.dtype != torch.float32:
         raise TypeError(f"{name}: expected torch.float32, got {tensor.dtype}")
     check_device(x, name, tensor)

@@ -1,13 +1,17 @@
 """The compiled CPU kernels: one shared library with a plain C ABI, every function once per instruction set.
 
-Here stands what no operator owns: where the library is, which instruction sets it and this CPU have, and how a function of it is called. What a
-function takes is declared in its operator's folder, twice and alike: as a struct in `cpu.cpp` and as a `ctypes.Structure` in `cpu.py`, the same names in
-the same order. A new operator does three things. (1) Its `cpu.cpp` declares `struct MyArguments` with named fields (pointers, `int64_t` sizes, `int32_t`
-flags in pairs; nothing that needs padding) and defines `HASTEN_EXPORT(my_operator, MyArguments)(const MyArguments& in) { ... }`, which returns 0, 1 for
-a dtype that it does not know, or 2 for no memory. (2) Its `cpu.py` declares `class MyArguments(Arguments)` with `__slots__ = ()` and `_fields_` of
-POINTER, SIZE, FLAG and REAL, and `_my_operator = Function("my_operator", MyArguments)`. (3) Its launcher, in the same file, takes checked tensors, makes
-the output and calls `_my_operator(MyArguments(dtype=..., threads=torch.get_num_threads(), y=y.data_ptr(), bias=address(bias), ...))`; a field that is not
-named is 0 or null. setup.py compiles every `kernels/**/cpu.cpp`, and tests/kernels/test_cpu.py compares names, order and size of all these structs.
+Here stands what no operator owns: where the library is, which instruction sets it and this CPU have, and how a function
+of it is called. What a function takes is declared in its operator's folder, twice and alike: as a struct in `cpu.cpp`
+and as a `ctypes.Structure` in `cpu.py`, the same names in the same order. A new operator does three things. (1) Its
+`cpu.cpp` declares `struct MyArguments` with named fields (pointers, `int64_t` sizes, `int32_t` flags in pairs; nothing
+that needs padding) and defines `HASTEN_EXPORT(my_operator, MyArguments)(const MyArguments& in) { ... }`, which returns
+0, 1 for a dtype that it does not know, or 2 for no memory. (2) Its `cpu.py` declares `class MyArguments(Arguments)`
+with `__slots__ = ()` and `_fields_` of POINTER, SIZE, FLAG and REAL, and
+`_my_operator = Function("my_operator", MyArguments)`. (3) Its launcher, in the same file, takes checked tensors, makes
+the output and calls
+`_my_operator(MyArguments(dtype=..., threads=torch.get_num_threads(), y=y.data_ptr(), bias=address(bias), ...))`; a
+field that is not named is 0 or null. setup.py compiles every `kernels/**/cpu.cpp`, and tests/kernels/test_cpu.py
+compares names, order and size of all these structs.
 """
 
 import ctypes
@@ -98,7 +102,8 @@ def isa() -> str:
 
 
 def openmp_runtimes() -> list[str]:
-    """The OpenMP libraries in this process. Two of them fight for the cores with two thread pools: milliseconds per switch."""
+    """The OpenMP libraries in this process. Two of them fight for the cores with two thread pools:
+    milliseconds per switch."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

@@ -1,7 +1,7 @@
 """What the operators over sequences share: their shapes, the kinds of decay, packed sequences, and the checks of both.
 
-Letters: B rows of a batch, T tokens, H heads of q and k, Hv heads of v (a multiple of H; head h of v reads head h * H // Hv of q and k), K and V the
-sizes of a head, N sequences (B, or the number of packed ones).
+Letters: B rows of a batch, T tokens, H heads of q and k, Hv heads of v (a multiple of H; head h of v reads head h * H
+// Hv of q and k), K and V the sizes of a head, N sequences (B, or the number of packed ones).
 """
 
 from itertools import pairwise
@@ -17,7 +17,8 @@ def state_dtype(q: torch.Tensor) -> torch.dtype:
 
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raises unless q, k [B, T, H, K] and v [B, T, Hv, V] fit, T >= 1, in one floating dtype on one device (see `checks`)."""
+    """Raises unless q, k [B, T, H, K] and v [B, T, Hv, V] fit, T >= 1,
+    in one floating dtype on one device (see `checks`)."""
     if q.dim() != 4:
         raise ValueError(f"q: expected shape [B, T, H, K], got shape {list(q.shape)}")
     check_floating("q", q)
@@ -57,7 +58,8 @@ def check_beta(q: torch.Tensor, v: torch.Tensor, beta: torch.Tensor) -> None:
 
 
 def check_signs(decay: torch.Tensor | None) -> None:
-    """Raises ValueError where a decay on a CPU is positive. On a GPU looking would wait for the device: there a positive decay makes its output NaN."""
+    """Raises ValueError where a decay on a CPU is positive. On a GPU looking would wait for the device: there a
+    positive decay makes its output NaN."""
     if decay is None or not decay.is_cpu:
         return
     if bool((decay > 0).any()):
@@ -96,7 +98,8 @@ def boundaries(cu_seqlens: torch.Tensor, T: int) -> list[int]:
 
 
 def per_sequence(form, tensors, decay, initial_state, bounds) -> tuple[torch.Tensor, torch.Tensor]:
-    """form(*tensors, decay=, initial_state=) on each packed sequence alone; the outputs and the states of all of them."""
+    """form(*tensors, decay=, initial_state=) on each packed sequence alone;
+    the outputs and the states of all of them."""
     if bounds is None:
         return form(*tensors, decay=decay, initial_state=initial_state)
     pieces = []

@@ -1,7 +1,9 @@
-"""How weights are stored: the dtypes that kernels read, the two layouts; and what the linear operators share, their largest batch and their checks.
+"""How weights are stored: the dtypes that kernels read, the two layouts;
+and what the linear operators share, their largest batch and their checks.
 
-A weight is logically [N, K], as in torch.nn.Linear, or [E, N, K] for E experts. Row-major: a row (one output's weights) is contiguous, what nn.Linear
-has. Column-major: a column (one input's weights) is contiguous, so that columns of inputs that are zero need not be read.
+A weight is logically [N, K], as in torch.nn.Linear, or [E, N, K] for E experts. Row-major: a row (one output's weights)
+is contiguous, what nn.Linear has. Column-major: a column (one input's weights) is contiguous,
+so that columns of inputs that are zero need not be read.
 """
 
 import ctypes
@@ -15,8 +17,8 @@ from .checks import check_floating, check_like, check_shape
 # The codes that with_dtype() in simd.h knows.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# Rows of x that the kernels of the linear operators are written for (with_rows() in simd.h, B in triton.py). With more, torch's matrix product reads
-# the weights as seldom, and the union of what the rows need is nearly everything.
+# Rows of x that the kernels of the linear operators are written for (with_rows() in simd.h, B in triton.py). With more,
+# torch's matrix product reads the weights as seldom, and the union of what the rows need is nearly everything.
 MAX_BATCH = 8
 
 
@@ -45,7 +47,8 @@ def rows_of(x: torch.Tensor, weight: torch.Tensor) -> int:
 
 
 def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raises unless x [..., K], weight [N, K] and bias [N] or None fit, in one floating dtype and on one device (see `checks`)."""
+    """Raises unless x [..., K], weight [N, K] and bias [N] or None fit,
+    in one floating dtype and on one device (see `checks`)."""
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got shape {list(weight.shape)}")
     if x.dim() == 0 or x.size(-1) != weight.size(1):
@@ -72,7 +75,8 @@ def check_column_major(weight: torch.Tensor) -> None:
 
 
 def ask_for_huge_pages(tensor: torch.Tensor) -> None:
-    """Lets Linux back a new, unwritten CPU tensor by 2 MB pages: skipping columns is a walk through many small pages."""
+    """Lets Linux back a new, unwritten CPU tensor by 2 MB pages:
+    skipping columns is a walk through many small pages."""
     huge = 1 << 21
     begin = -(-tensor.data_ptr() // huge) * huge
     size = (tensor.data_ptr() + tensor.nbytes) // huge * huge - begin

@@ -35,6 +35,28 @@ def row_tile(B: int, N: int, dtype: torch.dtype, multiprocessors: int) -> dict[s
     return {"B": B, "BLOCK_N": BLOCK_N, "BLOCK_K": 4 // BLOCK_N * THREADS * VEC, "VEC": VEC}
 
 
+REDUCE_TILE = {"BLOCK_S": 64, "BLOCK_N": 32}  # of what adds up the parts; one load covers every split
+COLUMNS = {1: 32, 2: 32, 4: 16, 8: 8}  # per step, by B: what the registers hold
+RESIDENT = {1: 7, 2: 5, 4: 4, 8: 4}  # programs that a multiprocessor's registers hold, by B
+
+
+def column_tile(B: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int, weights: int = 1) -> dict[str, int]:
+    """Constexprs of `sum_columns` for B rows of x, and how many programs divide K (splits).
+
+    All programs of this many weights are resident at once, so that they end together.
+    """
+    B, VEC = triton.next_power_of_2(B), vector_length(dtype)
+    BLOCK_N, BLOCK_K = 32 * VEC, COLUMNS[B]  # a warp along N
+    splits = RESIDENT[B] * multiprocessors // (weights * triton.cdiv(N, BLOCK_N))
+    return {
+        "B": B,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": BLOCK_K,
+        "SHARES": THREADS * VEC // BLOCK_N,
+        "splits": max(1, min(splits, triton.cdiv(K, BLOCK_K), REDUCE_TILE["BLOCK_S"])),
+    }
+
+
 @triton.jit
 def dot_rows(
     p_w,  # [N, K]
@@ -66,3 +88,65 @@ def dot_rows(
         b_acc += tl.sum(tl.reshape(b_w * b_x, [B, BLOCK_N, BLOCK_K // VEC, VEC]), axis=3)
         i_k += BLOCK_K
     return tl.sum(b_acc, axis=2)
+
+
+@triton.jit
+def load_columns(p_x, p_cutoff, i_k, rows, K, B: tl.constexpr, BLOCK_K: tl.constexpr, HAS_CUTOFF: tl.constexpr):
+    """x in fp32 with 0 for inactive columns, [B, BLOCK_K, 1], and which columns are active, [1, BLOCK_K, 1]."""
+    o_b = tl.arange(0, B)[:, None, None]
+    o_k = i_k + tl.arange(0, BLOCK_K)[None, :, None]
+    m_k = o_k < K
+    p_x += o_b.to(tl.int64) * K + o_k
+    b_x = tl.load(p_x, mask=(o_b < rows) & m_k, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if HAS_CUTOFF:
+        b_cutoff = tl.load(p_cutoff + o_k, mask=m_k, other=0.0, eviction_policy="evict_last")
+        # Rows of padding hold 0: active only under a cutoff (negative, NaN) for which every other row is active, too.
+        m_k = tl.max(1 - (tl.abs(b_x) <= b_cutoff).to(tl.int32), axis=0, keep_dims=True) > 0
+    return tl.where(m_k, b_x, 0.0), m_k
+
+
+@triton.jit
+def sum_columns(
+    p_w,  # [K, N]: the transpose of a column-major weight, as it is stored
+    p_x,  # [rows, K]
+    p_cutoff,  # [K] fp32 or None
+    o_n,  # [BLOCK_N]
+    i_s,
+    rows,
+    N,
+    K,
+    splits,
+    B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SHARES: tl.constexpr,
+    HAS_CUTOFF: tl.constexpr,
+):
+    """x . w[:, o_n] in fp32, [B, BLOCK_N], over every splits-th block of K from i_s on:
+    active columns come in clusters."""
+    o_k = tl.arange(0, BLOCK_K)
+    p_w += o_k.to(tl.int64)[None, :, None] * N + o_n[None, None, :]  # [1, BLOCK_K, BLOCK_N]
+    m_n = (o_n < N)[None, None, :]
+    i_k = i_s * BLOCK_K
+    o_w = i_s.to(tl.int64) * BLOCK_K * N
+    # A thread sees every SHARES-th k of a block and sums over those alone; across threads only once, after the loop.
+    b_acc = tl.zeros([B, SHARES, BLOCK_N], dtype=tl.float32)
+    b_x, m_k = load_columns(p_x, p_cutoff, i_k, rows, K, B, BLOCK_K, HAS_CUTOFF)
+    while i_k < K:
+        b_w = tl.load(p_w + o_w, mask=m_k & m_n, other=0.0, eviction_policy="evict_first")
+        i_k += splits * BLOCK_K
+        o_w += splits.to(tl.int64) * BLOCK_K * N
+        # The next x is on its way, too, before b_w has arrived.
+        b_next, m_k = load_columns(p_x, p_cutoff, i_k, rows, K, B, BLOCK_K, HAS_CUTOFF)
+        b_wx = b_w.to(tl.float32) * b_x  # [B, BLOCK_K, BLOCK_N]
+        b_acc += tl.sum(tl.reshape(b_wx, [B, BLOCK_K // SHARES, SHARES, BLOCK_N]), axis=1)
+        b_x = b_next
+    return tl.sum(b_acc, axis=1)
+
+
+@triton.jit
+def sum_parts(p_part, o_n, m_n, i_b, rows, N, splits, BLOCK_S: tl.constexpr):
+    """Row i_b of the partial sums [splits, rows, N] added up at o_n, in a fixed order."""
+    o_s = tl.arange(0, BLOCK_S)[:, None]
+    p_part += (o_s * rows + i_b).to(tl.int64) * N + o_n[None, :]  # [BLOCK_S, BLOCK_N]
+    return tl.sum(tl.load(p_part, mask=(o_s < splits) & m_n[None, :], other=0.0), axis=0)

@@ -1,7 +1,9 @@
-"""What was measured on this machine, kept from process to process: for instance from which shape on a kernel is faster than torch's product.
+"""What was measured on this machine, kept from process to process:
+for instance from which shape on a kernel is faster than torch's product.
 
-One JSON file per CPU model, instruction set, number of threads and build, in the folder that the environment variable HASTEN_CACHE names (empty: nothing
-is kept), else in $XDG_CACHE_HOME/hasten or ~/.cache/hasten. A file may be deleted at any time.
+One JSON file per CPU model, instruction set, number of threads and build, in the folder that the environment variable
+HASTEN_CACHE names (empty: nothing is kept), else in $XDG_CACHE_HOME/hasten or ~/.cache/hasten.
+A file may be deleted at any time.
 """
 
 import hashlib
@@ -25,7 +27,8 @@ def remembered(key: str, measure: Callable[[], Any]) -> Any:
 
     Args:
         key: names all that the measurement depends on but machine, threads and build: "linear 4096x4096 bfloat16".
-        measure: returns what JSON can hold (tuples come back as lists). Its errors are the caller's, and nothing is kept then.
+        measure: returns what JSON can hold (tuples come back as lists). Its errors are the caller's,
+            and nothing is kept then.
 
     A file that is missing, broken or not writable is no error: it is measured again.
     """
@@ -41,7 +44,8 @@ def remembered(key: str, measure: Callable[[], Any]) -> Any:
 
 
 def cache_file() -> Path | None:
-    """Where measurements of this machine, its threads as they are now, and this build are kept; None where nothing is."""
+    """Where measurements of this machine, its threads as they are now, and this build are kept;
+    None where nothing is."""
     folder = os.environ.get("HASTEN_CACHE")
     if folder == "":
         return None

@@ -8,8 +8,8 @@ _MODELS = Path(__file__).parent / "models"
 def embedded_model(name: str = "stdlib-llama") -> Path:
     """The folder of an embedded model, with its card in README.md.
 
-    "stdlib-llama" is an ordinary Hugging Face folder with held-out text in heldout.txt; "digit-diffusion" is for DigitDiffusion.load and
-    DigitClassifier.load.
+    "stdlib-llama" is an ordinary Hugging Face folder with held-out text in heldout.txt; "digit-diffusion" is for
+    DigitDiffusion.load and DigitClassifier.load.
 
     Raises:
         ValueError: there is no embedded model of that name.

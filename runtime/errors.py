@@ -1,4 +1,5 @@
-"""The errors of hasten. Wrong values of arguments are `ValueError` and `TypeError`; these are about models and their state."""
+"""The errors of hasten. Wrong values of arguments are `ValueError` and `TypeError`; these are about models and their
+state."""
 
 from dataclasses import dataclass
 
@@ -24,7 +25,8 @@ class UnsupportedModelError(HastenError):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why hasten leaves a module as it is: a record, from which the error is raised where the user asked for all or nothing.
+    """Why hasten leaves a module as it is: a record, from which the error is raised where the user asked for all or
+    nothing.
 
     Args:
         name, kind, reason, remedy: as in `UnsupportedModelError`.

@@ -37,7 +37,8 @@ def _checked_number(name: str, value: float) -> float:
 
 
 def spread(sparsity: Sparsity, names: Sequence[str]) -> dict[str, float]:
-    """One sparsity per name, from one number or from a mapping of names, endings of names, or fnmatch patterns; the last match counts.
+    """One sparsity per name, from one number or from a mapping of names, endings of names, or fnmatch patterns; the
+    last match counts.
 
     Raises:
         ValueError: a pattern that matches nothing; the nearest name is suggested.
@@ -65,8 +66,9 @@ def greedy(
 ) -> dict[str, float]:
     """Greedy allocation inside one block (TEAL, Liu et al. 2024, arXiv 2408.14690, algorithm 1).
 
-    From zero, again and again the projection whose next step costs the block's output least is made sparser, until the block skips a fraction
-    `target` of its weights. A step skips the same number of weights in whichever projection takes it, so that small projections take larger steps.
+    From zero, again and again the projection whose next step costs the block's output least is made sparser, until the
+    block skips a fraction `target` of its weights. A step skips the same number of weights in whichever projection
+    takes it, so that small projections take larger steps.
 
     Args:
         sizes: weights per projection (the real parameter counts).

@@ -1,4 +1,5 @@
-"""Contextually aware thresholding, CATS (Lee et al. 2024, arXiv 2404.08763): neuron i of a gated MLP scores |act(gate)_i|."""
+"""Contextually aware thresholding, CATS (Lee et al. 2024, arXiv 2404.08763): neuron i of a gated MLP
+scores |act(gate)_i|."""
 
 import torch
 

@@ -4,16 +4,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-# 128 bins an octave keep a threshold within 0.6 % of the exact quantile; 2^-40 .. 2^24 covers the activations of any model in half precision.
+# 128 bins an octave keep a threshold within 0.6 % of the exact quantile; 2^-40 .. 2^24 covers the activations of any
+# model in half precision.
 BINS_PER_OCTAVE, LOWEST_OCTAVE, HIGHEST_OCTAVE = 128, -40, 24
 BINS = BINS_PER_OCTAVE * (HIGHEST_OCTAVE - LOWEST_OCTAVE)
 
 
 @dataclass(slots=True)
 class ScoreHistogram:
-    """Counts of non-negative scores. Zeros (and what is under 2^-40) are counted apart, so that ReLU activations are held exactly.
+    """Counts of non-negative scores. Zeros (and what is under 2^-40) are counted apart, so that ReLU activations are
+    held exactly.
 
-    No shape of the distribution is assumed: TEAL's reference code takes zero-mean unimodal inputs, which gated activations are not.
+    No shape of the distribution is assumed: TEAL's reference code takes zero-mean unimodal inputs, which gated
+    activations are not.
     """
 
     zeros: int = 0
@@ -39,7 +42,8 @@ class ScoreHistogram:
         self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def threshold(self, sparsity: float) -> float:
-        """The score up to which a fraction `sparsity` of all scores lies, interpolated within its bin. 0 where zeros alone make it up."""
+        """The score up to which a fraction `sparsity` of all scores lies, interpolated within its bin. 0 where zeros
+        alone make it up."""
         rank = sparsity * self.total - self.zeros
         if rank <= 0:
             return 0.0

@@ -1,5 +1,5 @@
-"""Thresholds on scores. A score is |x_j| times a factor f_j that a method takes from the weight (wina, teal, cats), so a
-threshold t on scores is a cutoff t / f_j on |x_j|, which is all that the kernels know."""
+"""Thresholds on scores. A score is |x_j| times a factor f_j that a method takes from the weight (wina, teal, cats), so
+a threshold t on scores is a cutoff t / f_j on |x_j|, which is all that the kernels know."""
 
 import torch
 

@@ -1,8 +1,8 @@
 """The union of the inputs that are active in some row of a batch."""
 
-# Where more of the inputs than this are expected to be active in some row of the batch, decode is exact. Measured on two
-# cores at 4096 x 4096 in bf16, batch 2 to 8: a union of 85 % is 1.9 to 2.0 times as fast as torch's product, the exact
-# product of columns 1.5 to 1.6 times.
+# Where more of the inputs than this are expected to be active in some row of the batch, decode is exact. Measured on
+# two cores at 4096 x 4096 in bf16, batch 2 to 8: a union of 85 % is 1.9 to 2.0 times as fast as torch's product, the
+# exact product of columns 1.5 to 1.6 times.
 UNION_PAYS_UP_TO = 0.85
 
 

@@ -1,6 +1,9 @@
-"""Weight-informed activation sparsity, WINA (Chen et al. 2025, arXiv 2505.19427): input j scores |x_j| * ||W[:, j]||_2."""
+"""Weight-informed activation sparsity, WINA (Chen et al. 2025, arXiv 2505.19427): input j scores
+|x_j| * ||W[:, j]||_2."""
 
 import torch
+
+ROWS = 256  # summed at a time, so that little is held in float32
 
 
 def wina(weight: torch.Tensor) -> torch.Tensor:
@@ -8,4 +11,4 @@ def wina(weight: torch.Tensor) -> torch.Tensor:
 
     weight [..., N, K] -> [..., K].
     """
-    return torch.linalg.vector_norm(weight, dim=-2, dtype=torch.float32)
+    return sum(rows.float().square().sum(-2) for rows in weight.split(ROWS, -2)).sqrt()

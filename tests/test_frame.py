@@ -3,8 +3,10 @@
 import ast
 import doctest
 import importlib
+import inspect
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import typer
 
 import hasten
-from hasten.acceleration.anatomy import FAMILIES
+from hasten.acceleration.techniques import Technique
+from hasten.cli.app import app
+from hasten.guidance.diffusion.guide import Guide
+from hasten.guidance.text.constraints import Constraint
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {
@@ -101,7 +107,8 @@ def test_imports_run_down(package):
 
 @pytest.mark.parametrize(("package", "wing"), [(package, wing) for package in WINGS for wing in WINGS[package]])
 def test_wings_do_not_import_each_other(package, wing):
-    """A wing sees itself, the files that its package shares and the packages below; model classes are runtime's alone."""
+    """A wing sees itself, the files that its package shares and the packages below;
+    model classes are runtime's alone."""
     floors = tuple(floor for floor in FOLDERS if floor not in ("hasten", "hasten.bench", package))
     below = floors if package == "hasten" else MAY_IMPORT[package][1:]
     allowed = (wing, *shared(package), *below, *(("hasten.models",) if package == "hasten" else ()))
@@ -213,26 +220,88 @@ print(float((linear(torch.ones(1, 3), torch.ones(2, 3)) - 3).abs().max()), backe
     assert what == "0.0 reference"
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+def readmes() -> list[Path]:
+    """The README of the repository, and those of its folders."""
+    return [path for path in tracked() if path.name == "README.md" and len(path.parts) <= 2]
 
 
-def test_the_examples_of_the_readme_and_of_the_package_run(tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.DOTALL | re.MULTILINE)
+def text_of(path: Path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def examples(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text_of(path), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_every_package_has_a_readme():
+    assert set(readmes()) == {Path("README.md"), *(Path(folder, "README.md") for folder in FOLDERS.values())}
+
+
+@pytest.mark.parametrize("path", readmes(), ids=str)
+def test_the_examples_of_a_readme_run(path, tmp_path):
+    assert examples(path)
+    printed = python("\n".join(examples(path)), tmp_path, HASTEN_CACHE=str(tmp_path))
+    assert "drift    KL" in printed or path.parts[0] not in ("README.md", "runtime")
+
+
+def test_the_example_of_the_package_runs(tmp_path):
+    accelerate = examples(Path("README.md"))[0]
+    given = accelerate[: accelerate.index("report = ")]
     _, package = hasten.__doc__.split("\n\n")
-    printed = python("\n".join([*blocks, textwrap.dedent(package)]), tmp_path)
-    assert printed.count("drift    KL") == 2
+    printed = python(f"{given}{textwrap.dedent(package)}", tmp_path, HASTEN_CACHE=str(tmp_path))
+    assert "drift    KL" in printed
+
+
+def test_the_command_lines_of_the_readmes_are_understood():
+    """Every `hasten ...` in a README names a command that there is, with arguments and options that it takes."""
+    commands = typer.main.get_command(app)
+    found = [line for path in readmes() for line in re.findall(r"^hasten .*$", text_of(path), flags=re.MULTILINE)]
+    assert len(found) > 5
+    for line in found:
+        _, name, *arguments = shlex.split(line, comments=True)
+        assert name in commands.commands, line
+        commands.commands[name].make_context(name, arguments)
 
 
 def test_the_examples_in_docstrings_run():
     for package in FOLDERS:
         for module, path in modules(package).items():
-            if ">>>" in (ROOT / path).read_text(encoding="utf-8"):
+            if ">>>" in text_of(path):
                 assert doctest.testmod(importlib.import_module(module)).failed == 0, module
 
 
-def test_the_readme_names_every_family_and_leads_with_two_commands():
-    assert set(FAMILIES) <= set(re.findall(r"`(\w+)`", readme()))
-    commands = re.findall(r"^<!-- command:(\w+) -->\n```bash\n.+\n```$", readme(), flags=re.MULTILINE)
+def test_the_readme_is_short_and_leads_with_two_commands():
+    readme = text_of(Path("README.md"))
+    commands = re.findall(r"^<!-- command:(\w+) -->\n```bash\n.+\n```$", readme, flags=re.MULTILINE)
     assert commands == ["demo", "test"]
-    assert readme().index("<!-- command:test -->") < readme().index("\n## ")
+    assert readme.index("<!-- command:test -->") < readme.index("\n## ")
+    assert readme.count("\n") <= 220
+
+
+def test_every_technique_guide_and_constraint_is_in_a_readme():
+    kinds = (Technique, Guide, Constraint)
+    public = {name for name in hasten.__all__ if inspect.isclass(getattr(hasten, name))}
+    named = {name for name in public if issubclass(getattr(hasten, name), kinds)}
+    assert {"Wina", "AdaptiveGuidance", "JsonSchema"} <= named
+    written = "\n".join(map(text_of, readmes()))
+    assert {name for name in named if not re.search(rf"\b{name}\b", written)} == set()
+
+
+def test_prose_in_readmes_is_wrapped():
+    """At 120 columns; a row of a table and a line that is one link have to be as long as they are."""
+    for path in readmes():
+        for number, line in enumerate(text_of(path).splitlines(), 1):
+            assert len(line) <= 120 or line.startswith("|") or " " not in line.strip(), f"{path}:{number}"
+
+
+def test_links_in_readmes_lead_somewhere():
+    for path in readmes():
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text_of(path)):
+            assert (ROOT / path.parent / target).exists(), f"{path} links {target}"
+
+
+def test_no_test_module_imports_another():
+    for path in tracked():
+        if path.parts[0] == "tests" and path.suffix == ".py":
+            names = imports(path.stem, path)
+            assert not [name for name in names if any(part.startswith("test_") for part in name.split("."))], path

@@ -1,7 +1,8 @@
 """OneOf with 1,000,000 names and Substring over 100 MB of text: time of building, bytes of the index, time per check.
 
-The names are made of syllables, the corpus is the Python source of the installed packages, the vocabulary is all bytes and the most frequent pieces of the
-corpus. Times are CPU time of the one thread. The allowed next tokens at some prefixes are compared with a scan. Run by hand:
+The names are made of syllables, the corpus is the Python source of the installed packages, the vocabulary is all bytes
+and the most frequent pieces of the corpus. Times are CPU time of the one thread. The allowed next tokens at some
+prefixes are compared with a scan. Run by hand:
 
     python -m hasten.bench.guidance.indexed_texts --json bench/results/indexed-texts-cpu-1-thread.json
 """
@@ -63,7 +64,8 @@ def vocabulary(text: bytes, size: int) -> Vocabulary:
 
 
 def measure(make: Callable, load: Callable, texts: list[bytes], tokens: Vocabulary, folder: Path) -> dict:
-    """Builds the index, saves it, maps it and checks tokens along texts that satisfy it, each split into long tokens."""
+    """Builds the index, saves it, maps it and checks tokens along texts that satisfy it,
+    each split into long tokens."""
     begin = time.thread_time()
     index = make()
     built = time.thread_time() - begin
@@ -83,7 +85,8 @@ def measure(make: Callable, load: Callable, texts: list[bytes], tokens: Vocabula
 
 
 def times(bound, texts: list[bytes], tokens: Vocabulary) -> dict:
-    """Microseconds per check of the right token and of random tokens, per advance and per mask, over the states along the texts."""
+    """Microseconds per check of the right token and of random tokens, per advance and per mask,
+    over the states along the texts."""
     draw = random.Random(1)
     ids = {text: token for token, text in enumerate(tokens.tokens)}
     measured: dict[str, list[float]] = {"check_valid": [], "check_random": [], "advance": [], "fill_mask": []}
@@ -120,7 +123,8 @@ def times(bound, texts: list[bytes], tokens: Vocabulary) -> dict:
 
 
 def agrees_with_scan(bound, prefixes: list[bytes], following: Callable[[bytes], set[bytes]], tokens: Vocabulary) -> int:
-    """How many prefixes were compared: the tokens that the index allows with those that a scan finds; raises where they differ."""
+    """How many prefixes were compared: the tokens that the index allows with those that a scan finds;
+    raises where they differ."""
     ids = {text: token for token, text in enumerate(tokens.tokens)}
     for prefix in prefixes:
         state = bound.start()

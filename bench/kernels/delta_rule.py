@@ -1,4 +1,5 @@
-"""The delta rule (DeltaNet, Gated DeltaNet, Kimi Delta Attention): prefill and decode step against the same in torch."""
+"""The delta rule (DeltaNet, Gated DeltaNet, Kimi Delta Attention):
+prefill and decode step against the same in torch."""
 
 from functools import partial
 

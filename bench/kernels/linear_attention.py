@@ -1,4 +1,5 @@
-"""Linear attention: prefill against softmax attention and against our own form in plain torch, and the decode step against torch."""
+"""Linear attention: prefill against softmax attention and against our own form in plain torch,
+and the decode step against torch."""
 
 import importlib.util
 from collections.abc import Callable
@@ -45,7 +46,8 @@ def flash_linear_attention(device: str) -> ModuleType | None:
 
 
 def captured(call: Callable[[], torch.Tensor], device: str) -> Callable[[], object]:
-    """On a GPU the replay of a CUDA graph of `call`, which is how decode runs where launches would cost more than the work."""
+    """On a GPU the replay of a CUDA graph of `call`, which is how decode runs where launches would cost
+    more than the work."""
     if device != "cuda":
         return call
     call()

@@ -1,4 +1,5 @@
-"""Constrained generation, batch 1: AWRS against masks, against a predicate asked about the whole vocabulary, and against transformers' loop.
+"""Constrained generation, batch 1: AWRS against masks, against a predicate asked about the whole vocabulary,
+and against transformers' loop.
 
 Run by hand: `python -m hasten.bench.runtime.constrained [--json FILE]` from outside the repository's root.
 """
@@ -70,7 +71,8 @@ class Way:
 
 
 class WholeVocabulary(transformers.LogitsProcessor):
-    """A function asked about every token, by plain Python: what there is to do without a sampler that asks about few."""
+    """A function asked about every token, by plain Python: what there is to do without a sampler that
+    asks about few."""
 
     def __init__(self, function, pieces: list[str], begin: int):
         self._function, self._pieces, self._begin = function, pieces, begin
@@ -88,7 +90,8 @@ def embedded():
 
 
 def wide():
-    """A random Llama with a vocabulary of 128,000: all bytes, and random lower-case words with and without a space before them."""
+    """A random Llama with a vocabulary of 128,000: all bytes, and random lower-case words with and
+    without a space before them."""
     names = list(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     known, generator = set(names), torch.Generator().manual_seed(0)
     for row in torch.randint(26, (2 * WIDE, 8), generator=generator).tolist():
@@ -127,7 +130,8 @@ def ways(vocabulary: int) -> dict[str, Way]:
     }
     for kind, constraint in CONSTRAINTS.items():
         asked = isinstance(constraint, Predicate)
-        # Equal on all sides, since a predicate costs more on longer texts; few where asking about every token takes seconds.
+        # Equal on all sides, since a predicate costs more on longer texts; few where asking about every token takes
+        # seconds.
         tokens = 64 if vocabulary < 10_000 or not asked else 24
         found[f"{kind}, AWRS"] = Way(constraint, "awrs", tokens)
         if not asked:
@@ -139,7 +143,8 @@ def ways(vocabulary: int) -> dict[str, Way]:
 
 
 def measure(name: str, model, tokenizer, rounds: int) -> list[dict]:
-    """Milliseconds per token of every way, one after the other in each round: medians, and medians of the ratios to AWRS."""
+    """Milliseconds per token of every way, one after the other in each round: medians,
+    and medians of the ratios to AWRS."""
     chosen = ways(len(tokenizer))
     pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
     times: dict[str, list[float]] = {label: [] for label in chosen}

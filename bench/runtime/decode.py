@@ -1,4 +1,5 @@
-"""Decode and prefill of a random-weight Llama of 1.1 B parameters: transformers against hasten, step by step in turn."""
+"""Decode and prefill of a random-weight Llama of 1.1 B parameters: transformers against hasten,
+step by step in turn."""
 
 import argparse
 import copy
@@ -18,12 +19,13 @@ from hasten.model_facts import device_of, progress
 
 logger = logging.getLogger("hasten.bench")
 
-PROMPT_TOKENS, PREFILL_TOKENS, CALIBRATION_TOKENS = 32, 1024, 512
+PROMPT_TOKENS, PREFILL_TOKENS, CALIBRATION_TOKENS, COUNTED_TOKENS = 32, 1024, 512, 24
 WARMUP = 3
 
 
 def llama_1b(dtype: torch.dtype = torch.bfloat16, device: str = "cpu", layers: int = 22) -> LlamaForCausalLM:
-    """A Llama of TinyLlama's shape (hidden 2048, intermediate 5632, 4 KV heads, vocabulary 32,000), with random weights."""
+    """A Llama of TinyLlama's shape (hidden 2048, intermediate 5632, 4 KV heads, vocabulary 32,000),
+    with random weights."""
     config = LlamaConfig(
         hidden_size=2048,
         intermediate_size=5632,
@@ -69,7 +71,8 @@ def compare(
 ) -> list[dict]:
     """Times the dense model in transformers, with `DenseDecode`, and with `Wina` at each sparsity, batch 1.
 
-    One decode step of each model after the other, so that all of them see the same machine; every model reads gigabytes a step, so weights are cold.
+    One decode step of each model after the other, so that all of them see the same machine; every model reads gigabytes
+    a step, so weights are cold.
 
     Args:
         sparsities: of the Wina models.
@@ -77,7 +80,8 @@ def compare(
         prefill: also time a prefill of PREFILL_TOKENS tokens, three rounds.
 
     Returns:
-        records of `hasten.bench.runner`; the limit is the memory's bandwidth, measured between the steps, over the weights that a step must read.
+        records of `hasten.bench.runner`; the limit is the memory's bandwidth, measured between the steps, over the
+        weights that a step must read, by the share of inputs that was counted as active.
     """
     base = llama_1b(dtype, device)
     ids = torch.randint(32000, (1, PREFILL_TOKENS), generator=torch.Generator().manual_seed(1))
@@ -85,18 +89,26 @@ def compare(
     reports = {"dense": hasten.accelerate(models["dense"], hasten.DenseDecode(), measure_speed=False)}
     if sparsities:
         calibration = hasten.calibrate(base, hasten.Wina(), ids[:, :CALIBRATION_TOKENS])
+        counted_on = ids[:, CALIBRATION_TOKENS : CALIBRATION_TOKENS + COUNTED_TOKENS]
         for sparsity in sparsities:
             name = f"wina {sparsity:.0%}"
             models[name] = copy.deepcopy(base)
             reports[name] = hasten.accelerate(
-                models[name], hasten.Wina(sparsity), calibration=calibration, measure_speed=False
+                models[name],
+                hasten.Wina(sparsity),
+                calibration=calibration,
+                heldout=counted_on,
+                measure_speed=False,
             )
 
     times, bandwidths = decode_steps(models, ids, steps)
     limits = {name: bytes_read(base, reports.get(name)) / statistics.median(bandwidths) for name in models}
     for name, report in reports.items():
         growth = report.memory_after / report.memory_before - 1
-        logger.info("%s: %+.2f %% of the dense model's memory", name, 100 * growth)
+        share = report.techniques[0].active_share or 1.0
+        logger.info(
+            "%s: %+.2f %% of the dense model's memory, %.1f %% of inputs active", name, 100 * growth, 100 * share
+        )
     records = records_of("decode", times, limits, dtype, device)
     if prefill:
         rounds = {name: [] for name in models}
@@ -124,21 +136,18 @@ def decode_steps(models: dict, ids: torch.Tensor, steps: int) -> tuple[dict[str,
 
 
 def bytes_read(model: LlamaForCausalLM, report: hasten.Report | None) -> float:
-    """Bytes of weights that a decode step must read: every active column of the layers, and the head."""
-    sparsities = {}
-    for technique in report.techniques if report else []:
-        sparsities |= {setting.name: setting.sparsity for setting in technique.settings}
-    return sum(
-        module.weight.nbytes * (1 - sparsities.get(name, 0))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    )
+    """Bytes of weights that a decode step must read: of the layers, those of the inputs that were counted as active;
+    and the head."""
+    share = report.techniques[0].active_share if report else None
+    layers = sum(m.weight.nbytes for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    return layers * (1.0 if share is None else share) + model.lm_head.weight.nbytes
 
 
 def records_of(
     op: str, times: dict[str, list[float]], limits: dict[str, float | None], dtype, device, size: str = "1.1B"
 ) -> list[dict]:
-    """One record per model and baseline: transformers, and hasten's own dense model. Seconds are medians over steps taken in turn."""
+    """One record per model and baseline: transformers, and hasten's own dense model.
+    Seconds are medians over steps taken in turn."""
     records = []
     for name, own in times.items():
         for baseline, label in (("transformers", "transformers"), ("dense", "hasten dense")):
@@ -171,7 +180,8 @@ if __name__ == "__main__":
     results = compare(steps=arguments.steps, prefill=True)
     for record in results:
         print(
-            f"{record['op']:8} {record['case']:16} against {record['baseline']:13} {record['seconds'] * 1e3:8.2f} ms  {record['ratio']:.2f}x"
+            f"{record['op']:8} {record['case']:16} against {record['baseline']:13} "
+            f"{record['seconds'] * 1e3:8.2f} ms  {record['ratio']:.2f}x"
         )
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

@@ -1,9 +1,9 @@
 """Experts of realistic layers in decode: transformers' implementations against hasten, in turn, in one run.
 
-One layer each of the shape of Mixtral, Qwen3-MoE and gpt-oss with random weights in bfloat16, in every turn with another
-routing, the same for all. `hasten 50%` skips half of the inputs of each expert as Wina does: |x_j| times the norm of
-column j at or below a median over calibration inputs. Weights are cold: before each call more memory than the last-level
-cache holds is read, which also measures the bandwidth.
+One layer each of the shape of Mixtral, Qwen3-MoE and gpt-oss with random weights in bfloat16, in every turn with
+another routing, the same for all. `hasten 50%` skips half of the inputs of each expert as Wina does: |x_j| times the
+norm of column j at or below a median over calibration inputs. Weights are cold: before each call more memory than the
+last-level cache holds is read, which also measures the bandwidth.
 """
 
 import argparse
@@ -89,7 +89,8 @@ def by_columns(module: nn.Module, layout: ExpertsLayout) -> nn.Module:
 
 
 def median_cutoffs(module: nn.Module, layout: ExpertsLayout) -> dict[str, torch.Tensor]:
-    """Cutoffs [E, K] of each map that half of the calibration inputs of each expert are at or below, weighted as Wina."""
+    """Cutoffs [E, K] of each map that half of the calibration inputs of each expert are at or below,
+    weighted as Wina."""
     x, index, _ = routing(module, layout, CALIBRATION_TOKENS * layout.experts // 8, 8)
     cutoffs = {}
     for weight in layout.weights:
@@ -112,7 +113,8 @@ def routing(module: nn.Module, layout: ExpertsLayout, tokens: int, picks: int) -
 
 
 def bytes_read(module, layout, arguments, cutoffs=None) -> int:
-    """Bytes of weights that a call must read: the picked experts, of each the columns active in a row that picked it."""
+    """Bytes of weights that a call must read: the picked experts,
+    of each the columns active in a row that picked it."""
     total = 0
     for e, inputs in expert_inputs(module, layout, *arguments[:2]):
         for weight in layout.weights:
@@ -147,7 +149,8 @@ def contenders(module: nn.Module) -> dict[str, Callable]:
 
 @torch.no_grad()
 def compare(shape: Shape, rounds: int) -> list[dict]:
-    """Records as those of `hasten.bench.runner`, of our two contenders against transformers' fastest and against our dense one."""
+    """Records as those of `hasten.bench.runner`, of our two contenders against transformers' fastest
+    and against our dense one."""
     torch.manual_seed(0)
     module = build(shape)
     layout = layout_of(module)

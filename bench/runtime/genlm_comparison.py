@@ -1,4 +1,5 @@
-"""AWRS with sequential Monte Carlo: hasten against genlm-control 0.4.1, each in its own environment, on the same models.
+"""AWRS with sequential Monte Carlo: hasten against genlm-control 0.4.1, each in its own environment,
+on the same models.
 
 Run by hand from outside the repository's root:
 
@@ -6,17 +7,21 @@ Run by hand from outside the repository's root:
     peer/bin/pip install "torch==2.13.0" "genlm-control==0.4.1" "transformers>=5,<6"    # torch for CPUs; 107 packages
     python -m hasten.bench.runtime.genlm_comparison --genlm-python peer/bin/python [--json FILE]
 
-Both sides get the same folder with a model in float32, prompt, constraint, temperature 1, number of particles and of tokens, ESS threshold 0.5,
-multinomial resampling and number of threads; they take turns, seed by seed. Tokens per second: tokens that particles of weight above 0 hold at the
-end, over the seconds of the call that generates them; the medians over seeds and their ratio are printed. Loading, compiling the constraint and building the sampler are excluded, on both sides, as far as the
-interfaces allow (`hasten.generate` binds the constraint in the call, and genlm-control's sampler is built before its own).
+Both sides get the same folder with a model in float32, prompt, constraint, temperature 1, number of particles and of
+tokens, ESS threshold 0.5, multinomial resampling and number of threads; they take turns, seed by seed. Tokens per
+second: tokens that particles of weight above 0 hold at the end, over the seconds of the call that generates them; the
+medians over seeds and their ratio are printed. Loading, compiling the constraint and building the sampler are excluded,
+on both sides, as far as the interfaces allow (`hasten.generate` binds the constraint in the call, and
+genlm-control's sampler is built before its own).
 
-genlm-control waits up to 20 ms for queries that fill a batch of 20. So it runs as it is installed, and a second time with batches of exactly as many
-queries as there are particles and no more than 1 ms of waiting; the ratio is to the faster of the two.
+genlm-control waits up to 20 ms for queries that fill a batch of 20. So it runs as it is installed, and a second time
+with batches of exactly as many queries as there are particles and no more than 1 ms of waiting;
+the ratio is to the faster of the two.
 
-Not the same on both sides: genlm-control's target is texts that end within the limit (an end is forced and weighted there), hasten's texts that are
-complete at it; the JSON of genlm-control may have its properties in any order and more whitespace. genlm-control gives weight 0 where less than
-1e-5 of the law is valid; where all its particles end so, there is no ratio.
+Not the same on both sides: genlm-control's target is texts that end within the limit (an end is forced and weighted
+there), hasten's texts that are complete at it; the JSON of genlm-control may have its properties in any order and more
+whitespace. genlm-control gives weight 0 where less than 1e-5 of the law is valid;
+where all its particles end so, there is no ratio.
 """
 
 import argparse
@@ -135,9 +140,9 @@ class Ours:
 
     def generate(self, job: dict) -> dict:
         begin = time.perf_counter()
+        constraint = Regex(job["constraint"]) if job["kind"] == "regex" else JsonSchema(json.loads(job["constraint"]))
         result = generate(
-            self._model, self.tokenizer, job["text"],
-            constraint=Regex(job["constraint"]) if job["kind"] == "regex" else JsonSchema(json.loads(job["constraint"])),
+            self._model, self.tokenizer, job["text"], constraint=constraint,
             particles=job["particles"], max_new_tokens=job["tokens"], temperature=job["temperature"], seed=job["seed"],
             ess_threshold=job["ess_threshold"], resampling=job["resampling"], on_dead="return",
         )  # fmt: skip
@@ -151,8 +156,9 @@ def compare(problem: Problem, folder: Path, peer: Peer, particles: int) -> list[
     """A record for hasten and for each way to run genlm-control. Seed 0 is for warming up."""
     ours = Ours(folder)
     job = {
-        "folder": str(folder), "prompt": ours.tokenizer(problem.prompt)["input_ids"], "text": problem.prompt, "temperature": 1.0, "kind": problem.kind,
-        "constraint": problem.constraint, "tokens": problem.tokens, "particles": particles,
+        "folder": str(folder), "prompt": ours.tokenizer(problem.prompt)["input_ids"], "text": problem.prompt,
+        "temperature": 1.0, "kind": problem.kind, "constraint": problem.constraint,
+        "tokens": problem.tokens, "particles": particles,
         "ess_threshold": ESS_THRESHOLD, "resampling": RESAMPLING,
     }  # fmt: skip
     batchings = {**BATCHINGS, "no waiting": {**BATCHINGS["no waiting"], "batch_size": particles}}
@@ -168,7 +174,8 @@ def compare(problem: Problem, folder: Path, peer: Peer, particles: int) -> list[
     for way, results in runs.items():
         rates = [result["kept"] / result["seconds"] for result in results]
         records.append({
-            "problem": asdict(problem), "particles": particles, "way": way, "tokens_per_second": statistics.median(rates),
+            "problem": asdict(problem), "particles": particles, "way": way,
+            "tokens_per_second": statistics.median(rates),
             "milliseconds": 1e3 * statistics.median(result["seconds"] for result in results),
             "kept": statistics.median(result["kept"] for result in results),
             "alive": statistics.mean(result["alive"] for result in results),
@@ -183,8 +190,9 @@ def show(record: dict) -> None:
     problem = record["problem"]
     ratio = record.get("times_of_fastest_peer")
     print(
-        f"{problem['model']:19} {problem['kind']:11} {problem['tokens']:4} tokens {record['particles']:3} particles  {record['way']:28} "
-        f"{record['tokens_per_second']:9.1f} tokens/s  {record['kept']:5.0f} kept in {record['milliseconds']:9.1f} ms  "
+        f"{problem['model']:19} {problem['kind']:11} {problem['tokens']:4} tokens {record['particles']:3} particles  "
+        f"{record['way']:28} {record['tokens_per_second']:9.1f} tokens/s  "
+        f"{record['kept']:5.0f} kept in {record['milliseconds']:9.1f} ms  "
         f"{record['alive']:4.0%} alive" + (f"  {ratio:6.2f} x the faster peer" if ratio else ""),
         flush=True,
     )  # fmt: skip

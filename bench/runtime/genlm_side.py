@@ -1,4 +1,5 @@
-"""The side of genlm-control in `genlm_comparison`: reads jobs from stdin, one JSON document a line, and answers each with one.
+"""The side of genlm-control in `genlm_comparison`: reads jobs from stdin, one JSON document a line,
+and answers each with one.
 
 Run by the interpreter of an environment that has genlm-control, and not hasten.
 """
@@ -33,7 +34,8 @@ def condition(folder: str, temperature: float, batching: tuple, kind: str, text:
 def generate(job: dict) -> dict:
     """One call of AWRS with SMC; only `smc` itself is timed.
 
-    The limit is one token higher than hasten's, since the last token under it is an end that is not drawn, and is not counted.
+    The limit is one token higher than hasten's, since the last token under it is an end that is not drawn,
+    and is not counted.
     """
     batching = tuple(sorted(job["batching"].items()))
     llm = language_model(job["folder"], job["temperature"], batching)

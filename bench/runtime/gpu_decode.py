@@ -1,4 +1,5 @@
-"""Whole decode steps on a GPU, captured in CUDA graphs (static cache): an 8 B-shaped random Llama, eager transformers against hasten."""
+"""Whole decode steps on a GPU, captured in CUDA graphs (static cache): an 8 B-shaped random Llama,
+eager transformers against hasten."""
 
 import argparse
 import copy
@@ -47,7 +48,8 @@ class Step:
 
     @torch.no_grad()
     def eager(self) -> torch.Tensor:
-        """Logits [1, 1, V] of the next step. Tokens, positions and mask stand still, so that every step does the same work."""
+        """Logits [1, 1, V] of the next step. Tokens, positions and mask stand still,
+        so that every step does the same work."""
         return self.model(
             self.token, attention_mask=self.mask, position_ids=self.position, past_key_values=self.cache, use_cache=True
         ).logits
@@ -89,7 +91,8 @@ def gpu_seconds(step: Step) -> float:
 
 
 def compare(steps: int = 40, sparsity: float = 0.5) -> list[dict]:
-    """Records of `hasten.bench.runner` for decode at batch 1: eager, and in CUDA graphs transformers, hasten dense and hasten at `sparsity`."""
+    """Records of `hasten.bench.runner` for decode at batch 1: eager, and in CUDA graphs transformers,
+    hasten dense and hasten at `sparsity`."""
     base = llama_8b()
     ids = torch.randint(128256, (1, CALIBRATION_TOKENS), generator=torch.Generator().manual_seed(1)).cuda()
     dense, sparse = shared_copy(base), copy.deepcopy(base)

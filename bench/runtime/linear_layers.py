@@ -1,7 +1,7 @@
 """Linear-attention layers of realistic size: transformers' torch fallbacks against hasten, in turn, in one run.
 
-Each case is measured twice: the recurrence alone (the function that the layer calls, or for MiniMax the layer without projections, activation and norm), and the whole
-layer with its projections, which both sides share.
+Each case is measured twice: the recurrence alone (the function that the layer calls, or for MiniMax the layer without
+projections, activation and norm), and the whole layer with its projections, which both sides share.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.minimax import modeling_minimax
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from hasten.acceleration import linear_layers
+from hasten.acceleration.techniques import linear_attention_layers as adapters
+from hasten.kernels.recurrence.linear_attention import linear_attention_step
 from hasten.model_facts import progress
 
 logger = logging.getLogger("hasten.bench")
@@ -56,7 +57,7 @@ def layer_of(layer: nn.Module) -> nn.Module:
 
 
 def fast(layer: nn.Module) -> Callable:
-    forward = linear_layers.LAYERS[type(layer).__name__].forward(layer)
+    forward = adapters.LAYERS[type(layer).__name__].make(layer)
     return lambda *arguments, **keywords: forward(layer, *arguments, **keywords)
 
 
@@ -67,7 +68,8 @@ def qwen3_next() -> nn.Module:
 
 
 def kimi_linear() -> nn.Module:
-    """A quarter of a layer of Kimi-Linear-48B-A3B (hidden 2304): 8 of its 32 heads of 128, for all of them transformers needs 17 GB per temporary at 4096 tokens."""
+    """A quarter of a layer of Kimi-Linear-48B-A3B (hidden 2304): 8 of its 32 heads of 128, for all of them transformers
+    needs 17 GB per temporary at 4096 tokens."""
     config = tf.KimiLinearConfig(num_hidden_layers=1, layer_types=["linear_attention"], linear_num_heads=8)
     return layer_of(modeling_kimi_linear.KimiLinearDeltaAttention(config, 0))
 
@@ -128,7 +130,7 @@ def delta_prefill(kind: str) -> tuple:
     else:
         stock, arguments = modeling_kimi_linear.chunk_kimi_delta_attention, _delta_inputs(PREFILL, 8, 8, kind)
     settings = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
-    return lambda: stock(*arguments, **settings), lambda: linear_layers.chunk_delta_rule(*arguments, **settings)
+    return lambda: stock(*arguments, **settings), lambda: adapters.chunk_delta_rule(*arguments, **settings)
 
 
 def delta_step() -> tuple:
@@ -141,7 +143,7 @@ def delta_step() -> tuple:
         states.append(states.pop(0))
         return states[-1].copy_(function(*arguments, initial_state=states[-1], **settings)[1])  # as the cache does
 
-    return lambda: call(stock), lambda: call(linear_layers.step_delta_rule)
+    return lambda: call(stock), lambda: call(adapters.step_delta_rule)
 
 
 def _mamba_inputs(T: int) -> tuple:
@@ -154,7 +156,7 @@ def mamba2_prefill() -> tuple:
     arguments = (*_mamba_inputs(PREFILL), 256)
     settings = {"D": torch.ones(80), "dt_bias": torch.zeros(80), "dt_softplus": True, "return_final_states": True}
     stock = modeling_mamba2.mamba2_chunk_scan
-    return lambda: stock(*arguments, **settings), lambda: linear_layers.chunk_mamba2(*arguments, **settings)
+    return lambda: stock(*arguments, **settings), lambda: adapters.chunk_mamba2(*arguments, **settings)
 
 
 def mamba2_step() -> tuple:
@@ -171,7 +173,7 @@ def mamba2_step() -> tuple:
         states.append(states.pop(0))
         return function(states[-1], x, dt, A, B, C, D, dt_bias=bias, dt_softplus=True)
 
-    return lambda: call(modeling_mamba2.mamba2_selective_state_update), lambda: call(linear_layers.step_mamba2)
+    return lambda: call(modeling_mamba2.mamba2_selective_state_update), lambda: call(adapters.step_mamba2)
 
 
 def layer_prefill(make: Callable[[], nn.Module], tokens: int = PREFILL) -> tuple:
@@ -262,7 +264,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def peak(call: Callable[[], object]) -> int | None:
-    """Bytes by which the memory of this process grows at most during a call that was made once before; None where Linux does not tell."""
+    """Bytes by which the memory of this process grows at most during a call that was made once before;
+    None where Linux does not tell."""
     call()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -280,10 +283,12 @@ def _status(field: str) -> int:
 
 @torch.no_grad()
 def minimax_drift(tokens: int = 4096) -> dict:
-    """Relative error of the last outputs of a decode of `tokens` steps in bfloat16 against the same recurrence in float64, for transformers and hasten.
+    """Relative error of the last outputs of a decode of `tokens` steps in bfloat16 against the same recurrence in
+    float64, for transformers and hasten.
 
-    The recurrence alone, on queries, keys and values as the layer makes them (silu of normal numbers, heads of 64), for a head that forgets slowly
-    (the last layer, slope 6.7e-6) and one that forgets faster (slope 0.0039), with transformers' own loop and hasten's step.
+    The recurrence alone, on queries, keys and values as the layer makes them (silu of normal numbers, heads of 64), for
+    a head that forgets slowly (the last layer, slope 6.7e-6) and one that forgets faster (slope 0.0039), with
+    transformers' own loop and hasten's step.
     """
     result = {"tokens": tokens}
     for slope in (6.7e-6, 0.0039):
@@ -298,7 +303,7 @@ def minimax_drift(tokens: int = 4096) -> dict:
             own = slice(t, t + 1)
             exact = exact * decay.double().exp() + k[:, t, :, :, None].double() * v[:, t, :, None].double()
             stock = factor * stock + k[:, t, :, :, None] @ v[:, t, :, None]  # as MiniMaxLightningAttention.forward does
-            output = linear_layers.linear_attention_step(q[:, own], k[:, own], v[:, own], mine, decay=decay)[:, 0]
+            output = linear_attention_step(q[:, own], k[:, own], v[:, own], mine, decay=decay)[:, 0]
             if t >= tokens - 256:
                 expected = (q[:, t, :, None].double() @ exact)[..., 0, :]
                 theirs = (q[:, t, :, None] @ stock)[..., 0, :]

@@ -1,7 +1,9 @@
-"""Quality on the embedded model: drift of every technique and allocation against sparsity, in decode through the real kernels.
+"""Quality on the embedded model: drift of every technique and allocation against sparsity,
+in decode through the real kernels.
 
-Calibrates on the first half of the model's held-out text and measures on the second; the model was trained on neither. Differences between two
-techniques are taken token by token, with their standard error, so that one can tell whether they mean anything.
+Calibrates on the first half of the model's held-out text and measures on the second; the model was trained on neither.
+Differences between two techniques are taken token by token, with their standard error,
+so that one can tell whether they mean anything.
 """
 
 import argparse
@@ -14,7 +16,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hasten
-from hasten.acceleration.measure import drift, heldout_logits
+from hasten.acceleration.inference import Inference
+from hasten.acceleration.install import installed_on
+from hasten.acceleration.measure import counted, drift, heldout_logits
 from hasten.acceleration.windows import windows
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
@@ -40,19 +44,25 @@ def measure(tokens: int, sparsities: Sequence[float]) -> tuple[list[dict], list[
     )
     heldout = [part for part in heldout if part.numel() >= 64]
     statistics = hasten.calibrate(model, [hasten.Wina(allocation="greedy"), hasten.Teal(), hasten.Cats()], pieces)
-    dense = heldout_logits(model, heldout, tokens)
+    inference = Inference(model)
+    dense = heldout_logits(inference, heldout, tokens)
 
     rows, kls = [], {}
     for name, technique in TECHNIQUES.items():
         for sparsity in sparsities:
-            with hasten.accelerated(model, technique(sparsity), calibration=statistics, measure_speed=False):
-                fast = heldout_logits(model, heldout, tokens)
+            setting = {"calibration": statistics, "measure_speed": False}
+            with (
+                hasten.accelerated(model, technique(sparsity), **setting),
+                counted(installed_on(model).edits) as activity,
+            ):
+                fast = heldout_logits(inference, heldout, tokens)
             result = drift(dense, fast)
             kls[name, sparsity] = per_token_kl(dense, fast)
             rows.append(
                 {
                     "technique": name,
                     "sparsity": sparsity,
+                    "active_share": activity.share,
                     "kl": result.kl,
                     "kl_standard_error": standard_error(kls[name, sparsity]),
                     "top1": result.top1,
@@ -61,8 +71,9 @@ def measure(tokens: int, sparsities: Sequence[float]) -> tuple[list[dict], list[
                     "tokens": result.tokens,
                 }
             )
-            print("{technique:12} {sparsity:.0%}  KL {kl:.4f} ± {kl_standard_error:.4f}  top-1 {top1:.1%}  "
-                  "perplexity {dense_perplexity:.2f} -> {fast_perplexity:.2f}".format(**rows[-1]), flush=True)  # fmt: skip
+            print("{technique:12} {sparsity:.0%}  active {active_share:.1%}  KL {kl:.4f} ± {kl_standard_error:.4f}  "
+                  "top-1 {top1:.1%}  perplexity {dense_perplexity:.2f} -> {fast_perplexity:.2f}".format(**rows[-1]),
+                  flush=True)  # fmt: skip
     comparisons = []
     for better, worse in COMPARISONS:
         for sparsity in sparsities:

@@ -13,12 +13,14 @@ Each type is built tiny (`tiny_zoo`), accelerated, run, and reverted, through th
 import contextlib
 import multiprocessing
 import os
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -43,6 +45,8 @@ TECHNIQUES = {
 EXACT = ("DenseDecode", "FastLinearAttention")
 OUTCOMES = ("works", "refused", "error", "silent")
 SECONDS = 120.0
+# Fields that a configuration of one decoder has from the encoder-decoder around it.
+OF_ENCODER_DECODERS = {"decoder_layers", "num_decoder_layers", "cross_attention_hidden_size"}
 
 
 @dataclass(slots=True)
@@ -127,7 +131,10 @@ class _Worker:
         return asdict(Record(kind, model_type, outcomes={name: Outcome("error", detail) for name in TECHNIQUES}))
 
     def stop(self) -> None:
+        """Ends the process: by itself when it waits for the next type, and by force otherwise."""
         if self.process is not None:
+            self.connection.close()
+            self.process.join(1)
             self.process.kill()
             self.process = None
 
@@ -145,42 +152,91 @@ def _serve(connection: Connection, frozen: bool) -> None:
 
 
 def attempt(kind: str, model_type: str, frozen: bool = False) -> Record:
-    """Builds a type, and tries every technique on it, one after the other."""
+    """Builds a type, and tries every technique on it, each on a model of its own."""
     record = Record(kind, model_type)
     if model_type in tiny_zoo.IMPOSSIBLE:
         record.unbuilt = tiny_zoo.IMPOSSIBLE[model_type]
         return record
-    model = tiny_zoo.build(kind, model_type).requires_grad_(not frozen)
-    record.made_up = made_up(kind, model)
+    untouched = Untouched(kind, model_type)
+    record.made_up = made_up(kind, untouched.model)
     for name in TECHNIQUES:
-        record.outcomes[name] = try_technique(name, kind, model_type, model)
+        model = tiny_zoo.build(kind, model_type).requires_grad_(not frozen)
+        record.outcomes[name] = try_technique(name, model, untouched)
     return record
 
 
-def try_technique(name: str, kind: str, model_type: str, model: nn.Module) -> Outcome:
-    """Accelerates, runs and reverts a model, and compares it with what it was before."""
-    calibration = calibration_of(kind, model_type, model)
+class Untouched:
+    """A model that no technique touches, its prompts, and what it makes of them."""
+
+    def __init__(self, kind: str, model_type: str):
+        self.model, self.type = tiny_zoo.build(kind, model_type), (kind, model_type)
+
+    @cached_property
+    def prompts(self) -> list[Inputs]:
+        """A text of one row, and a batch with left padding, as far as the model takes it."""
+        if self.type in tiny_inputs.NEEDED:
+            return [tiny_inputs.INPUTS[self.type](self.model, rows, seed=9) for rows in (1, len(PADDING))]
+        tokens = PREFIX + STEPS
+        one, batch = tiny_inputs.text(1, tokens, seed=9), tiny_inputs.text(len(PADDING), tokens, seed=10)
+        mask = torch.ones_like(batch)
+        for row, padding in enumerate(PADDING):
+            mask[row, :padding] = 0
+        padded = {"input_ids": batch, "attention_mask": mask}
+        try:
+            Inference(self.model, padded)
+        except UnsupportedModelError:
+            return [one, batch]
+        return [one, padded]
+
+    @cached_property
+    def logits(self) -> list[torch.Tensor]:
+        """What follows each prompt, in decode."""
+        return [Inference(self.model, prompt).decode(prompt, PREFIX) for prompt in self.prompts]
+
+    @cached_property
+    def called(self) -> set[str]:
+        """The names of the linear modules that a decode step calls."""
+        called: set[str] = set()
+        run = Inference(self.model, self.prompts[0])
+        with contextlib.ExitStack() as hooks, undisturbed(self.model):
+            _, reading = run.prefill(run.example)
+            for name, module in self.model.named_modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    hooks.callback(module.register_forward_hook(lambda *_, name=name: called.add(name)).remove)
+            run.step(reading, reading.ids[:, -1:])
+        return called
+
+    def calibration(self) -> Any:
+        """Token ids, or dictionaries as the processor of the type returns them where it cannot be run without."""
+        if self.type in tiny_inputs.NEEDED:
+            return [tiny_inputs.INPUTS[self.type](self.model, seed=seed) for seed in range(CALIBRATION_ROWS)]
+        return tiny_inputs.text(CALIBRATION_ROWS, CALIBRATION_TOKENS)
+
+
+def try_technique(name: str, model: nn.Module, untouched: Untouched) -> Outcome:
+    """Accelerates, runs and reverts a model, and compares it with what it was before and with the untouched one."""
     before = Photograph(model)
     try:
+        start = time.perf_counter()
         try:
-            start = time.perf_counter()
-            hasten.accelerate(model, TECHNIQUES[name], calibration=calibration, measure_speed=False)
-            seconds = time.perf_counter() - start
+            hasten.accelerate(
+                model,
+                TECHNIQUES[name],
+                calibration=untouched.calibration(),
+                measure_speed=False,
+                measure_drift=False,
+            )
         except UnsupportedModelError as refusal:
             before.compare(model)
             return Outcome("refused", f"{refusal.kind}: {refusal.reason}")
-        outcome = Outcome("works", seconds=seconds)
-        # The untouched model is built again, so that nothing of this one can show in its logits.
-        untouched = tiny_zoo.build(kind, model_type)
-        prompts = prompts_of(kind, model_type, untouched)
-        called = modules_called(untouched, prompts[0])
-        outcome.called, outcome.changed = len(called), len(before.changed(model) & called)
-        if not before.changed(model):
+        seconds = time.perf_counter() - start
+        changed = before.changed(model)
+        if not changed:
             raise Wrong("nothing was changed")
-        outcome.distance = compare(name, untouched, model, prompts)
+        distance = compare(name, model, untouched)
         hasten.revert(model)
         before.compare(model)
-        return outcome
+        return Outcome("works", "", distance, len(changed & untouched.called), len(untouched.called), seconds)
     except Wrong as wrong:
         return Outcome("silent", str(wrong))
     except Exception as error:
@@ -188,19 +244,17 @@ def try_technique(name: str, kind: str, model_type: str, model: nn.Module) -> Ou
         return Outcome("error", f"{type(error).__name__}: {lines[0]}")
 
 
-def compare(name: str, untouched: nn.Module, model: nn.Module, prompts: list[Inputs]) -> float:
-    """The largest distance of an accelerated model's logits, relative to the largest logit.
+def compare(name: str, model: nn.Module, untouched: Untouched) -> float:
+    """The largest distance of an accelerated model's logits from the untouched one's, relative to the largest logit.
 
     Raises:
         Wrong: an exact technique's are further than TOLERANCE, or Wina's differ after a prefill or never.
     """
     largest, differs = 0.0, False
-    for prompt in prompts:
-        expected = Inference(untouched, prompt).decode(prompt, PREFIX)
+    for prompt, expected in zip(untouched.prompts, untouched.logits, strict=True):
         found = Inference(model, prompt).decode(prompt, PREFIX)
-        finite = expected.abs() < torch.finfo(torch.float32).max / 2  # logits that a model suppresses
-        scale = expected[finite].abs().max()
-        distances = ((found - expected) * finite).abs().amax((0, 2)) / scale
+        finite = expected.abs() < torch.finfo(torch.float32).max / 2  # the others are suppressed by the model
+        distances = ((found - expected) * finite).abs().amax((0, 2)) / expected[finite].abs().max()
         largest = max(largest, float(distances.max()))
         if name in EXACT and not largest <= TOLERANCE:
             raise Wrong(f"logits are {largest:.2g} from the untouched model's")
@@ -208,11 +262,10 @@ def compare(name: str, untouched: nn.Module, model: nn.Module, prompts: list[Inp
             raise Wrong(f"logits after a prefill are {float(distances[0]):.2g} from the untouched model's")
         differs |= bool((distances[1:] > TOLERANCE).any())
     if name not in EXACT and not differs:
-        # A model without a cache reads its whole text in every step; one token alone is a decode step for any.
-        token = tiny_inputs.text(1, 1)
-        with contextlib.suppress(UnsupportedModelError):
-            expected, found = (Inference(m).decode(token, 1) for m in (untouched, model))
-            differs = not torch.equal(expected, found)
+        # A model without a cache reads its whole text in every step; a text of one token is a decode step for any.
+        run = Inference(model, untouched.prompts[0])
+        token = run.cut(untouched.prompts[0], 1)
+        differs = not torch.equal(run.forward(token), Inference(untouched.model, token).forward(token))
         if not differs:
             raise Wrong("logits in decode are the untouched model's")
     return largest
@@ -270,43 +323,7 @@ def _layout(tensor: torch.Tensor) -> tuple:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
-
-
-def modules_called(model: nn.Module, prompt: Inputs) -> set[str]:
-    """The names of the linear modules that a decode step calls."""
-    called: set[str] = set()
-    run = Inference(model, prompt)
-    with contextlib.ExitStack() as hooks, undisturbed(model):
-        _, reading = run.prefill(run.cut(prompt, PREFIX))
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                hooks.callback(module.register_forward_hook(lambda *_, name=name: called.add(name)).remove)
-        run.step(reading, reading.ids[:, -1:])
-    return called
-
-
-def calibration_of(kind: str, model_type: str, model: nn.Module) -> Any:
-    """Token ids, or dictionaries as the processor of the type returns them where it cannot be run without."""
-    if (kind, model_type) in tiny_inputs.NEEDED:
-        return [tiny_inputs.INPUTS[kind, model_type](model, seed=seed) for seed in range(CALIBRATION_ROWS)]
-    return tiny_inputs.text(CALIBRATION_ROWS, CALIBRATION_TOKENS)
-
-
-def prompts_of(kind: str, model_type: str, model: nn.Module) -> list[Inputs]:
-    """A text of one row, and a batch with left padding, as far as the model takes it."""
-    if (kind, model_type) in tiny_inputs.NEEDED:
-        return [tiny_inputs.INPUTS[kind, model_type](model, rows, seed=9) for rows in (1, len(PADDING))]
-    one, batch = tiny_inputs.text(1, PREFIX + STEPS, seed=9), tiny_inputs.text(len(PADDING), PREFIX + STEPS, seed=10)
-    mask = torch.ones_like(batch)
-    for row, padding in enumerate(PADDING):
-        mask[row, :padding] = 0
-    padded = {"input_ids": batch, "attention_mask": mask}
-    try:
-        Inference(model, padded).decode(padded, PREFIX)
-    except UnsupportedModelError:
-        return [one, batch]
-    return [one, padded]
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 def made_up(kind: str, model: nn.Module) -> str:
@@ -320,9 +337,11 @@ def made_up(kind: str, model: nn.Module) -> str:
         return "hybrid or recurrent"
     if any("expert" in name or "moe" in name for name in classes):
         return "mixture of experts"
-    if kind == "causal" and getattr(model.config, "is_decoder", False) and "decoder_layers" not in vars(model.config):
-        return "encoder as decoder"
-    return "encoder-decoder" if model.config.is_encoder_decoder else "dense"
+    if model.config.is_encoder_decoder:
+        return "encoder-decoder"
+    if kind == "causal" and vars(model.config).keys() & OF_ENCODER_DECODERS:
+        return "decoder of an encoder-decoder"
+    return "encoder as decoder" if getattr(model.config, "is_decoder", False) else "dense"
 
 
 def summary(records: Iterable[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -348,9 +367,9 @@ def types_by_outcome(records: Iterable[dict[str, Any]], technique: str) -> list[
         if record["unbuilt"]:
             found.setdefault(("not built", record["unbuilt"]), []).append(record["model_type"])
         elif outcome := record["outcomes"].get(technique):
-            # The class before the colon and the type in a message are the model's own name again.
+            # The class before the colon and what stands in quotes are names out of the model.
             reason = outcome["detail"].partition(": ")[2] or outcome["detail"]
-            reason = reason.replace(f"'{record['model_type']}'", "...")
+            reason = re.sub(r"'[^']*'", "'...'", reason)
             found.setdefault((outcome["outcome"], reason), []).append(record["model_type"])
     order = (*OUTCOMES, "not built")
     lines = []

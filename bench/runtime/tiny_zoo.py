@@ -31,9 +31,10 @@ SIZES = {
         *("decoder_hidden_size", "projector_hidden_size", "input_embedding_size", "output_embedding_size"),
         *("lru_width", "attention_hidden_size", "projection_hidden_size", "output_dim", "output_hidden_size"),
         *("cross_attention_hidden_size", "vision_hidden_size", "hidden_dim", "adapter_in_dim", "adapter_out_dim"),
-        *("projector_input_dim", "projector_output_dim", "vision_output_dim", "mm_hidden_size", "projection_hidden_dim"),
+        *("projector_input_dim", "projector_output_dim", "vision_output_dim", "mm_hidden_size"),
         *("image_text_hidden_size", "backbone_hidden_size", "router_hidden_size", "downsample_hidden_size"),
-        *("mm_embed_dim", "model_dim", "kv_dim", "hidden_size_global", "input_size", "conv_output_size"),
+        *("projection_hidden_dim", "mm_embed_dim"),
+        *("model_dim", "kv_dim", "hidden_size_global", "input_size", "conv_output_size"),
         *("pronunciation_embed_dim", "shape_embed_dim"),
     ),
     WIDTH,
@@ -49,8 +50,9 @@ SIZES = {
     INNER,
 ) | dict.fromkeys(
     (
-        *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"),
-        *("attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads"),
+        *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+        *("encoder_attention_heads", "attention_heads"),
+        *("num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads"),
         *("linear_num_heads", "linear_num_value_heads", "index_n_heads"),
     ),
     HEADS,
@@ -310,7 +312,7 @@ def configuration(kind: str, model_type: str) -> PreTrainedConfig:
     taken = model_class(kind, model_type).config_class
     if not isinstance(config, taken):
         config = next((part for part in vars(config).values() if isinstance(part, taken)), config)
-    if kind == "causal" and getattr(config, "is_decoder", None) is False:
+    if kind == "causal" and getattr(config, "is_decoder", None) is False and "add_cross_attention" in vars(config):
         config.is_decoder = True  # an encoder that is used as a decoder attends to what came before alone
     return config
 

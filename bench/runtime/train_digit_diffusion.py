@@ -2,12 +2,13 @@
 
 What it does, in order:
 
-1. takes scikit-learn's 1,797 handwritten digits of 8 x 8 pixels and holds out a fifth of each class, drawn by the seed, from both networks;
+1. takes scikit-learn's 1,797 handwritten digits of 8 x 8 pixels and holds out a fifth of each class,
+   drawn by the seed, from both networks;
 2. trains the classifier on digits that are slightly turned, shifted and scaled;
-3. trains the diffusion transformer: v-prediction, AdamW with cosine decay, the average of the weights is what is kept, and the label is dropped
-   from one digit in ten so that the model has an unconditional class;
-4. writes a folder that `DigitDiffusion.load` and `DigitClassifier.load` read, training.json, and a model card whose figures are measured at the end of
-   the same run.
+3. trains the diffusion transformer: v-prediction, AdamW with cosine decay, the average of the weights is what is kept,
+   and the label is dropped from one digit in ten so that the model has an unconditional class;
+4. writes a folder that `DigitDiffusion.load` and `DigitClassifier.load` read, training.json, and a model card whose
+   figures are measured at the end of the same run.
 
 Reproduce (the same seed, steps and torch version give the same model; one thread):
 
@@ -43,7 +44,8 @@ SAMPLES, STEPS = 1000, 50
 
 
 def digits(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Training images [N, 1, 8, 8] in [-1, 1] and labels [N], and the held-out ones; a fifth of each class is held out."""
+    """Training images [N, 1, 8, 8] in [-1, 1] and labels [N], and the held-out ones;
+    a fifth of each class is held out."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=HELD_OUT_SHARE, stratify=labels, random_state=seed)
     train, held_out = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1 for part in parts[:2])
@@ -176,7 +178,8 @@ def measure(folder: Path, seed: int) -> dict:
 
 
 def nearest(samples: torch.Tensor, images: torch.Tensor) -> float:
-    """The mean distance of samples, clamped to [-1, 1], to their nearest training image, as a root mean square over pixels."""
+    """The mean distance of samples, clamped to [-1, 1], to their nearest training image,
+    as a root mean square over pixels."""
     distances = torch.cdist(samples.clamp(-1, 1).flatten(1), images.flatten(1)).amin(1)
     return float(distances.mean()) / math.sqrt(images[0].numel())
 

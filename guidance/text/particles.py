@@ -33,7 +33,8 @@ class Decoder(Protocol):
     """A language model that continues many texts at once: they are the rows of its batch."""
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Reads the P prompts, which become rows 0..P - 1: logits [P, W] of what follows each, W at least the V tokens."""
+        """Reads the P prompts, which become rows 0..P - 1: logits [P, W] of what follows each, W at
+        least the V tokens."""
 
     def step(self, tokens: list[int], rows: list[int]) -> torch.Tensor:
         """Reads one more token for each of R texts, which become rows 0..R - 1: logits [R, W] of what follows each.

@@ -122,7 +122,8 @@ class Texts:
             particle.die(f"{reached}, the constraint allows {allowed}", "incomplete")
 
     def _stop(self, particle: Particle, place: int) -> None:
-        """Ends a text before a stop string, if it satisfies the constraint there: tokens may reach across the border."""
+        """Ends a text before a stop string, if it satisfies the constraint there: tokens may reach
+        across the border."""
         particle.text = particle.text[:place]
         if self._constraint is None or holds(self._on_bytes, particle.text):
             particle.status = "stopped"

@@ -60,7 +60,7 @@ class Vocabulary:
 
     @cached_property
     def llguidance(self) -> LLTokenizer:
-        """The tokenizer object of llguidance. Ids that are never text have no bytes there, and it takes none of them."""
+        """The tokenizer object of llguidance. Ids that are never text have no bytes there, and are never taken."""
         return LLTokenizer(TokenizerWrapper(_Tokens(self)), n_vocab=len(self), eos_token=[self.eos[0]])
 
 

@@ -1,4 +1,5 @@
-"""Short depthwise causal convolution with state, as the layers of Gated DeltaNet, Kimi Delta Attention and Mamba-2 have before their recurrence."""
+"""Short depthwise causal convolution with state, as the layers of Gated DeltaNet,
+Kimi Delta Attention and Mamba-2 have before their recurrence."""
 
 from itertools import pairwise
 
@@ -12,7 +13,8 @@ ACTIVATIONS = (None, "silu", "swish")
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)"
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens) "
+    "-> (Tensor, Tensor)"
 )
 _library.define("causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu) -> Tensor")
 
@@ -27,15 +29,18 @@ def causal_conv1d(
     return_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """x [B, D, T] -> y [B, D, T], and the last W - 1 inputs if `return_state`: y_t = act(bias + sum_w weight_w * x_{t - (W - 1) + w}), channel by channel.
+    """x [B, D, T] -> y [B, D, T], and the last W - 1 inputs if `return_state`:
+    y_t = act(bias + sum_w weight_w * x_{t - (W - 1) + w}), channel by channel.
 
-    Sums are in float32. y has x's layout in memory; fast are a contiguous [B, D, T] and, faster, the transpose of a contiguous [B, T, D].
+    Sums are in float32. y has x's layout in memory; fast are a contiguous [B, D, T] and, faster,
+    the transpose of a contiguous [B, T, D].
 
     Args:
         x: float32, float16 or bfloat16 (float64 runs in plain torch).
         weight, bias: [D, W] with W from 1 to 8, and [D]; of any floating dtype.
         activation: None, or "silu", also called "swish".
-        initial_state: [N, D, W - 1], the inputs before x, of x's dtype; None for zeros. N is B, or the number of packed sequences.
+        initial_state: [N, D, W - 1], the inputs before x, of x's dtype; None for zeros. N is B,
+            or the number of packed sequences.
         return_state: also return the last W - 1 inputs, [N, D, W - 1].
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
@@ -63,7 +68,8 @@ def causal_conv1d_update(
     *,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """The same for a few tokens that follow `state` [B, D, S], the last S >= W - 1 inputs, which is shifted in place: decode.
+    """The same for a few tokens that follow `state` [B, D, S], the last S >= W - 1 inputs,
+    which is shifted in place: decode.
 
     Arguments, shapes (x [B, D, T], T = 1 in decode) and errors as in `causal_conv1d`.
     """

@@ -16,9 +16,11 @@ def causal_conv1d(
     initial_state: torch.Tensor | None,
     bounds: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [B, D, T], weight [D, W], bias [D], initial_state [N, D, W - 1] -> y [B, D, T] and the last W - 1 inputs, [N, D, W - 1].
+    """x [B, D, T], weight [D, W], bias [D], initial_state [N, D, W - 1] -> y [B, D, T] and the last
+    W - 1 inputs, [N, D, W - 1].
 
-    y[d, t] = bias[d] + sum_w weight[d, w] x[d, t - (W - 1) + w], where inputs before the first token are `initial_state`, or 0.
+    y[d, t] = bias[d] + sum_w weight[d, w] x[d, t - (W - 1) + w],
+    where inputs before the first token are `initial_state`, or 0.
     """
     if bounds is not None:
         y, state = per_sequence(partial(_rows, weight, bias, silu), (x.transpose(1, 2),), None, initial_state, bounds)

@@ -1,7 +1,8 @@
-"""Triton: a short depthwise causal convolution, bias and SiLU in one pass; and its step, which shifts the state in place.
+"""Triton: a short depthwise causal convolution, bias and SiLU in one pass; and its step,
+which shifts the state in place.
 
-A tile loads its inputs W times, one token apart: the first load fetches them, the others hit the first cache. Tiles are long in the direction that is
-contiguous in memory, so that neither layout needs a transposing copy.
+A tile loads its inputs W times, one token apart: the first load fetches them, the others hit the first cache. Tiles are
+long in the direction that is contiguous in memory, so that neither layout needs a transposing copy.
 """
 
 from itertools import pairwise
@@ -139,7 +140,8 @@ def launch(
     initial_state: torch.Tensor | None,
     bounds: list[int] | None,
 ) -> torch.Tensor:
-    """x [B, D, T] of any strides, weight [D, W], bias [D], initial_state [N, D, W - 1] -> y [B, D, T] in the layout of x."""
+    """x [B, D, T] of any strides, weight [D, W], bias [D], initial_state [N, D, W - 1] -> y [B, D, T]
+    in the layout of x."""
     (B, D, T), W = x.shape, weight.shape[1]
     channels_last = x.stride(1) == 1
     tile = TILES[channels_last]
@@ -191,7 +193,8 @@ def update_tile(S: int) -> dict[str, int]:
 def update(
     x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
 ) -> torch.Tensor:
-    """x [B, D, T], state [B, D, S], of any strides, weight [D, W], bias [D] -> y [B, D, T], contiguous; the state is shifted in place."""
+    """x [B, D, T], state [B, D, S], of any strides, weight [D, W], bias [D] -> y [B, D, T], contiguous;
+    the state is shifted in place."""
     (B, D, T), S = x.shape, state.shape[2]
     y = torch.empty(B, D, T, dtype=x.dtype, device=x.device)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()

@@ -27,7 +27,8 @@ _column_sparse_linear = cpu.Function("column_sparse_linear", ColumnSparseLinearA
 def launch(
     x: torch.Tensor, weight: torch.Tensor, cutoff: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x [..., K] of 1 to 8 rows, weight [N, K] with contiguous weight.t(), cutoff [K] fp32 or None, bias [N] or None -> [..., N]."""
+    """x [..., K] of 1 to 8 rows, weight [N, K] with contiguous weight.t(), cutoff [K] fp32 or None,
+    bias [N] or None -> [..., N]."""
     N, K = weight.shape
     y = x.new_empty(*x.shape[:-1], N)
     _column_sparse_linear(

@@ -1,7 +1,7 @@
 """Linear layer that skips the columns of the weight whose inputs are nearly zero, for a few rows (decoding).
 
-Activation sparsity by thresholds as in TEAL (Liu et al. 2024) and WINA (Chen et al. 2025): the caller folds a threshold t
-on |x_j| * norm_j into cutoff_j = t / norm_j.
+Activation sparsity by thresholds as in TEAL (Liu et al. 2024) and WINA (Chen et al. 2025): the caller folds a threshold
+t on |x_j| * norm_j into cutoff_j = t / norm_j.
 """
 
 import torch
@@ -18,12 +18,13 @@ def column_sparse_linear(
 ) -> torch.Tensor:
     """x [..., K], weight [N, K] column-major, cutoff [K] float32 or None, bias [N] or None -> [..., N].
 
-    The product over the active columns. Column j is active unless |x[b, j]| <= cutoff[j] for every row b of x (all leading
-    dimensions together), so a NaN is active; every row uses all active columns. Without a cutoff every column is active.
+    The product over the active columns. Column j is active unless |x[b, j]| <= cutoff[j] for every row b of x (all
+    leading dimensions together), so a NaN is active; every row uses all active columns. Without a
+    cutoff every column is active.
 
-    The weight comes from hasten.kernels.storage.to_column_major, or is `conv.weight.t()` of a transformers Conv1D, which stores [K, N]: neither is
-    copied. dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to hasten.kernels.storage.MAX_BATCH rows run as our own kernel, more
-    as the masked dense product.
+    The weight comes from hasten.kernels.storage.to_column_major, or is `conv.weight.t()` of a transformers Conv1D,
+    which stores [K, N]: neither is copied. dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to
+    hasten.kernels.storage.MAX_BATCH rows run as our own kernel, more as the masked dense product.
     """
     checks.check_tensors(x=x, weight=weight, cutoff=cutoff, bias=bias)
     if backend.is_reference():

@@ -24,8 +24,8 @@ def expert_linear(
 ) -> torch.Tensor:
     """x [T, K] (a row per token) or [T, P, K] (a row per pick), weight [E, N, K], ids int64 [T, P] -> [T, P, N].
 
-    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P of E experts each; bias [E, N]
-    or None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
+    y[t, p] = x[t, p] @ weight[ids[t, p]].T + bias[ids[t, p]], for T tokens that pick P different experts of E each;
+    bias [E, N] or None. An id outside [0, E), as it marks an expert that another device holds, gives a row of zeros.
 
     cutoff [E, K] float32 or None: column j of expert e is active unless |x_j| <= cutoff[e, j] in every row that picked
     e (a NaN is active). Those rows use all active columns of e, and the others are not read, for which every expert has

@@ -13,16 +13,18 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., K], weight [N, K], bias [N] or None -> x @ weight.T + bias, [..., N].
 
-    The weight is read as it lies, without a copy: row-major, as torch.nn.Linear has it, or column-major (by column_sparse_linear without a cutoff),
-    which is what hasten.kernels.storage.to_column_major makes and what `conv.weight.t()` of a transformers Conv1D is.
+    The weight is read as it lies, without a copy: row-major, as torch.nn.Linear has it, or column-major (by
+    column_sparse_linear without a cutoff), which is what hasten.kernels.storage.to_column_major makes and what
+    `conv.weight.t()` of a transformers Conv1D is.
 
-    Same dtype (float16, bfloat16 or float32, summed in float32; float64 as the reference) and device for all. Up to hasten.kernels.storage.MAX_BATCH
-    rows of x run as our own kernel, more as torch.nn.functional.linear.
+    Same dtype (float16, bfloat16 or float32, summed in float32; float64 as the reference) and device for all. Up to
+    hasten.kernels.storage.MAX_BATCH rows of x run as our own kernel, more as torch.nn.functional.linear.
 
     Raises:
         TypeError: dtypes that do not fit.
         ValueError: shapes, devices or layouts that do not fit.
-        NotImplementedError: an input that requires grad: the kernels have no gradients, `hasten.kernels.backend.use("reference")` has.
+        NotImplementedError: an input that requires grad: the kernels have no gradients,
+            `hasten.kernels.backend.use("reference")` has.
     """
     checks.check_tensors(x=x, weight=weight, bias=bias)
     if not storage.is_row_major(weight) and weight.dim() == 2 and storage.is_column_major(weight):

@@ -1,7 +1,7 @@
 """The algebra of chunks in plain torch: what the chunked forms of linear attention and of the delta rule share.
 
-A chunk is CHUNK tokens; everything inside is matrix products. Decays enter as exp(g_i - g_j) with i >= j only, which is at most 1; the sums g are kept
-in float64, for a difference of large float32 sums would not be exact.
+A chunk is CHUNK tokens; everything inside is matrix products. Decays enter as exp(g_i - g_j) with i >= j only, which is
+at most 1; the sums g are kept in float64, for a difference of large float32 sums would not be exact.
 """
 
 import torch
@@ -24,7 +24,8 @@ def join(x: torch.Tensor, T: int) -> torch.Tensor:
 
 
 def summed_decay(decay: torch.Tensor | None, like: torch.Tensor, heads: int) -> torch.Tensor:
-    """The sum of log decays from the beginning of each chunk, that of the token itself included: [B or 1, heads, chunks, CHUNK, K or 1], float64.
+    """The sum of log decays from the beginning of each chunk, that of the token itself included:
+    [B or 1, heads, chunks, CHUNK, K or 1], float64.
 
     `like` is [B, T, ...]. The padding has no decay, so that the last sum of a ragged chunk is that of its true length.
     """
@@ -44,10 +45,11 @@ def decayed(exponent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def pair_products(q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """A[i, j] = sum_c q[i, c] k[j, c] exp(g[i, c] - g[j, c]) for i >= j, else 0: q, k [..., C, K], g [..., C, K or 1] -> [..., C, C].
+    """A[i, j] = sum_c q[i, c] k[j, c] exp(g[i, c] - g[j, c]) for i >= j, else 0: q, k [..., C, K], g
+    [..., C, K or 1] -> [..., C, C].
 
-    Decays per component do not factor out of the sum. Halving: between the second and the first half of a block they do, relative to the end of the
-    first half, where neither factor exceeds 1; the two halves are blocks of their own.
+    Decays per component do not factor out of the sum. Halving: between the second and the first half of a block they
+    do, relative to the end of the first half, where neither factor exceeds 1; the two halves are blocks of their own.
     """
     C = q.shape[-2]
     if g.shape[-1] == 1:

@@ -85,7 +85,8 @@ def step(kernel: cpu.Function, q, k, v, beta, state, decay, scale, l2_norm) -> t
 
 
 def _readable(q, k, v, beta, decay) -> tuple:
-    """q, k and v with contiguous components; beta and decay, where there are any, in float32, decay with contiguous components if it has some."""
+    """q, k and v with contiguous components; beta and decay, where there are any, in float32,
+    decay with contiguous components if it has some."""
     q, k, v = (_components_contiguous(x) for x in (q, k, v))
     beta = None if beta is None else beta.float()
     if decay is not None:
@@ -138,7 +139,8 @@ def _arguments(o, q, k, v, beta, decay, scale, state, unit) -> RecurrenceArgumen
 
 
 def _decay_strides(decay: torch.Tensor | None) -> tuple[int, ...]:
-    """One decay for all rows and tokens has strides of zero; so has one for all components. A single component needs no stride of its own."""
+    """One decay for all rows and tokens has strides of zero; so has one for all components.
+    A single component needs no stride of its own."""
     if decay is None:
         return ()
     return (0, 0, decay.stride(0), 0) if decay.dim() == 1 else (*decay.stride()[:3], int(decay.dim() == 4))

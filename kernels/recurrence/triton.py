@@ -1,7 +1,9 @@
-"""The Triton kernels of linear attention and of the delta rule: chunks for prefill and a step for decode, one of each for all decays.
+"""The Triton kernels of linear attention and of the delta rule: chunks for prefill and a step for decode,
+one of each for all decays.
 
-A program takes one head of one sequence and some columns of its state, which stays in registers from the first chunk to the last; nothing but inputs
-and outputs is in the GPU's memory. Decays enter as exp(g_i - g_j) with i >= j, from sums in float64, for a difference of large float32 sums is not exact.
+A program takes one head of one sequence and some columns of its state, which stays in registers from the first chunk to
+the last; nothing but inputs and outputs is in the GPU's memory. Decays enter as exp(g_i - g_j) with i >= j, from sums
+in float64, for a difference of large float32 sums is not exact.
 """
 
 import torch
@@ -17,8 +19,9 @@ SCALAR, VECTOR = 1, 2  # kinds of decay; none at all is a scalar 0 for every hea
 def config(K: int, V: int, dtype: torch.dtype, kind: int, delta: bool, hip: bool) -> dict[str, int | str]:
     """Constexprs of the chunk kernel for heads of K and V: as much as the registers hold on compute capability 9.0.
 
-    Chunks of 32 tokens, or the 16 that tl.dot takes at least, where more is kept per chunk: for the delta rule, and where every component decays by
-    itself (pairs of tokens are then added up one by one). Products of halves are in tf32, which is finer than they are, of float32 in float32.
+    Chunks of 32 tokens, or the 16 that tl.dot takes at least, where more is kept per chunk: for the delta rule, and
+    where every component decays by itself (pairs of tokens are then added up one by one). Products of halves are in
+    tf32, which is finer than they are, of float32 in float32.
     """
     exact, BK = dtype == torch.float32, max(16, triton.next_power_of_2(K))
     return {
@@ -89,7 +92,8 @@ def chunks_kernel(
     USE_INITIAL: tl.constexpr,
 ):
     """o and the final states of whole sequences."""
-    # The delta rule feeds back what it read: what is always cut off adds up there, from chunk to chunk. Elsewhere it stays below 0.2 %.
+    # The delta rule feeds back what it read: what is always cut off adds up there, from chunk to chunk. Elsewhere it
+    # stays below 0.2 %.
     ROUND: tl.constexpr = DELTA and PRECISION == "tf32"
     i_nh = tl.program_id(1).to(tl.int64)
     i_n, i_h = i_nh // Hv, i_nh % Hv
@@ -122,7 +126,8 @@ def chunks_kernel(
         if DELTA:
             b_beta = tl.load(p_beta + i_t * Hv + i_h + o_c * Hv, mask=m_t, other=0.0)
 
-        # b_P = Q K^T and b_A = K K^T under the decays; b_since: K times its decay since the chunk began, b_until: until it ends
+        # b_P = Q K^T and b_A = K K^T under the decays; b_since: K times its decay since the chunk began, b_until: until
+        # it ends
         b_since, b_until = b_k, b_k
         b_A = tl.zeros([C, C], dtype=tl.float32)
         if DECAY == 2:
@@ -250,7 +255,8 @@ def step_kernel(
 
 
 def launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole sequences: beta is None for linear attention. Arguments and results as in the operators' references, without a normaliser."""
+    """Whole sequences: beta is None for linear attention. Arguments and results as in the operators'
+    references, without a normaliser."""
     q, k, v, beta, decay = _prepared(q, k, v, beta, decay)
     (B, T, H, K), (Hv, V), hip = q.shape, v.shape[2:], torch.version.hip is not None
     if bounds is None:

@@ -28,7 +28,8 @@ _row_sparse_linear = cpu.Function("row_sparse_linear", RowSparseLinearArguments)
 def launch(
     x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, threshold: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x [..., K] of 1 to 8 rows, weight [N, K], gate [..., N], threshold [] fp32, bias [N] or None, contiguous -> [..., N]."""
+    """x [..., K] of 1 to 8 rows, weight [N, K], gate [..., N], threshold [] fp32, bias [N] or None,
+    contiguous -> [..., N]."""
     N, K = weight.shape
     y = torch.empty_like(gate)
     _row_sparse_linear(

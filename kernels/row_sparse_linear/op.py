@@ -26,8 +26,8 @@ def row_sparse_linear(
     gate * (x @ weight.T + bias) for the active outputs, and exactly 0 for the others. Output n is active unless
     |gate[b, n]| <= threshold for every row b of x (all leading dimensions together), so a NaN is active.
 
-    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to hasten.kernels.storage.MAX_BATCH rows run as our own kernel, more as the
-    masked dense product.
+    dtypes, devices, gradients and errors as in hasten.kernels.linear. Up to hasten.kernels.storage.MAX_BATCH rows run
+    as our own kernel, more as the masked dense product.
     """
     checks.check_tensors(x=x, weight=weight, gate=gate, threshold=threshold, bias=bias)
     if backend.is_reference():

@@ -1,6 +1,7 @@
 """Suffix arrays of texts in memory.
 
-SA-IS, linear in the text's length: Nong, Zhang and Chan 2009, "Linear Suffix Array Construction by Almost Pure Induced-Sorting".
+SA-IS, linear in the text's length: Nong, Zhang and Chan 2009, "Linear Suffix Array Construction by
+Almost Pure Induced-Sorting".
 """
 
 import torch
@@ -14,8 +15,8 @@ LONGEST = 2**31 - 1
 def suffix_array(text: torch.Tensor) -> torch.Tensor:
     """text [N] uint8 on the CPU, contiguous, N < 2**31 -> [N] int32: where the suffixes begin, in ascending order.
 
-    A suffix that is the beginning of another one comes before it. Needs 4.2 N bytes beside the text as compiled code with one thread; without a
-    compiler the definition in torch takes its place, with 50 N bytes and more time.
+    A suffix that is the beginning of another one comes before it. Needs 4.2 N bytes beside the text as compiled code
+    with one thread; without a compiler the definition in torch takes its place, with 50 N bytes and more time.
 
     Raises:
         TypeError: no tensor, or another dtype.

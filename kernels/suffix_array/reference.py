@@ -4,7 +4,8 @@ import torch
 
 
 def suffix_array(text: torch.Tensor) -> torch.Tensor:
-    """text [N] uint8 -> [N] int32, by doubling (Manber and Myers 1993): ranks of the first k bytes give ranks of the first 2 k."""
+    """text [N] uint8 -> [N] int32, by doubling (Manber and Myers 1993):
+    ranks of the first k bytes give ranks of the first 2 k."""
     count = text.numel()
     rank, length = text.long() + 1, 1  # 0 stands for what lies behind the end
     while True:

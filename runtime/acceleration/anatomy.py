@@ -1,94 +1,21 @@
-"""What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the structure; names are in `families`."""
+"""What hasten finds in a model: decoder layers, their projections, gated MLPs, fused experts, the head. From the
+structure; names are in `families`."""
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hasten.acceleration.experts import layout_of, why_not
-from hasten.acceleration.families import (
-    ACTIVATIONS,
-    GATED_MLPS,
-    LINEARS,
-    NEVER_CALLED,
-    NOT_PICKED,
-    QUANTISED_MARKS,
-    ROLES,
-    GatedNames,
-)
+from hasten.acceleration.families import NOT_PICKED, ROLES
+from hasten.acceleration.gated_mlps import gated_mlp, gated_names, is_gated, unlike_gated
+from hasten.acceleration.linear_maps import elsewhere, is_linear, linear_maps, poses_as_linear, unfit
+from hasten.acceleration.parts import Block, Experts, GatedMLP, Projection, is_stock, join, kind_of
 from hasten.acceleration.uses import Use
 from hasten.errors import Refusal, UnsupportedModelError
 
 PARTS = ("linears", "shared", "gated_mlps", "experts", "head")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Where a gated MLP is compared with its definition: the size of its inputs, of which the largest is past the limits that models clip gates at, and
-# the relative distance that rounding makes.
-CHECK_SCALES = (0.1, 1.0, 50.0)
-CHECK_LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """One linear map of the model, [N, K]. `name` is its path in the model; `role` is what `families` calls it there, None where it is not known."""
-
-    name: str
-    role: str | None
-    module: nn.Linear | Conv1D
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """[N, K]: a view of what the module holds."""
-        weight = self.module.weight
-        return weight.t() if isinstance(self.module, Conv1D) else weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.module.bias
-
-
-@dataclass(frozen=True, slots=True)
-class GatedMLP:
-    """A module that computes down(act(gate(x)) * up(x)), with gate and up apart, or fused in `gate_up` with the rows of gate first. `activation` is
-    the name of the module's attribute."""
-
-    name: str
-    module: nn.Module
-    activation: str
-    down: Projection
-    gate: Projection | None = None
-    up: Projection | None = None
-    gate_up: Projection | None = None
-
-    @property
-    def projections(self) -> tuple[Projection, ...]:
-        return tuple(projection for projection in (self.gate, self.up, self.gate_up, self.down) if projection)
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """A fused mixture of experts: a module whose weights [E, ...] are picked per token."""
-
-    name: str
-    module: nn.Module
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One decoder layer. `gated_mlps` are all that it has (shared experts too), `gated_mlp` is the first of them."""
-
-    name: str
-    module: nn.Module
-    projections: tuple[Projection, ...]
-    gated_mlps: tuple[GatedMLP, ...]
-    experts: tuple[Experts, ...]
-
-    @property
-    def gated_mlp(self) -> GatedMLP | None:
-        return next(iter(self.gated_mlps), None)
 
 
 class Anatomy:
@@ -96,8 +23,8 @@ class Anatomy:
 
     Attributes:
         model: the model.
-        uses: how a pass of the model calls its modules, from `hasten.acceleration.uses`; without, every projection passes
-            for one that is called once.
+        uses: how a pass of the model calls its modules, from `hasten.acceleration.uses`; without, every projection
+            passes for one that is called once.
     """
 
     def __init__(self, model: nn.Module, uses: Mapping[str, Use] | None = None):
@@ -107,7 +34,8 @@ class Anatomy:
         self._left_out: frozenset[str] = frozenset()
 
     def without(self, names: Collection[str]) -> "Anatomy":
-        """The same anatomy with these projections, experts, gated MLPs or this head taken out, and what is made of them."""
+        """The same anatomy with these projections, experts, gated MLPs or this head taken out,
+        and what is made of them."""
         other = Anatomy.__new__(Anatomy)
         other.model, other._found, other._asked = self.model, self._found, self._asked
         other._left_out = self._left_out | frozenset(names)
@@ -121,17 +49,18 @@ class Anatomy:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The decoder layers, in order.
+        """The decoder layers, in order, with those of their projections that are in `called_once`.
 
         Raises:
             UnsupportedModelError: the model has none.
         """
         self._ask("linears", "shared")
+        taken = {projection.name for projection in self.called_once}
         return tuple(
             Block(
                 name,
                 module,
-                self._kept(p for p in self._found.linears[name] if p.name not in self._found.shared),
+                tuple(p for p in self._found.linears[name] if p.name in taken),
                 self._kept_mlps(mlp for mlp in self._found.gated_mlps if f"{mlp.name}.".startswith(f"{name}.")),
                 self._kept(self._found.experts[name]),
             )
@@ -140,14 +69,15 @@ class Anatomy:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """Every projection of every layer, without the head, and without those that share their weight with another module."""
+        """Every projection of every layer, without the head, and without those that share their weight
+        with another module."""
         self._ask("linears", "shared")
         return self._kept(p for p in self._found.all_linears if p.name not in self._found.shared)
 
     @property
     def called_once(self) -> tuple[Projection, ...]:
-        """`projections` without those that a pass of the model calls several times: for what depends on the distribution of
-        their inputs."""
+        """`projections` without those that a pass of the model calls several times: for what depends on the
+        distribution of their inputs."""
         return tuple(p for p in self.projections if p.name not in self._found.repeated)
 
     @property
@@ -157,15 +87,16 @@ class Anatomy:
 
     @property
     def with_shared(self) -> tuple[Projection, ...]:
-        """`projections`, and those that share their weight: for what is exact and leaves the weight as it is stored. A module with several paths
-        appears once, under the first."""
+        """`projections`, and those that share their weight: for what is exact and leaves the weight as it is stored. A
+        module with several paths appears once, under the first."""
         self._ask("linears")
         first = {projection.module: projection for projection in reversed(self._found.all_linears)}
         return self._kept(p for p in self._found.all_linears if first[p.module] is p)
 
     @property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
-        """Every gated MLP whose forward is down(act(gate(x)) * up(x)), which is tried on a few rows."""
+        """Every gated MLP of projections in `called_once` whose forward is down(act(gate(x)) * up(x)),
+        which is tried on a few rows."""
         self._ask("gated_mlps")
         return self._kept_mlps(self._found.gated_mlps)
 
@@ -191,7 +122,7 @@ class Anatomy:
         return {
             name: module
             for name, module in self.model.named_modules()
-            if type(module).__name__ in classes and _is_stock(module)
+            if type(module).__name__ in classes and is_stock(module)
         }
 
     def refuse(self, refusal: Refusal) -> None:
@@ -247,7 +178,7 @@ class _Found:
     def layers(self) -> dict[str, nn.Module]:
         name, decoder = self.decoder
         return {
-            _join(name, below, str(i)): layer
+            join(name, below, str(i)): layer
             for below, layers in _layer_lists(decoder).items()
             for i, layer in enumerate(layers)
         }
@@ -259,14 +190,14 @@ class _Found:
         device: tuple[torch.device, str] | None = None
         for name, layer in self.layers.items():
             kept = []
-            for path, module in _linears(name, layer):
-                refusal = _unfit(path, module)
+            for path, module in linear_maps(name, layer):
+                refusal = unfit(path, module)
                 if refusal is None:
                     device = device or (module.weight.device, path)
-                    refusal = _elsewhere(path, module, *device)
+                    refusal = elsewhere(path, module, *device)
                 if refusal is None and path in self.uses and self.uses[path].bypasses:
                     reason = "the model reads its weight without calling it, and so would pass by what takes its place"
-                    refusal = Refusal(path, _kind(module), reason, "leave it as it is with strict=False")
+                    refusal = Refusal(path, kind_of(module), reason, "leave it as it is with strict=False")
                 if refusal is None:
                     kept.append(Projection(path, ROLES.get(path.removeprefix(f"{name}.")), module))
                 else:
@@ -283,7 +214,7 @@ class _Found:
             if calls > 1 and projection.name not in self.shared:
                 reason = f"it is called {calls} times in one forward pass, on inputs of different kinds"
                 remedy = "use hasten.DenseDecode, or strict=False"
-                repeated[projection.name] = Refusal(projection.name, _kind(projection.module), reason, remedy)
+                repeated[projection.name] = Refusal(projection.name, kind_of(projection.module), reason, remedy)
         return repeated
 
     @cached_property
@@ -315,7 +246,7 @@ class _Found:
             if len(others) > 1:
                 other = next(other for other in others if other != name)
                 reason = f"it shares its weight with {other}"
-                shared[name] = Refusal(name, _kind(projection.module), reason, "give each module its own weights")
+                shared[name] = Refusal(name, kind_of(projection.module), reason, "give each module its own weights")
                 first[name] = others[0] == name
         self.refusals["shared"] += sorted(shared.values(), key=lambda refusal: first[refusal.name])
         return shared
@@ -346,7 +277,7 @@ class _Found:
         return found
 
     def _unfit_experts(self, experts: Experts) -> Refusal | None:
-        kind = _kind(experts.module)
+        kind = kind_of(experts.module)
         if reason := why_not(experts.module):
             return Refusal(experts.name, kind, reason, "leave it to transformers with strict=False")
         for parameter in experts.module.parameters():
@@ -358,22 +289,22 @@ class _Found:
 
     @cached_property
     def gated_mlps(self) -> tuple[GatedMLP, ...]:
-        projections = {p.name: p for p in self.all_linears if p.name not in self.shared}
-        refusals = {r.name: r for r in self.refusals["linears"]} | self.shared
+        projections = {projection.name: projection for projection in self.all_linears}
+        refusals = {r.name: r for r in self.refusals["linears"]} | self.shared | self.repeated
         alike: set[tuple] = set()
         found = []
         for layer_name, layer in self.layers.items():
             for name, module in _all_below(layer_name, layer):
-                names = _gated_names(module)
+                names = gated_names(module)
                 if names is None:
                     continue
-                inner = [_join(name, projection) for projection in names.projections]
+                inner = [join(name, projection) for projection in names.projections]
                 refusal = next((refusals[path] for path in inner if path in refusals), None)
                 if refusal is None:
-                    if not all(path in projections for path in inner) or not _is_gated(names, name, projections):
+                    if not all(path in projections for path in inner) or not is_gated(names, name, projections):
                         continue
-                    mlp = _gated_mlp(name, module, names, projections)
-                    refusal = mlp if isinstance(mlp, Refusal) else _unlike_gated(mlp, alike)
+                    mlp = gated_mlp(name, module, names, projections)
+                    refusal = mlp if isinstance(mlp, Refusal) else unlike_gated(mlp, alike)
                     if refusal is None:
                         found.append(mlp)
                 if refusal is not None:
@@ -388,33 +319,21 @@ class _Found:
             kind = type(self.model).__qualname__
             raise UnsupportedModelError("", kind, "it has no language-model head", "pass the ...ForCausalLM model")
         name = next(name for name, candidate in self.model.named_modules() if candidate is module)
-        if not _is_linear(module) and (_is_stock(module) or not _poses_as_linear(module)):
+        if not is_linear(module) and (is_stock(module) or not poses_as_linear(module)):
             return None
-        refusal = _unfit(name, module)
+        refusal = unfit(name, module)
         if refusal is None and self.all_linears:
             first = self.all_linears[0]
-            refusal = _elsewhere(name, module, first.module.weight.device, first.name)
+            refusal = elsewhere(name, module, first.module.weight.device, first.name)
         if refusal is not None:
             self.refusals["head"].append(refusal)
             return None
         return Projection(name, "head", module)
 
 
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)
-
-
-def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _is_stock(module: nn.Module) -> bool:
-    """Whether its class is one of the models in transformers."""
-    return type(module).__module__.startswith("transformers.models.")
-
-
 def _layer_lists(decoder: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of layers that `decoder` holds itself: the outermost, for those deeper down are experts, or belong to an encoder of something else."""
+    """The lists of layers that `decoder` holds itself: the outermost, for those deeper down are experts,
+    or belong to an encoder of something else."""
     lists = {
         name: module
         for name, module in decoder.named_modules()
@@ -433,150 +352,4 @@ def _is_layer(module: nn.Module) -> bool:
 def _all_below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`module` and every module below it, with their paths, of which one module can have several."""
     for below, inner in module.named_modules(remove_duplicate=False):
-        yield _join(name, below), inner
-
-
-def _linears(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear maps below `module`, and what has taken the place of one, with their paths."""
-    if _is_compiled(module):
-        yield name, module
-        return
-    for below, child in module.named_children():
-        path = _join(name, below)
-        if _is_linear(child):
-            if below not in NEVER_CALLED.get(type(module).__name__, ()):
-                yield path, child
-        elif not _poses_as_linear(child):
-            yield from _linears(path, child)
-        elif not _is_stock(child) and not type(child).__module__.startswith("torch.nn.modules."):
-            yield path, child
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D) or (_is_stock(module) and type(module).__name__ in LINEARS)
-
-
-def _poses_as_linear(module: nn.Module) -> bool:
-    """Whether it is a subclass of a linear map, quantised, or wrapped around one."""
-    return (
-        isinstance(module, nn.Linear | Conv1D)
-        or any(hasattr(module, mark) for mark in ("base_layer", *QUANTISED_MARKS))
-        or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-    )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules
-
-
-def _unfit(name: str, module: nn.Module) -> Refusal | None:
-    """Why `module` is not a plain linear map over a plain floating-point tensor in memory; None if it is."""
-    kind = _kind(module)
-    if _is_compiled(module):
-        return Refusal(name, kind, "it was compiled by torch.compile", "compile after hasten.accelerate")
-    if any(hasattr(module, mark) for mark in QUANTISED_MARKS):
-        return Refusal(name, kind, "its weight is already quantised", "load the model without quantisation")
-    if hasattr(module, "parametrizations") or (_is_linear(module) and "weight" not in module._parameters):
-        reason = "its weight is computed (a parametrisation, or torch.nn.utils.prune)"
-        return Refusal(name, kind, reason, "make it permanent first, e.g. torch.nn.utils.prune.remove")
-    if not _is_linear(module):
-        remedy = "merge or unload adapters and other wrappers before hasten.accelerate"
-        return Refusal(name, kind, "it is not a plain torch.nn.Linear", remedy)
-    weight = module.weight
-    if weight.device.type == "meta" or getattr(getattr(module, "_hf_hook", None), "offload", False):
-        remedy = "load the whole model into the memory of one device"
-        return Refusal(name, kind, "its weight is offloaded or on the meta device", remedy)
-    if type(weight.data) is not torch.Tensor or weight.dtype not in DTYPES:
-        reason = f"its weight is a {type(weight.data).__name__} of {weight.dtype}: quantised, or of a kind that hasten does not know"
-        return Refusal(name, kind, reason, "load the model in float32, float16 or bfloat16")
-    if not weight.is_contiguous():
-        reason = f"its weight is stored with strides {tuple(weight.stride())}"
-        return Refusal(name, kind, reason, "make it contiguous first")
-    if hasattr(module, "_hf_hook"):
-        reason = "hooks of accelerate move its inputs between devices"
-        return Refusal(name, kind, reason, "load the whole model into the memory of one device")
-    if "forward" in vars(module):
-        return Refusal(
-            name, kind, "its forward was replaced on the instance", "put the forward of its class back first"
-        )
-    return None
-
-
-def _elsewhere(name: str, module: nn.Module, device: torch.device, first: str) -> Refusal | None:
-    """Why a linear map on another device than the first one is refused."""
-    if module.weight.device == device:
-        return None
-    reason = f"it is on {module.weight.device}, {first} is on {device}"
-    return Refusal(name, _kind(module), reason, "move the model to one device")
-
-
-def _gated_names(module: nn.Module) -> GatedNames | None:
-    return next((names for names in GATED_MLPS if all(name in module._modules for name in names.projections)), None)
-
-
-def _is_gated(names: GatedNames, name: str, projections: dict[str, Projection]) -> bool:
-    """Whether the shapes are those of a gate and what it multiplies; a fused one has twice as many rows as down has inputs."""
-    neurons = projections[_join(name, names.down)].weight.shape[1]
-    rows = [projections[_join(name, below)].weight.shape[0] for below in names.projections[:-1]]
-    return sum(rows) == 2 * neurons
-
-
-def _gated_mlp(
-    name: str, module: nn.Module, names: GatedNames, projections: dict[str, Projection]
-) -> GatedMLP | Refusal:
-    activation = next((a for a in ACTIVATIONS if isinstance(getattr(module, a, None), nn.Module)), None)
-    if activation is None:
-        return Refusal(name, _kind(module), "its activation is no module of its own", "use hasten.Wina or hasten.Teal")
-    parts = {
-        field: projections[_join(name, below)]
-        for field in ("down", "gate", "up", "gate_up")
-        if (below := getattr(names, field)) is not None
-    }
-    return GatedMLP(name, module, activation, **parts)
-
-
-def _unlike_gated(mlp: GatedMLP, alike: set[tuple]) -> Refusal | None:
-    """Why a gated MLP cannot be replaced as a whole: it computes something of its own. `alike` keeps what was tried."""
-    module, remedy = mlp.module, "use hasten.Wina or hasten.Teal"
-    if "forward" in vars(module):
-        return Refusal(mlp.name, _kind(module), "its forward is not the stock one of its class", remedy)
-    constants = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
-    activation = getattr(module, mlp.activation)
-    signature = (type(module), type(activation), tuple(sorted(constants.items(), key=str)))
-    if signature not in alike:
-        try:
-            distance = _distance_from_gated(mlp)
-        except Exception as error:
-            words = str(error).partition("\n")[0]
-            reason = f"its forward does not take hidden states alone ({type(error).__name__}: {words})"
-            return Refusal(mlp.name, _kind(module), reason, remedy)
-        if not distance <= CHECK_LIMIT[mlp.down.weight.dtype]:
-            reason = (
-                f"its forward is not the stock one, down(act(gate(x)) * up(x)): it is {distance:.2g} away (relative)"
-            )
-            return Refusal(mlp.name, _kind(module), reason, remedy)
-        alike.add(signature)
-    return None
-
-
-@torch.no_grad()
-def _distance_from_gated(mlp: GatedMLP) -> float:
-    """The largest relative distance of what the module computes from down(act(gate(x)) * up(x)), over rows of small and large inputs."""
-    linear = nn.functional.linear
-    if mlp.gate_up:
-        weights, bias = mlp.gate_up.weight.chunk(2), mlp.gate_up.bias
-        biases = (None, None) if bias is None else bias.chunk(2)
-    else:
-        weights, biases = (mlp.gate.weight, mlp.up.weight), (mlp.gate.bias, mlp.up.bias)
-    rows = torch.randn(len(CHECK_SCALES), weights[0].shape[1], generator=torch.Generator().manual_seed(0))
-    rows = rows.to(weights[0].device, weights[0].dtype)
-    # Of gates and what they multiply, the smaller reach the scale.
-    sizes = torch.stack([linear(rows, weight).abs().amax(-1) for weight in weights]).amin(0)
-    scales = torch.tensor(CHECK_SCALES, device=rows.device, dtype=rows.dtype) / sizes.masked_fill(sizes == 0, 1)
-    rows = rows * scales[:, None]
-    gate, up = (linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    expected = linear(getattr(mlp.module, mlp.activation)(gate) * up, mlp.down.weight, mlp.down.bias).float()
-    output = type(mlp.module).forward(mlp.module, rows[None])[0].float()
-    finite = expected.isfinite().all(-1)  # the largest row can overflow
-    distances = (output - expected)[finite].norm(dim=-1) / expected[finite].norm(dim=-1).clamp(min=1e-30)
-    return float(distances.max()) if len(distances) else math.inf
+        yield join(name, below), inner

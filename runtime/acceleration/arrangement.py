@@ -18,7 +18,8 @@ class Assignment:
 
 
 def arrange(plan: Plan, anatomy: Anatomy, strict: bool = True) -> list[Assignment]:
-    """The techniques of `plan` and those that they imply, each with its part of the anatomy, in the order in which they are carried out.
+    """The techniques of `plan` and those that they imply, each with its part of the anatomy,
+    in the order in which they are carried out.
 
     Raises:
         UnsupportedModelError: nothing that a technique could change; with `strict`, a part that it cannot.
@@ -34,8 +35,8 @@ def arrange(plan: Plan, anatomy: Anatomy, strict: bool = True) -> list[Assignmen
         try:
             targets = technique.targets(view)
         except UnsupportedModelError as nothing:
-            found = (refusal for refusal in anatomy.refusals if refusal not in known)
-            raise next((refusal.error() for refusal in found), nothing) from None
+            reasons = (refusal for refusal in anatomy.refusals if refusal not in known)
+            raise next((refusal.error() for refusal in reasons), nothing) from None
         for name in targets:
             if name in owners:
                 both = f"{type(owners[name]).__name__} and {type(technique).__name__}"

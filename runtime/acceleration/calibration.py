@@ -1,4 +1,5 @@
-"""The calibration pass: one run of the dense model over some text, which gathers what all techniques of a plan ask for."""
+"""The calibration pass: one run of the dense model over some text,
+which gathers what all techniques of a plan ask for."""
 
 import contextlib
 from collections.abc import Iterable
@@ -51,13 +52,14 @@ def calibrate(
     *,
     strict: bool = True,
 ) -> Statistics:
-    """Runs the dense model over `calibration` and gathers what the techniques of `plan` ask for. The model is not changed.
+    """Runs the dense model over `calibration` and gathers what the techniques of `plan` ask for.
+    The model is not changed.
 
     Args:
         model: a `transformers` model that `accelerate` supports, in eval mode, not accelerated.
         plan: techniques; their sparsities do not matter here.
-        calibration: texts, token ids, or what a processor returns, as for `hasten.accelerate`; a few thousand tokens of what
-            the model will be used for.
+        calibration: texts, token ids, or what a processor returns, as for `hasten.accelerate`; a few thousand tokens of
+            what the model will be used for.
         tokenizer: the model's tokenizer, needed for texts.
         strict: as for `hasten.accelerate`.
 
@@ -68,7 +70,10 @@ def calibrate(
     refuse_unready(model)
     pieces = windows(calibration, tokenizer, vocabulary(model), longest=longest_input(model))
     inference = Inference(model, pieces[0])
-    return gather(inference, arrange(Plan(plan), examine(inference, pieces[0]), strict), pieces)
+    anatomy = examine(inference, pieces[0])
+    # Each on its own: techniques that could not be carried out together may listen together.
+    assignments = [found for technique in Plan(plan) for found in arrange(Plan(technique), anatomy, strict)]
+    return gather(inference, [found for found in assignments if not found.implied], pieces)
 
 
 def gather(inference: Inference, assignments: list[Assignment], pieces: list[Inputs]) -> Statistics:

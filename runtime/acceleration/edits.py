@@ -14,13 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from hasten.acceleration.forwards import Forward
 from hasten.errors import StateError, UnsupportedModelError
-from hasten.kernels.storage import to_column_major
+from hasten.kernels.transpose import transpose
 
 
 @dataclass(slots=True)
 class Verification:
-    """What `Edit.verify` saw: calls, the dtype of their outputs, the largest relative distance of what they wrote from its
-    definition, and whether the definition itself overflowed."""
+    """What `Edit.verify` saw: calls, the dtype of their outputs, the largest relative distance of what they wrote from
+    its definition, and whether the definition itself overflowed."""
 
     name: str
     dtype: torch.dtype | None = None
@@ -71,7 +71,8 @@ class Edit:
 
     @contextlib.contextmanager
     def verify(self, model: nn.Module) -> Iterator[Verification | None]:
-        """While open, every call of what was installed is computed by its definition too. None where nothing computes."""
+        """While open, every call of what was installed is computed by its definition too.
+        None where nothing computes."""
         yield None
 
     @contextlib.contextmanager
@@ -132,8 +133,9 @@ class ReplaceForward(Edit):
         seen = Verification(self.name)
 
         def both(*arguments, **keywords):
-            with _stock_inside(self.module):
-                seen.add(*self.forward.beside_definition(*arguments, **keywords))
+            if self.forward.is_own(*arguments, **keywords):
+                with _stock_inside(self.module):
+                    seen.add(*self.forward.beside_definition(*arguments, **keywords))
             return self.forward(*arguments, **keywords)
 
         self.module.forward = both
@@ -157,8 +159,8 @@ class ReplaceForward(Edit):
 
 @contextlib.contextmanager
 def _stock_inside(module: nn.Module) -> Iterator[None]:
-    """While open, the modules inside `module` run the forwards of their classes: what they skip hangs on the last bit of
-    their inputs, so that two calls of `module` would not be comparable."""
+    """While open, the modules inside `module` run the forwards of their classes: what they skip hangs on the last bit
+    of their inputs, so that two calls of `module` would not be comparable."""
     inside = [inner for inner in module.modules() if inner is not module and "forward" in vars(inner)]
     forwards = [vars(inner).pop("forward") for inner in inside]
     try:
@@ -178,20 +180,22 @@ class StoreColumnMajor(Edit):
     def apply(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
         strides = weight.stride()
-        weight.data = to_column_major(weight.data)
+        weight.data = transpose(weight.data).mT
         self.strides = strides
 
     def undo(self, model: nn.Module) -> None:
         weight = model.get_parameter(self.name)
         if self.strides is not None and weight.stride() != self.strides:
-            stored = torch.empty_strided(weight.shape, self.strides, dtype=weight.dtype, device=weight.device)
-            weight.data = stored.copy_(weight.data)
+            rows = transpose(weight.data.mT)
+            if rows.stride() != self.strides:  # of a dimension of one element
+                rows = torch.empty_strided(rows.shape, self.strides, dtype=rows.dtype, device=rows.device).copy_(rows)
+            weight.data = rows
 
 
 @dataclass(slots=True)
 class Freeze(Edit):
-    """Lets no parameter require grad, for hasten's kernels have no gradients, and refuses to run the model where one does
-    again; `undo` lets those require grad that did."""
+    """Lets no parameter require grad, for hasten's kernels have no gradients, and refuses to run the model where one
+    does again; `undo` lets those require grad that did."""
 
     name: str = ""
     trained: list[str] = field(default_factory=list)
@@ -224,7 +228,8 @@ def refuse_thawed(model: nn.Module, arguments: tuple) -> None:
 
 @dataclass(slots=True)
 class MarkStateful(Edit):
-    """Lets transformers know that the model cannot go back in its text, so that it refuses assisted decoding and says why."""
+    """Lets transformers know that the model cannot go back in its text,
+    so that it refuses assisted decoding and says why."""
 
     name: str = ""
 
@@ -264,7 +269,8 @@ class RefuseMethod(Edit):
 
 
 def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None:
-    """Applies `edits` in order. Each is in `done` before it begins, so that `undo_all` also undoes one that was interrupted."""
+    """Applies `edits` in order. Each is in `done` before it begins,
+    so that `undo_all` also undoes one that was interrupted."""
     # Tensors made in inference mode could never require grad again, nor count their versions.
     with torch.inference_mode(False), torch.no_grad():
         for edit in edits:
@@ -276,7 +282,8 @@ def apply_all(model: nn.Module, edits: Iterable[Edit], done: list[Edit]) -> None
 
 
 def undo_all(model: nn.Module, done: list[Edit]) -> None:
-    """Undoes `done` in reverse and empties it. Interrupted, it can be called again: an edit leaves `done` when it is undone."""
+    """Undoes `done` in reverse and empties it. Interrupted, it can be called again:
+    an edit leaves `done` when it is undone."""
     with torch.inference_mode(False), torch.no_grad():
         while done:
             done[-1].undo(model)

@@ -1,9 +1,11 @@
-"""What hasten knows about families of models, as data: names of submodules and of classes. What is not here is found from the structure."""
+"""What hasten knows about families of models, as data: names of submodules and of classes.
+What is not here is found from the structure."""
 
 from dataclasses import dataclass
 
-# Roles of projections, by their path below the decoder layer: `q k v` or the fused `qkv`, `o`, the same with `cross_` where they attend to an encoder
-# or an image; `gate up down` or the fused `gate_up down` of a gated MLP, `up down` of a plain one.
+# Roles of projections, by their path below the decoder layer: `q k v` or the fused `qkv`, `o`, the same with `cross_`
+# where they attend to an encoder or an image; `gate up down` or the fused `gate_up down` of a gated MLP, `up down` of a
+# plain one.
 _ATTENTION = {
     "q_proj": "q",
     "k_proj": "k",
@@ -53,7 +55,8 @@ ROLES: dict[str, str] = (
 
 @dataclass(frozen=True, slots=True)
 class GatedNames:
-    """The names of the projections of a gated MLP, down(act(gate(x)) * up(x)): gate and up apart, or fused with the rows of gate first.
+    """The names of the projections of a gated MLP, down(act(gate(x)) * up(x)): gate and up apart,
+    or fused with the rows of gate first.
 
     Names that plain MLPs have too are told apart by their shapes.
     """
@@ -80,10 +83,12 @@ GATED_MLPS = (
 )
 ACTIVATIONS = ("act_fn", "activation_fn", "activation", "act")
 
-# Classes of transformers' models that are an nn.Linear but for the order of operations; other subclasses compute something else.
+# Classes of transformers' models that are an nn.Linear but for the order of operations; other subclasses compute
+# something else.
 LINEARS = ("FalconLinear",)
 
-# Linears of transformers' models whose weight their owner reads as it reads a bare parameter, by the owner's class: they are never called.
+# Linears of transformers' models whose weight their owner reads as it reads a bare parameter, by the owner's class:
+# they are never called.
 NEVER_CALLED = {
     "MambaMixer": ("dt_proj",),
     "FalconMambaMixer": ("dt_proj",),

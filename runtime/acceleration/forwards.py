@@ -1,7 +1,7 @@
 """What stands in for the forward of a module while a model is accelerated.
 
-The module stays the object that it was, with its class, parameters, hooks and names; a `Forward` lies on the instance as
-its `forward`, and is copied and pickled with it.
+The module stays the object that it was, with its class, parameters, hooks and names; a `Forward` lies on the instance
+as its `forward`, and is copied and pickled with it.
 """
 
 from typing import Any
@@ -47,6 +47,10 @@ class Forward:
         """What it holds beside the module's own weights."""
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
 
+    def is_own(self, *arguments, **keywords) -> bool:
+        """Whether a call runs hasten's kernels, and not the forward of the module's class."""
+        return True
+
     def beside_definition(self, *arguments, **keywords) -> tuple[Any, Any]:
         """What a call writes, and what it writes by the kernels' definitions in plain torch: outputs first, in any
         containers of tensors. The arguments are not changed."""
@@ -60,7 +64,8 @@ class Forward:
 
 
 def decode_rows(x: torch.Tensor) -> int:
-    """The batch size of a decode step, 0 for anything else: x is [B, 1, K], or [1, K] where a model flattens its tokens."""
+    """The batch size of a decode step, 0 for anything else: x is [B, 1, K], or [1, K] where a model
+    flattens its tokens."""
     if x.dim() == 3:
         return x.shape[0] if x.shape[1] == 1 else 0
     return 1 if x.dim() == 2 and x.shape[0] == 1 else 0
@@ -69,8 +74,8 @@ def decode_rows(x: torch.Tensor) -> int:
 class Watch:
     """Notices that a weight was written to, replaced, or moved since thresholds and layout were derived from it.
 
-    Every call compares the version and address of the weights, a prefill on a CPU also samples of their values, for writes
-    through `.data` have no version. The stamps are taken at the first check; a copy or a pickle takes its own.
+    Every call compares the version and address of the weights, a prefill on a CPU also samples of their values, for
+    writes through `.data` have no version. The stamps are taken at the first check; a copy or a pickle takes its own.
     """
 
     def __init__(self):

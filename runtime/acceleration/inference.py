@@ -66,6 +66,11 @@ class Inference:
         model: a model of transformers, in eval mode.
         example: inputs like those that it will be run on; by default a few token ids.
 
+    Attributes:
+        model: the model.
+        target: what is run of it: the model itself, or its inner language model.
+        example: the first tokens of the example.
+
     Raises:
         UnsupportedModelError: the model cannot be run on such inputs; the message names what it was given.
     """
@@ -94,7 +99,7 @@ class Inference:
         self.encodes = "decoder_input_ids" in parameters and self.target.config.is_encoder_decoder
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes_flag = anything or "use_cache" in parameters
-        example = self.cut(example, max(EXAMPLE_TOKENS, self.shortest_prefix(example)))
+        self.example = example = self.cut(example, max(EXAMPLE_TOKENS, self.shortest_prefix(example)))
         for makes_cache in (False, True) if self.takes_flag else ():
             self.has_cache, self.makes_cache = True, makes_cache
             # An AttributeError is a configuration's from which transformers cannot make a cache.
@@ -217,10 +222,14 @@ class Inference:
             return inputs | {"decoder_input_ids": ids[:, :tokens]}
         return {name: value[:, :tokens] if _is_of_tokens(name, value, ids) else value for name, value in inputs.items()}
 
-    def random_prompt(self, tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
-        """Token ids [batch, tokens] from a seed, for measuring time."""
+    def random_ids(self, tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+        """Token ids [batch, tokens] from a seed."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(vocabulary(self.target), (batch, tokens), generator=generator)
+
+    def prompt(self, tokens: int, batch: int = 1) -> Inputs:
+        """A prompt to measure on: random ids [batch, tokens]; the example where the model was given more than ids."""
+        return self.example if isinstance(self.example, Mapping) else self.random_ids(tokens, batch)
 
     def _arguments(self, inputs: Inputs) -> tuple[dict[str, Any], Reading]:
         """The arguments of a pass over `inputs`, and the reading that starts with it."""
@@ -351,30 +360,32 @@ def inner_language_model(model: nn.Module) -> nn.Module | None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A block in which the model is run as if it had read nothing before, and after which it remembers what it did.
 
-    Put back are buffers that a run replaces, and attributes that are tensors or numbers, such as `rope_deltas` of
-    multimodal rotary positions. Not for blocks that change the model itself.
+    Put back are buffers and submodules that a run replaces, and attributes that are tensors, numbers or words, such as
+    `rope_deltas` of multimodal rotary positions or BigBird's kind of attention. Not for blocks that change the model.
     """
-    kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
+    kept = [(module, _memory(module), dict(module._buffers), dict(module._modules)) for module in model.modules()]
     try:
-        for module, attributes, _ in kept:
+        for module, attributes, _, _ in kept:
             for name in REMEMBERED.keys() & attributes.keys():
                 setattr(module, name, REMEMBERED[name])
         yield
     finally:
-        for module, attributes, buffers in kept:
+        for module, attributes, buffers, modules in kept:
             for name in _memory(module).keys() - attributes.keys():
                 delattr(module, name)
             vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for now, before in ((module._buffers, buffers), (module._modules, modules)):
+                now.clear()
+                now.update(before)
 
 
 def _memory(module: nn.Module) -> dict[str, object]:
-    """The attributes of a module that may hold something of its last inputs; flags and private ones are its own state."""
+    """The attributes of a module that may hold something of its last inputs;
+    flags and private ones are its own state."""
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and (value is None or type(value) in (int, float) or torch.is_tensor(value))
+        if not name.startswith("_") and (value is None or type(value) in (int, float, str, torch.Tensor))
     }
 
 

@@ -1,8 +1,9 @@
 """`accelerate`, `revert` and `accelerated`: one reversible change of a model in place."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -31,6 +32,7 @@ class Installed:
     settings: dict[str, Settings] = field(default_factory=dict)  # by the class names of techniques
     edits: list[Edit] = field(default_factory=list)
     strict: bool = True  # whether nothing was left out
+    example: Mapping[str, Any] | None = None  # what a processor returned, if the model was examined on that
     self_check: float = 0.0
 
 
@@ -57,12 +59,12 @@ def accelerate(
     that require grad are frozen until `revert`.
 
     Args:
-        model: a `transformers` language model, or a multimodal or encoder-decoder model around one, in eval mode, on one
-            device.
+        model: a `transformers` language model, or a multimodal or encoder-decoder model around one, in eval mode, on
+            one device.
         plan: one technique or several, e.g. `hasten.Wina(sparsity=0.5)`.
-        calibration: texts, token ids ([T], [B, T] or lists), or what a processor returns, from which calibrated techniques
-            learn: a few thousand tokens of typical use; or `hasten.Statistics` from `hasten.calibrate`. A tenth is set
-            aside as held-out text unless `heldout` is given.
+        calibration: texts, token ids ([T], [B, T] or lists), or what a processor returns, from which calibrated
+            techniques learn: a few thousand tokens of typical use; or `hasten.Statistics` from `hasten.calibrate`. A
+            tenth is set aside as held-out text unless `heldout` is given.
         tokenizer: the model's tokenizer, needed where texts are given.
         heldout: texts or token ids on which drift is measured.
         strict: raise on modules that cannot be changed; False leaves them as they are and lists them in the report.
@@ -109,6 +111,7 @@ def accelerate(
     report.techniques[0].skipped[:0] = [Skip(refusal.name, refusal.reason) for refusal in anatomy.refusals]
     report.self_check = installed_on(model).self_check
     installed_on(model).strict = strict
+    installed_on(model).example = example if isinstance(example, Mapping) else None
     return report
 
 
@@ -124,7 +127,8 @@ def accelerated(
     measure_speed: bool = True,
     measure_drift: bool = True,
 ) -> Iterator[Report]:
-    """`accelerate` for a `with` block, reverted at its end. Arguments and errors are those of `accelerate`; gives the `Report`."""
+    """`accelerate` for a `with` block, reverted at its end. Arguments and errors are those of `accelerate`;
+    gives the `Report`."""
     report = accelerate(
         model,
         plan,
@@ -145,8 +149,8 @@ def revert(model: nn.Module) -> None:
     """Undoes `accelerate`, bit for bit. A weight that was changed since keeps its new value.
 
     Raises:
-        StateError: the model is not accelerated, or a module was replaced since, so that the old one cannot be put back;
-            nothing is changed then.
+        StateError: the model is not accelerated, or a module was replaced since, so that the old one cannot be put
+            back; nothing is changed then.
     """
     installed = installed_on(model)
     if installed is None:

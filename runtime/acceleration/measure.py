@@ -1,4 +1,5 @@
-"""Measured speed and measured drift of a model, in decode as users run it: a prefill, then one token after the other."""
+"""Measured speed and measured drift of a model, in decode as users run it: a prefill,
+then one token after the other."""
 
 import contextlib
 import math
@@ -54,8 +55,8 @@ class Drift:
 def heldout_logits(
     inference: Inference, pieces: list[Inputs], tokens: int = DRIFT_TOKENS
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them [T - prefix, V]),
-    up to `tokens` in all."""
+    """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them
+    [T - prefix, V]), up to `tokens` in all."""
     results, done = [], 0
     for piece in progress(pieces, "measuring drift", unit="window"):
         if done >= tokens:
@@ -121,23 +122,24 @@ def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float
         spare = MOST + 1 if regime.tokens == 1 else 0
         context = max(min(regime.context, longest - regime.tokens - spare), 1 if regime.context else 0)
         tokens = min(regime.tokens, longest - context)
-        ids = inference.random_prompt(context + tokens, regime.batch)
         with undisturbed(inference.model):
-            found[regime] = _seconds_of(inference, ids, context)
+            found[regime] = _seconds_of(inference, tokens, context, regime.batch)
     return found
 
 
-def _seconds_of(inference: Inference, ids: torch.Tensor, context: int) -> float:
+def _seconds_of(inference: Inference, tokens: int, context: int, batch: int) -> float:
     device = device_of(inference.model)
+    prompt = inference.prompt(context or tokens, batch)
     if not context:
-        return settled(lambda: seconds(lambda: inference.prefill(ids), device), most=5)
-    _, reading = inference.prefill(ids[:, :context])
-    most = MOST if ids.shape[1] == context + 1 else 1
-    return settled(lambda: seconds(lambda: inference.step(reading, ids[:, context:]), device), most)
+        return settled(lambda: seconds(lambda: inference.prefill(prompt, last=True), device), most=5)
+    _, reading = inference.prefill(prompt, last=True)
+    ids = inference.random_ids(tokens, len(reading.ids), seed=1)
+    return settled(lambda: seconds(lambda: inference.step(reading, ids), device), MOST if tokens == 1 else 1)
 
 
 def settled(once: Callable[[], float], most: int) -> float:
-    """The median of as few measurements, after one for warming up, as give it to within PRECISION; of `most` at the most."""
+    """The median of as few measurements, after one for warming up, as give it to within PRECISION;
+    of `most` at the most."""
     once()
     found: list[float] = []
     while len(found) < most:
@@ -177,8 +179,8 @@ def faster_up_to(
     """Up to which batch our product beats torch's, and the ratio at batch 1.
 
     Args:
-        contest: for a batch and a turn, torch's product and ours; other weights in every turn, so that they are as cold as
-            in decode. Who comes first alternates.
+        contest: for a batch and a turn, torch's product and ours; other weights in every turn, so that they are as cold
+            as in decode. Who comes first alternates.
     """
     best, ratio_at_one = 0, math.nan
     for batch in (1, 2, 4, MAX_BATCH):

@@ -59,12 +59,14 @@ class Plan(tuple):
         Raises:
             SavedPlanError: another version, an unknown technique or field, a value that the technique refuses.
         """
-        if not isinstance(data, dict) or data.keys() != {"version", "techniques"}:
-            raise SavedPlanError("this is no hasten plan: it is no object of version and techniques")
-        version, techniques = data["version"], data["techniques"]
+        if not isinstance(data, dict) or "version" not in data:
+            raise SavedPlanError("this is no hasten plan: it has no version")
+        version, techniques = data["version"], data.get("techniques")
         if type(version) is not int or version != VERSION:
             remedy = "update hasten" if type(version) is int and version > VERSION else "write the plan anew"
             raise SavedPlanError(f"the plan is of version {version!r}, this hasten reads version {VERSION}: {remedy}")
+        if unknown := data.keys() - {"version", "techniques"}:
+            raise SavedPlanError(f"the plan has no field {', '.join(sorted(unknown))}")
         if not isinstance(techniques, list) or not all(isinstance(entry, dict) for entry in techniques):
             raise SavedPlanError("the plan is damaged: its techniques are no list of objects")
         try:

@@ -8,6 +8,8 @@ from hasten.acceleration.inference import Inference, Inputs, undisturbed
 from hasten.acceleration.uses import watched
 from hasten.errors import StateError, UnsupportedModelError
 
+EXAMINED_TOKENS = 2
+
 
 def refuse_unready(model: nn.Module) -> None:
     """Refuses what is no plain model in eval mode, and what is accelerated already.
@@ -37,15 +39,17 @@ def refuse_unready(model: nn.Module) -> None:
 
 
 def examine(inference: Inference, inputs: Inputs | None = None) -> Anatomy:
-    """The anatomy of the model that `inference` runs, with the uses of its modules in a prefill of `inputs` (a few
-    tokens) and a decode step.
+    """The anatomy of the model that `inference` runs, with the uses of its modules in a prefill of the first
+    tokens of `inputs` and a decode step.
 
     Raises:
         UnsupportedModelError: the model cannot be run.
     """
     model = inference.model
-    tokens = torch.zeros(1, 2, dtype=torch.int64) if inputs is None else inputs
+    if inputs is None:
+        inputs = torch.zeros(1, EXAMINED_TOKENS, dtype=torch.int64)
+    inputs = inference.cut(inputs, max(EXAMINED_TOKENS, inference.shortest_prefix(inputs)))
     with watched(model, inference.target) as found, undisturbed(model):
-        _, reading = inference.prefill(tokens)
+        _, reading = inference.prefill(inputs)
         inference.step(reading, reading.ids[:, -1:])
     return Anatomy(model, found)

@@ -22,8 +22,8 @@ class TechniqueReport:
         timings: speed in every regime that a technique of the plan names; before is the model with the techniques that
             came earlier.
         drift: of the model with this technique and the earlier ones, from the dense one. None if not measured.
-        active_share: the share of inputs that was really multiplied, counted on the held-out text; None where nothing is
-            skipped by design, or nothing was counted.
+        active_share: the share of inputs that was really multiplied, counted on the held-out text; None where nothing
+            is skipped by design, or nothing was counted.
     """
 
     technique: Technique
@@ -36,10 +36,9 @@ class TechniqueReport:
     implied: bool = False
 
     def __str__(self) -> str:
+        name = f"{self.technique}, implied" if self.implied else str(self.technique)
         summary = self.technique.summary(self.settings)
-        lines = [
-            f"{self.technique}{', implied' if self.implied else ''}: {len(self.edited)} modules{', ' if summary else ''}{summary}"
-        ]
+        lines = [f"{name}: {len(self.edited)} modules{', ' if summary else ''}{summary}"]
         lines += [f"  {_change(timing)}" for timing in self.timings]
         if self.active_share is not None:
             lines.append(f"  active   {self.active_share:.1%} of the inputs, counted on held-out text")

@@ -1,4 +1,5 @@
-"""The self-check: a short prefill and a decode step, in which every edit runs what it installed beside its definition."""
+"""The self-check: a short prefill and a decode step, in which every edit runs what it installed beside
+its definition."""
 
 import contextlib
 
@@ -25,25 +26,26 @@ def self_check(inference: Inference, edits: list[Edit]) -> float:
         HastenError: it is over LIMIT, so that a kernel is wrong on this machine; or the definition overflows.
     """
     model = inference.model
-    tokens = torch.zeros(1, min(TOKENS, longest_input(model) - 1), dtype=torch.int64)
+    prompt = inference.prompt(max(1, min(TOKENS, longest_input(model) - 1)))
     with contextlib.ExitStack() as stack:
         seen = [stack.enter_context(edit.verify(model)) for edit in edits]
         stack.enter_context(torch.autocast(device_of(model).type, enabled=False))
         stack.enter_context(undisturbed(model))
-        _, reading = inference.prefill(tokens)
-        inference.step(reading, tokens[:, :1])
+        _, reading = inference.prefill(prompt)
+        inference.step(reading, reading.ids[:, -1:])
     worst = 0.0
     for verification in seen:
         if verification is None or not verification.calls:
             continue
         if not verification.finite:
             raise HastenError(
-                f"self-check: {verification.name} overflows in {verification.dtype} by its definition too; the model was left as it was"
+                f"self-check: {verification.name} overflows in {verification.dtype} by its definition too; "
+                "the model was left as it was"
             )
         if not verification.distance <= LIMIT[verification.dtype]:
             raise HastenError(
-                f"self-check: {verification.name} differs from its definition by {verification.distance:.2g} (relative); "
-                "the model was left as it was"
+                f"self-check: {verification.name} differs from its definition by {verification.distance:.2g} "
+                "(relative); the model was left as it was"
             )
         worst = max(worst, verification.distance)
     return worst

@@ -1,4 +1,5 @@
-"""How often a pass of the model calls each module that holds weights, and whether it reads weights past their module."""
+"""How often a pass of the model calls each module that holds weights,
+and whether it reads weights past their module."""
 
 import contextlib
 from collections import Counter, defaultdict
@@ -14,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """`calls`: how often a module was called in one forward pass of the model, at most. `bypasses`: how many operations read its weight in passes that
-    did not call it, nor another module that holds the weight while they ran."""
+    """`calls`: how often a module was called in one forward pass of the model, at most. `bypasses`: how many operations
+    read its weight in passes that did not call it, nor another module that holds the weight while they ran."""
 
     calls: int
     bypasses: int
@@ -34,10 +35,12 @@ def uses(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Use]:
 
 @contextlib.contextmanager
 def watched(model: nn.Module, target: nn.Module | None = None) -> Iterator[dict[str, Use]]:
-    """Counts uses in every forward pass inside the `with` block; the dictionary that it gives is filled when the block ends.
+    """Counts uses in every forward pass inside the `with` block;
+    the dictionary that it gives is filled when the block ends.
 
     Args:
-        target: the module below `model` whose calls are the passes, such as the language model of a multimodal one; by default `model`.
+        target: the module below `model` whose calls are the passes,
+            such as the language model of a multimodal one; by default `model`.
     """
     found: dict[str, Use] = {}
     watch = _Watch(model, target or model)

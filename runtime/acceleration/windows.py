@@ -58,7 +58,8 @@ def windows(data: Texts, tokenizer, vocabulary: int, name: str = "calibration", 
 
 
 def split_heldout(pieces: list[Window]) -> tuple[list[Window], list[Window]]:
-    """Sets about a tenth of the windows aside for measuring drift; a single window of text is cut after three quarters."""
+    """Sets about a tenth of the windows aside for measuring drift;
+    a single window of text is cut after three quarters."""
     if len(pieces) > 1:
         kept = len(pieces) - max(1, len(pieces) // 10)
         return pieces[:kept], pieces[kept:]

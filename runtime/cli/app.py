@@ -60,7 +60,8 @@ def demo(
 ) -> None:
     """Shows what hasten does on embedded models, in under two minutes.
 
-    sparsity: drift on the embedded model, decode speed of a 1.1 B model, and a sample. guidance: digits drawn by every guide, with what they cost.
+    sparsity: drift on the embedded model, decode speed of a 1.1 B model, and a sample.
+    guidance: digits drawn by every guide, with what they cost.
     constrained: a record under a JSON schema and a text under a Python predicate, with their weights.
     """
     from hasten.cli import demo, demo_constrained, demo_guidance

@@ -50,7 +50,8 @@ def run(patterns: list[str], json_file: Path | None, only_list: bool, threads: i
     records = [record for name in progress(chosen, "benchmarks", unit="case") for record in cases[name]()]
     tables.show(f"Batch 1 unless it says otherwise, {torch.get_num_threads()} threads", *table(records), labels=4)
     typer.echo(
-        "of limit: the share of what the memory's bandwidth (and for attention torch's matrix products) would allow, measured in the same run"
+        "of limit: the share of what the memory's bandwidth (and for attention torch's matrix products) would allow, "
+        "measured in the same run"
     )
     if json_file:
         tables.write_json(json_file, records)

@@ -11,9 +11,11 @@ import typer
 from torch import nn
 
 import hasten
-from hasten.acceleration import measure
-from hasten.acceleration.anatomy import Anatomy, dissect
-from hasten.acceleration.bind import Setting
+from hasten.acceleration.anatomy import Anatomy
+from hasten.acceleration.inference import Inference
+from hasten.acceleration.measure import Drift
+from hasten.acceleration.preflight import examine
+from hasten.acceleration.report import TechniqueReport
 from hasten.acceleration.techniques import Cats, DenseDecode, Teal, Technique, Wina
 from hasten.cli import generate, picture, tables
 from hasten.model_facts import progress
@@ -21,8 +23,8 @@ from hasten.model_facts import progress
 KINDS = (Wina, Teal, Cats)
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 CALIBRATION_CHARACTERS = 40_000
-# Each excerpt of held-out text gives EXCERPT - measure.DRIFT_PREFIX tokens to the drift.
-EXCERPTS, EXCERPT = 12, 80
+# Each excerpt of held-out text gives EXCERPT - measure.DRIFT_PREFIX tokens to the drift, and all of them DRIFT_TOKENS.
+EXCERPTS, EXCERPT = 8, 48
 SPEED_SPARSITY = 0.5
 SAMPLE_SPARSITY = 0.5
 PROMPT = '''class Reader:
@@ -34,12 +36,18 @@ PROMPT = '''class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One technique at one sparsity. `weights_read`: the share of the layers' weights that a decode step reads."""
+    """One technique at one sparsity.
+
+    active_share: of the inputs that the technique chooses from, the share that was multiplied; counted on the held-out
+        text. 1 where nothing is skipped.
+    weights_read: the share of the layers' weights that a decode step reads, from `active_share`.
+    """
 
     technique: str
     sparsity: float
+    active_share: float
     weights_read: float
-    drift: measure.Drift
+    drift: Drift
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +101,16 @@ def sweep(
     model: nn.Module, statistics: hasten.Statistics, pieces: list[torch.Tensor], sparsities: Sequence[float]
 ) -> list[Point]:
     """Drift of every technique at every sparsity, and of the dense kernels alone, in decode on the same token ids."""
-    anatomy = dissect(model)
-    tokens = sum(piece.numel() for piece in pieces)
-    dense = measure.heldout_logits(model, pieces, tokens)
+    anatomy = examine(Inference(model), pieces[0])
     plans = [DenseDecode(always=True)] + [kind(sparsity) for sparsity in sparsities for kind in KINDS]
     points = []
     for technique in progress(plans, "drift on the embedded model", unit="run"):
-        with hasten.accelerated(model, technique, calibration=statistics, measure_speed=False) as report:
-            drift = measure.drift(dense, measure.heldout_logits(model, pieces, tokens))
-        read = weights_read(anatomy, report.techniques[0].settings)
-        points.append(Point(_name(technique), getattr(technique, "sparsity", 0.0), read, drift))
+        report = hasten.accelerate(model, technique, calibration=statistics, heldout=pieces, measure_speed=False)
+        hasten.revert(model)
+        entry = report.techniques[0]
+        active = 1.0 if entry.active_share is None else entry.active_share
+        read = weights_read(anatomy, entry)
+        points.append(Point(_name(technique), getattr(technique, "sparsity", 0.0), active, read, entry.drift))
     return points
 
 
@@ -116,15 +124,15 @@ def excerpts(text: str, tokenizer, count: int) -> list[torch.Tensor]:
     return found
 
 
-def weights_read(anatomy: Anatomy, settings: list[Setting]) -> float:
-    """The share of the layers' projection weights that a decode step reads where modules skip what `settings` say."""
-    sizes = {projection.name: projection.module.weight.numel() for projection in anatomy.projections()}
-    total = sum(sizes.values())
-    for block in anatomy.blocks:
-        if block.projection("down"):
-            # What a technique on the whole MLP skips: rows of up and as many columns of down, which have the same size.
-            sizes[block.mlp_name] = 2 * block.projection("down").module.weight.numel()
-    return 1 - sum(setting.sparsity * sizes[setting.name] for setting in settings) / total
+def weights_read(anatomy: Anatomy, entry: TechniqueReport) -> float:
+    """The share of the layers' projection weights that a decode step reads: all of those that the technique leaves
+    dense, and of the others as much as it had active inputs.
+    """
+    if entry.active_share is None:
+        return 1.0
+    sizes = {projection.name: projection.weight.numel() for projection in anatomy.projections}
+    skipping = sum(sizes.get(name, 0) for name in entry.technique.targets(anatomy))
+    return 1 - (1 - entry.active_share) * skipping / sum(sizes.values())
 
 
 def continue_both(model: nn.Module, tokenizer, statistics: hasten.Statistics, tokens: int) -> Sample:
@@ -153,8 +161,9 @@ def _show_drift(points: list[Point]) -> None:
     tables.show(title, columns, rows, labels=2)
     typer.echo(
         "Real kernels and real decode; calibrated on the first part of the held-out text, measured on the rest.\n"
-        "Weights read: of all weights in the layers, per token. CATS skips in up and down only and leaves attention\n"
-        "and gate dense, so at equal sparsity it does more work: compare at equal weights read."
+        "Weights read: of all weights in the layers, per token, by the inputs counted as active on this text.\n"
+        "CATS skips in up and down only and leaves attention and gate dense, so at equal sparsity it does more work:\n"
+        "compare at equal weights read."
     )
 
 

@@ -13,8 +13,8 @@ import typer
 from torch import nn
 
 import hasten
-from hasten.acceleration.install import state_of
-from hasten.acceleration.saving import PLAN_FILE
+from hasten.acceleration.install import installed_on
+from hasten.acceleration.saved_folder import PLAN_FILE
 from hasten.acceleration.techniques import Cats, DenseDecode, Teal, Technique, Wina
 
 EMBEDDED = "stdlib-llama"
@@ -92,10 +92,10 @@ def run(
     generation = continue_prompt(model, tokenizer, prompt, max_new_tokens, temperature, shown=not as_json)
     speed = generation.tokens_per_second
     if as_json:
-        state = state_of(model)
+        installed = installed_on(model)
         record = {
             "model": name,
-            "plan": [repr(technique) for technique in (state.plan if state else ())],
+            "plan": [repr(technique) for technique in (installed.plan if installed else ())],
             "prompt": prompt,
         }
         typer.echo(json.dumps(record | asdict(generation) | {"tokens_per_second": speed}, indent=2))

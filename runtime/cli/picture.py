@@ -23,7 +23,8 @@ LABELS = {"WINA": BELOW, "TEAL": ABOVE, "CATS": ABOVE}
 
 
 def destination(plot: str, default: Path = DEFAULT) -> Path | None:
-    """Where the picture goes; None where nobody named a file, and there is no matplotlib or the folder cannot be written to.
+    """Where the picture goes; None where nobody named a file, and there is no matplotlib or the folder
+    cannot be written to.
 
     Raises:
         ValueError: a file was named and matplotlib is not installed.

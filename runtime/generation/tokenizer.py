@@ -19,8 +19,8 @@ _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def vocabulary_of(tokenizer, model: nn.Module) -> Vocabulary:
     """The vocabulary that `tokenizer` and `model` share: the tokenizer's ids that the model has rows for.
 
-    Rows that are padding are left out. EOS are the ids of the model's generation config and the tokenizer's own. The result is remembered for as long as
-    the tokenizer lives.
+    Rows that are padding are left out. EOS are the ids of the model's generation config and the tokenizer's own. The
+    result is remembered for as long as the tokenizer lives.
 
     Raises:
         ValueError: a tokenizer that does not belong to the model, that has no EOS, or whose tokens are not bytes of the

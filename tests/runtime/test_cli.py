@@ -10,7 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 import hasten
-from hasten.acceleration import anatomy, measure
+from hasten.acceleration import measure
+from hasten.acceleration.inference import Inference
+from hasten.acceleration.preflight import examine
+from hasten.acceleration.report import TechniqueReport
 from hasten.bench.kernels import cases as kernel_cases
 from hasten.cli import app, bench, demo, doctor, picture, tables
 from hasten.cli import generate as generation
@@ -191,8 +194,10 @@ def test_demo_in_its_reduced_form(tmp_path):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "demo.json").read_text())
     read = {(point["technique"], point["sparsity"]): point["weights_read"] for point in written["drift"]}
-    assert read["dense", 0.0] == 1 and read["WINA", 0.65] == read["TEAL", 0.65] == pytest.approx(0.35)
-    assert 0.35 < read["CATS", 0.65] < 1
+    active = {(point["technique"], point["sparsity"]): point["active_share"] for point in written["drift"]}
+    assert read["dense", 0.0] == active["dense", 0.0] == 1
+    assert read["WINA", 0.65] == active["WINA", 0.65] and read["CATS", 0.65] > active["CATS", 0.65]
+    assert all(abs(active[name, sparsity] - (1 - sparsity)) < 0.08 for name, sparsity in active)
     kl = {(point["technique"], point["sparsity"]): point["drift"]["kl"] for point in written["drift"]}
     assert kl["dense", 0.0] < kl["WINA", 0.25] < kl["WINA", 0.65]
 
@@ -211,15 +216,16 @@ def test_demo_without_matplotlib(monkeypatch):
 
 
 def test_weights_read_counts_real_parameters(embedded):
-    found = anatomy.dissect(embedded[0])
-    sizes = {projection.name: projection.module.weight.numel() for projection in found.projections()}
-    settings = [demo.Setting("model.layers.0.self_attn.q_proj", "Wina", 0.5, 0.0)]
-    assert demo.weights_read(found, settings) == 1 - 0.5 * sizes["model.layers.0.self_attn.q_proj"] / sum(
-        sizes.values()
-    )
-    settings = [demo.Setting("model.layers.0.mlp", "Cats", 0.5, 0.0)]
+    found = examine(Inference(embedded[0]))
+    sizes = {projection.name: projection.weight.numel() for projection in found.projections}
+    total = sum(sizes.values())
+    query = "model.layers.0.self_attn.q_proj"
+    wina = TechniqueReport(hasten.Wina({query: 0.5}), [query], active_share=0.25)
+    assert demo.weights_read(found, wina) == 1 - 0.75 * sizes[query] / total
     skipped = sizes["model.layers.0.mlp.up_proj"] + sizes["model.layers.0.mlp.down_proj"]
-    assert demo.weights_read(found, settings) == pytest.approx(1 - 0.5 * skipped / sum(sizes.values()))
+    cats = TechniqueReport(hasten.Cats({"model.layers.0.mlp": 0.5}), ["model.layers.0.mlp"], active_share=0.25)
+    assert demo.weights_read(found, cats) == 1 - 0.75 * skipped / total
+    assert demo.weights_read(found, TechniqueReport(hasten.DenseDecode(), [query])) == 1
 
 
 def test_the_speed_table_says_slower_where_it_is_slower(capsys):
@@ -237,7 +243,7 @@ def test_the_speed_table_says_slower_where_it_is_slower(capsys):
 
 def test_the_picture_marks_the_measured_speed(tmp_path):
     drift = measure.Drift(0.01, 0.9, 10.0, 11.0, 100)
-    points = [demo.Point("WINA", 0.5, 0.5, drift)]
+    points = [demo.Point("WINA", 0.5, 0.5, 0.5, drift)]
     record = {"case": "1.1B wina 50%", "baseline": "transformers", "ratio": 2.0}
     picture.draw(tmp_path / "with.png", points, [record])
     picture.draw(tmp_path / "without.png", points, [])

@@ -6,10 +6,15 @@ from tiny_models import CONFIGS, WITHOUT_GATE, build, token_ids
 
 import hasten
 from hasten.acceleration.anatomy import Anatomy
-from hasten.acceleration.measure import decode_logits
+from hasten.acceleration.inference import Inference
 from hasten.acceleration.techniques.cats import CatsMLP
 from hasten.acceleration.techniques.dense_decode import DecodeLinear
 from hasten.acceleration.techniques.input_sparsity import SparseLinear
+
+
+def decode_logits(model, ids, prefix):
+    """Logits [T - prefix + 1, V] of a prefill of `prefix` tokens and single steps."""
+    return Inference(model).decode(ids, prefix)[0]
 
 
 def installed(model, kind):
@@ -20,7 +25,7 @@ def installed(model, kind):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_dense_decode_is_exact(name):
-    model, ids = build(name), token_ids()[0]
+    model, ids = build(name), token_ids(length=48)[0]
     expected, anatomy = decode_logits(model, ids, 8), Anatomy(model)
     everything = {projection.name for projection in (*anatomy.projections, anatomy.head)}
     hasten.accelerate(model, hasten.DenseDecode(always=True), measure_speed=False)
@@ -32,7 +37,7 @@ def test_dense_decode_is_exact(name):
 @pytest.mark.parametrize("technique", [hasten.Wina(0.4), hasten.Teal(0.4)], ids=["wina", "teal"])
 def test_sparse_decode_computes_what_the_masks_say(name, technique):
     """One token after the other through the kernels equals one parallel pass of the dense model with masked inputs."""
-    model, ids = build(name), token_ids()[0]
+    model, ids = build(name), token_ids(length=48)[0]
     dense = decode_logits(model, ids, 1)
     hasten.accelerate(model, technique, calibration=token_ids(seed=1), measure_speed=False)
     fast = decode_logits(model, ids, 1)
@@ -51,7 +56,7 @@ def test_sparse_decode_computes_what_the_masks_say(name, technique):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in WITHOUT_GATE])
 def test_cats_computes_what_the_threshold_says(name):
-    model, ids = build(name), token_ids()[0]
+    model, ids = build(name), token_ids(length=48)[0]
     hasten.accelerate(model, hasten.Cats(0.5), calibration=token_ids(seed=1), measure_speed=False)
     fast = decode_logits(model, ids, 4)
     mlps = {

@@ -113,6 +113,15 @@ def test_state_of_the_code_itself_stays():
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
 
 
+def test_modules_that_a_model_replaces_come_back():
+    model = build("encoder-decoder", "bigbird_pegasus")  # text shorter than its blocks gets another kind of attention
+    before = [(name, module, vars(module).get("attention_type")) for name, module in model.named_modules()]
+    Inference(model).decode(token_ids(1, 9), 4)
+    assert [(name, module, vars(module).get("attention_type")) for name, module in model.named_modules()] == before
+    model(input_ids=token_ids(1, 9), decoder_input_ids=token_ids(1, 9))
+    assert [module for _, module in model.named_modules()] != [module for _, module, _ in before]
+
+
 @pytest.mark.parametrize("model_type", ["blip-2", "instructblip"])
 @torch.no_grad()
 def test_text_alone_runs_the_inner_language_model(model_type):
@@ -172,7 +181,11 @@ def test_models_of_few_positions(model_type, positions):
     assert run.decode(ids, max(1, positions // 2)).isfinite().all()
 
 
-def test_random_prompts_come_from_a_seed():
+def test_prompts_come_from_a_seed_or_are_the_example():
     run = Inference(build("causal", "llama"))
-    assert torch.equal(run.random_prompt(9, 2), run.random_prompt(9, 2))
-    assert run.random_prompt(9, 2).shape == (2, 9) and run.random_prompt(500).max() < 320
+    assert torch.equal(run.prompt(9, 2), run.prompt(9, 2))
+    assert run.prompt(9, 2).shape == (2, 9) and run.prompt(500).max() < 320
+    model = build("image-text", "llava")
+    picture = tiny_inputs.with_pixels(model, 16)
+    run = Inference(model, picture)
+    assert torch.equal(run.prompt(9)["input_ids"], picture["input_ids"][:, :20])

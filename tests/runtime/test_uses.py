@@ -7,7 +7,7 @@ from tiny_models import CONFIGS, build, token_ids
 from torch import nn
 
 from hasten.acceleration.anatomy import Anatomy
-from hasten.acceleration.uses import Use, refused_uses, uses, watched
+from hasten.acceleration.uses import Use, uses, watched
 from hasten.bench.runtime import tiny_zoo
 
 
@@ -23,10 +23,11 @@ def hooks(model):
 def test_every_projection_is_called_once_and_never_passed_by(name):
     model = build(name)
     before, logits = hooks(model), model(token_ids(2, 8)).logits
-    found, anatomy = run(model), Anatomy(model)
+    found = run(model)
+    anatomy = Anatomy(model, found)
     for projection in (*anatomy.projections, anatomy.head):
         assert found[projection.name] == Use(1, 0)
-    assert not refused_uses((*anatomy.projections, anatomy.head), found, calibrated=True)
+    assert anatomy.called_once == anatomy.projections and not anatomy.refusals
     assert hooks(model) == before
     assert torch.equal(model(token_ids(2, 8)).logits, logits)
 
@@ -50,12 +51,12 @@ def test_weights_that_are_read_past_their_module(forward, passed_by):
     model = build("llama")
     mlp = model.model.layers[1].mlp
     mlp.__class__ = type("AbsorbedMLP", (type(mlp),), {"forward": forward})
-    found, anatomy = run(model), Anatomy(model)
+    found = run(model)
     assert {name for name, use in found.items() if use.bypasses} == {f"model.layers.1.mlp.{name}" for name in passed_by}
-    for calibrated in (False, True):
-        refusals = refused_uses(anatomy.projections, found, calibrated)
-        assert {refusal.name.rpartition(".")[2] for refusal in refusals} == passed_by
-        assert all("without calling it" in refusal.reason for refusal in refusals)
+    anatomy = Anatomy(model, found)
+    assert len(anatomy.with_shared) == len(anatomy.projections) == 14 - len(passed_by)
+    assert {refusal.name.rpartition(".")[2] for refusal in anatomy.refusals} == passed_by
+    assert all("without calling it" in refusal.reason for refusal in anatomy.refusals)
 
 
 def test_a_module_that_is_called_and_read_is_taken():
@@ -73,11 +74,13 @@ def test_a_module_that_is_called_twice():
     mlp = model.model.layers[1].mlp
     stock = type(mlp)
     mlp.__class__ = type("TwiceMLP", (stock,), {"forward": lambda self, x: stock.forward(self, stock.forward(self, x))})
-    found, anatomy = run(model), Anatomy(model)
-    assert not refused_uses(anatomy.projections, found, calibrated=False)
-    refusals = refused_uses(anatomy.projections, found, calibrated=True)
-    assert [refusal.name.rpartition(".")[2] for refusal in refusals] == ["gate_proj", "up_proj", "down_proj"]
-    assert all("called 2 times" in refusal.reason for refusal in refusals)
+    anatomy = Anatomy(model, run(model))
+    assert len(anatomy.projections) == 14 and not anatomy.refusals
+    assert len(anatomy.called_once) == 11 and [len(block.projections) for block in anatomy.blocks] == [7, 4]
+    assert [refusal.name.rpartition(".")[2] for refusal in anatomy.repeated] == ["gate_proj", "up_proj", "down_proj"]
+    assert all("called 2 times" in refusal.reason for refusal in anatomy.repeated) and not anatomy.refusals
+    assert [mlp.name for mlp in anatomy.gated_mlps] == ["model.layers.0.mlp"]
+    assert [refusal.name for refusal in anatomy.refusals] == ["model.layers.1.mlp.gate_proj"]
 
 
 def test_calls_are_counted_in_each_pass():
@@ -104,17 +107,19 @@ def test_a_module_with_two_paths_is_counted_under_both():
 
 def test_a_part_that_the_pass_does_not_run_is_no_refusal():
     model = tiny_zoo.build("causal", "bart")
-    found, anatomy = run(model), Anatomy(model)
+    found = run(model)
+    anatomy = Anatomy(model, found)
     uncalled = [p.name for p in anatomy.projections if found[p.name] == Use(0, 0)]
     assert len(uncalled) == 8 and all("encoder_attn" in name for name in uncalled)
-    assert not refused_uses(anatomy.projections, found, calibrated=True)
+    assert anatomy.called_once == anatomy.projections and not anatomy.refusals
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "jamba", "longcat_flash"])
 def test_linears_that_are_never_called_are_no_projections(model_type):
     model = tiny_zoo.build("causal", model_type)
-    found, anatomy = run(model), Anatomy(model)
-    assert not refused_uses(anatomy.projections, found, calibrated=False)
+    found = run(model)
+    anatomy = Anatomy(model, found)
+    assert anatomy.projections and not anatomy.refusals
     passed_by = {name.rpartition(".")[2] for name, use in found.items() if use.bypasses}
     assert passed_by & {"dt_proj", "classifier"}
 

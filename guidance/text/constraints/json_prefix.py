@@ -39,7 +39,7 @@ class _Container:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The beginning of a valid JSON text. scalar: where the unfinished string, number or literal begins; -1: none is."""
+    """The beginning of a valid JSON text. scalar: where the unfinished string, number or literal begins, or -1."""
 
     text: bytes = b""
     open: tuple[_Container, ...] = ()

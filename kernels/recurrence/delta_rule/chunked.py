@@ -36,7 +36,8 @@ def _piece(q, k, v, beta, decay, S, l2_norm, dtype) -> tuple[torch.Tensor, torch
     if l2_norm:
         q, k = unit(q.to(dtype)), unit(k.to(dtype))
     q, k, v, beta = (chunks.split(x, Hv, dtype) for x in (q, k, v, beta[..., None]))
-    # What a token writes is u = beta (v - S~^T k), and S~ holds what the tokens before it in the chunk wrote: (I + A) u = beta v - beta (k decayed) S.
+    # What a token writes is u = beta (v - S~^T k), and S~ holds what the tokens before it in the chunk wrote: (I + A) u
+    # = beta v - beta (k decayed) S.
     A = chunks.pair_products(beta * k, k, g).tril(-1)
     right = torch.cat([beta * v, beta * chunks.decayed(g, k)], -1)
     solved = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True)

@@ -1,7 +1,7 @@
 """The delta rule with decay: linear attention whose state corrects what it predicts for a key instead of adding to it.
 
-DeltaNet (Yang et al. 2024, arXiv 2406.06484), Gated DeltaNet (2412.06464; Qwen3-Next, OLMo-hybrid) and Kimi Delta Attention (2510.26692) differ only
-in the decay.
+DeltaNet (Yang et al. 2024, arXiv 2406.06484), Gated DeltaNet (2412.06464; Qwen3-Next, OLMo-hybrid) and Kimi Delta
+Attention (2510.26692) differ only in the decay.
 """
 
 from functools import partial
@@ -13,11 +13,12 @@ from . import chunked, cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
-    "delta_rule(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? decay, float scale, Tensor? initial_state, bool l2_norm, "
-    "Tensor? cu_seqlens) -> (Tensor, Tensor)"
+    "delta_rule(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? decay, float scale, "
+    "Tensor? initial_state, bool l2_norm, Tensor? cu_seqlens) -> (Tensor, Tensor)"
 )
 _library.define(
-    "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor(a!) state, Tensor? decay, float scale, bool l2_norm)"
+    "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor(a!) state, Tensor? decay, "
+    "float scale, bool l2_norm)"
     " -> Tensor"
 )
 
@@ -37,16 +38,20 @@ def delta_rule(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """q, k [B, T, H, K], v [B, T, Hv, V], beta [B, T, Hv] -> o [B, T, Hv, V], and the final state if `return_state`.
 
-    S~ = Diag(exp(decay_t)) S_{t-1}, S_t = S~ + k_t (beta_t (v_t - S~^T k_t))^T and o_t = scale * S_t^T q_t, with the state S [K, V] in float32.
+    S~ = Diag(exp(decay_t)) S_{t-1}, S_t = S~ + k_t (beta_t (v_t - S~^T k_t))^T and o_t = scale * S_t^T q_t,
+    with the state S [K, V] in float32.
 
     Args:
-        q, k, v: float32, float16 or bfloat16 (float64 runs in plain torch). Hv is a multiple of H; head h of v reads head h * H // Hv of q and k.
+        q, k, v: float32, float16 or bfloat16 (float64 runs in plain torch). Hv is a multiple of H;
+            head h of v reads head h * H // Hv of q and k.
         beta: how much of its error a token corrects, of any floating dtype; usually in [0, 1], or [0, 2].
-        decay: logarithms <= 0, of any floating dtype: None (DeltaNet), [Hv], [B, T, Hv] (Gated DeltaNet) or [B, T, Hv, K] (Kimi Delta Attention).
+        decay: logarithms <= 0, of any floating dtype: None (DeltaNet), [Hv], [B, T, Hv] (Gated DeltaNet) or
+            [B, T, Hv, K] (Kimi Delta Attention).
         scale: of the outputs. 1 is the default; the models above use K ** -0.5.
         initial_state: [N, Hv, K, V] float32, where N is B, or the number of packed sequences; not changed.
         return_state: also return the final state, [N, Hv, K, V].
-        l2_norm: use q / sqrt(q . q + 1e-6) and the same of k. Without it keys should not be longer than 1: the recurrence may grow.
+        l2_norm: use q / sqrt(q . q + 1e-6) and the same of k. Without it keys should not be longer than 1:
+            the recurrence may grow.
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
     Raises:
@@ -75,7 +80,8 @@ def delta_rule_step(
     scale: float = 1.0,
     l2_norm: bool = False,
 ) -> torch.Tensor:
-    """The same for a few tokens that continue `state`, token by token: decode. `state` [B, Hv, K, V] is updated in place.
+    """The same for a few tokens that continue `state`, token by token: decode. `state` [B, Hv, K, V] is
+    updated in place.
 
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `delta_rule`.
     """

@@ -26,10 +26,11 @@ def delta_rule(
     l2_norm: bool,
     bounds: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [B, T, H, K], v [B, T, Hv, V], beta [B, T, Hv], decay None, [Hv], [B, T, Hv] or [B, T, Hv, K] -> o [B, T, Hv, V], states [N, Hv, K, V].
+    """q, k [B, T, H, K], v [B, T, Hv, V], beta [B, T, Hv], decay None, [Hv], [B, T, Hv] or [B, T, Hv, K] -> o
+    [B, T, Hv, V], states [N, Hv, K, V].
 
-    S~ = Diag(exp(decay_t)) S_{t-1}, S_t = S~ + k_t (beta_t (v_t - S~^T k_t))^T, o_t = scale * S_t^T q_t; with `l2_norm` q and k are made unit vectors
-    first. `bounds` are where packed sequences begin and end.
+    S~ = Diag(exp(decay_t)) S_{t-1}, S_t = S~ + k_t (beta_t (v_t - S~^T k_t))^T, o_t = scale * S_t^T q_t; with `l2_norm`
+    q and k are made unit vectors first. `bounds` are where packed sequences begin and end.
     """
     if bounds is not None:
         alone = partial(delta_rule, scale=scale, l2_norm=l2_norm, bounds=None)

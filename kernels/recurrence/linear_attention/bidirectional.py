@@ -1,6 +1,7 @@
 """Linear attention of every token with all others, with decay by distance: encoders and vision models.
 
-LION (Afzal et al. 2025, arXiv 2502.16249): three forms of one map, for training (the matrix), for little memory (two recurrences), and between (chunks).
+LION (Afzal et al. 2025, arXiv 2502.16249): three forms of one map, for training (the matrix), for little memory (two
+recurrences), and between (chunks).
 """
 
 import torch
@@ -20,18 +21,20 @@ def bidirectional_linear_attention(
     normalize: bool = True,
     form: str = "chunked",
 ) -> torch.Tensor:
-    """q, k [B, T, H, K], v [B, T, Hv, V] -> o [B, T, Hv, V] with o_i = sum_j M_ij (q_i . k_j) v_j / sum_j M_ij (q_i . k_j) (LION).
+    """q, k [B, T, H, K], v [B, T, Hv, V] -> o [B, T, Hv, V] with
+    o_i = sum_j M_ij (q_i . k_j) v_j / sum_j M_ij (q_i . k_j) (LION).
 
-    M_ij is 1 for i = j, a_j ... a_{i-1} for i > j and a_{i+1} ... a_j for i < j, with a = exp(decay): what a token forgets, it forgets of what it passes
-    on. (`linear_attention` has a_{j+1} ... a_i for i > j.) Where the sum is 0 the result is NaN, as in the paper; positive features
-    (`features.elu_plus_one`, `features.silu_shifted`) keep it from that.
+    M_ij is 1 for i = j, a_j ... a_{i-1} for i > j and a_{i+1} ... a_j for i < j, with a = exp(decay): what a token
+    forgets, it forgets of what it passes on. (`linear_attention` has a_{j+1} ... a_i for i > j.) Where the sum is 0 the
+    result is NaN, as in the paper; positive features (`features.elu_plus_one`, `features.silu_shifted`)
+    keep it from that.
 
     Args:
         q, k, v: as in `linear_attention`, with its feature map applied; no scale, which would cancel.
         decay: logarithms <= 0: None (LION-LIT), [Hv] (LION-D) or [B, T, Hv] (LION-S); -inf lets nothing pass.
         normalize: divide by the sum.
-        form: "chunked" (two calls of `linear_attention`), "full" (the matrix, T x T) or "recurrent" (token by token in both directions). "full" and
-            "recurrent" are plain torch and have gradients; they are the definition, twice.
+        form: "chunked" (two calls of `linear_attention`), "full" (the matrix, T x T) or "recurrent" (token by token in
+            both directions). "full" and "recurrent" are plain torch and have gradients; they are the definition, twice.
 
     Raises:
         ValueError: an unknown form, or a decay of another shape or above 0.
@@ -74,12 +77,14 @@ def _full(q, k, v, decay, normalize):
 
 
 def mask(decay: torch.Tensor) -> torch.Tensor:
-    """M [B, H, T, T] of decay [B, T, H]: products of exp(decay) over k = j to i - 1 for i > j, over k = i + 1 to j for i < j, 1 for i = j."""
+    """M [B, H, T, T] of decay [B, T, H]: products of exp(decay) over k = j to i - 1 for i > j,
+    over k = i + 1 to j for i < j, 1 for i = j."""
     g = decay.transpose(1, 2)  # [B, H, T]
     T = g.shape[-1]
     rows = torch.arange(T, device=g.device)
     later = rows[:, None] > rows  # i > j
-    # Sums, not differences of sums: those of infinities would be NaN. Down a column from the diagonal row i adds g_{i-1}, along a row column j adds g_j.
+    # Sums, not differences of sums: those of infinities would be NaN. Down a column from the diagonal row i adds
+    # g_{i-1}, along a row column j adds g_j.
     before = _shifted(decay).transpose(1, 2)
     down = torch.where(later, before[..., :, None], 0).cumsum(-2)
     along = torch.where(later.T, g[..., None, :], 0).cumsum(-1)
@@ -95,7 +100,8 @@ def _recurrent(q, k, v, decay, normalize):
 
 
 def _direction(q, k, v, decay):
-    """o_t = q_t^T (S_t - k_t v_t^T / 2) with S_t = exp(decay_t) S_{t-1} + k_t v_t^T: half the diagonal, which the other direction has the rest of."""
+    """o_t = q_t^T (S_t - k_t v_t^T / 2) with S_t = exp(decay_t) S_{t-1} + k_t v_t^T: half the diagonal,
+    which the other direction has the rest of."""
     outputs, S = [], 0
     for t in range(q.shape[1]):
         added = k[:, t, :, :, None] * v[:, t, :, None, :]
@@ -118,7 +124,8 @@ def _chunked(q, k, v, decay, normalize):
 
 
 def _shifted(decay):
-    """decay [B, T, H] of the token before: what token j forgets applies from token j + 1 on. The first token has no past, so its own is any."""
+    """decay [B, T, H] of the token before: what token j forgets applies from token j + 1 on.
+    The first token has no past, so its own is any."""
     return torch.cat([decay[:, :1], decay[:, :-1]], 1)
 
 

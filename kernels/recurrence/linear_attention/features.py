@@ -2,7 +2,8 @@
 
 relu (cosFormer, SUPRA, L2ViT) and silu (TransNormerLLM, MiniMax-01) are torch's own.
 
-Letters as in `linear_attention`: x [B, T, H, D] of any floating dtype, differentiable. Every decay is a logarithm, ready for `decay=`.
+Letters as in `linear_attention`: x [B, T, H, D] of any floating dtype, differentiable.
+Every decay is a logarithm, ready for `decay=`.
 """
 
 import math
@@ -17,7 +18,8 @@ def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
 
 
 def silu_shifted(x: torch.Tensor) -> torch.Tensor:
-    """(silu(x) + 0.5) over its norm: [..., D] -> [..., D] of length 1 and above 0 (LION, Afzal et al. 2025, arXiv 2502.16249)."""
+    """(silu(x) + 0.5) over its norm: [..., D] -> [..., D] of length 1 and above 0 (LION, Afzal et al.
+    2025, arXiv 2502.16249)."""
     shifted = functional.silu(x) + 0.5  # silu is at least -0.279, so the norm is not 0
     return shifted / shifted.norm(dim=-1, keepdim=True)
 
@@ -34,9 +36,11 @@ def dpfp(x: torch.Tensor, nu: int) -> torch.Tensor:
 
 
 def sum_normalize(features: torch.Tensor) -> torch.Tensor:
-    """features / their sum: [..., D] >= 0 -> [..., D] that sums to 1 (Schlag et al. 2021, arXiv 2102.11174, sum normalisation).
+    """features / their sum: [..., D] >= 0 -> [..., D] that sums to 1 (Schlag et al. 2021, arXiv
+    2102.11174, sum normalisation).
 
-    Exact, without an epsilon; where every feature is 0 (the source has NaN there) the result is 0, a key that writes nothing.
+    Exact, without an epsilon; where every feature is 0 (the source has NaN there) the result is 0,
+    a key that writes nothing.
     """
     total = features.sum(-1, keepdim=True)
     return features / torch.where(total == 0, 1, total).to(features.dtype)
@@ -45,7 +49,8 @@ def sum_normalize(features: torch.Tensor) -> torch.Tensor:
 def cosformer(x: torch.Tensor, positions: torch.Tensor, longest: float) -> torch.Tensor:
     """[x sin(pi i / 2M), x cos(pi i / 2M)]: [B, T, H, D] -> [B, T, H, 2 D] (cosFormer, arXiv 2202.08791), x after relu.
 
-    positions [T] or [B, T] are i, from 1 on; longest is M, the longest sequence. A state holds only for the M that it was computed with.
+    positions [T] or [B, T] are i, from 1 on; longest is M, the longest sequence.
+    A state holds only for the M that it was computed with.
     """
     if longest <= 0:
         raise ValueError(f"longest: expected above 0, got {longest}")
@@ -56,7 +61,8 @@ def cosformer(x: torch.Tensor, positions: torch.Tensor, longest: float) -> torch
 def lrpe(x: torch.Tensor, theta: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """[x cos(theta i), x sin(theta i)]: [B, T, H, D] -> [B, T, H, 2 D] (TransNormerLLM, arXiv 2405.17381, eq. 9).
 
-    theta is [H, D], positions [T] or [B, T]. Products of q and k then depend on the difference of their positions alone.
+    theta is [H, D], positions [T] or [B, T]. Products of q and k then depend on the difference of their
+    positions alone.
     """
     if list(theta.shape) != list(x.shape[2:]):
         raise ValueError(f"theta: expected shape {list(x.shape[2:])}, got shape {list(theta.shape)}")
@@ -65,7 +71,8 @@ def lrpe(x: torch.Tensor, theta: torch.Tensor, positions: torch.Tensor) -> torch
 
 
 def lrpe_theta(heads: int, dim: int) -> torch.Tensor:
-    """The initial theta [H, D] of `lrpe`: 10000^(-2 j / (H D)) for the j-th of all H D components (TransNormerLLM, arXiv 2307.14995)."""
+    """The initial theta [H, D] of `lrpe`: 10000^(-2 j / (H D)) for the j-th of all H D components
+    (TransNormerLLM, arXiv 2307.14995)."""
     _check_count("heads", heads)
     _check_count("dim", dim)
     j = torch.arange(heads * dim, dtype=torch.float64)
@@ -75,8 +82,9 @@ def lrpe_theta(heads: int, dim: int) -> torch.Tensor:
 def hgrn2_gates(f: torch.Tensor, lower_bound: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(decay, k) of f [B, T, H, K], both of its shape (HGRN2, Qin et al. 2024, arXiv 2404.07904).
 
-    decay = log(lb + (1 - lb) sigmoid(f)) and k = 1 - exp(decay) = (1 - lb) sigmoid(-f). lower_bound, a number or a tensor that broadcasts with f, is
-    in [0, 1]; 0 is none. decay is float32 or wider, k has f's dtype. No step cancels, so that a small k and a decay close to 0 are exact too.
+    decay = log(lb + (1 - lb) sigmoid(f)) and k = 1 - exp(decay) = (1 - lb) sigmoid(-f). lower_bound, a number or a
+    tensor that broadcasts with f, is in [0, 1]; 0 is none. decay is float32 or wider, k has f's dtype. No step cancels,
+    so that a small k and a decay close to 0 are exact too.
     """
     bound, wide = torch.as_tensor(lower_bound, dtype=_wide(f)), f.to(_wide(f))
     if bound.is_cpu and not bool(((bound >= 0) & (bound <= 1)).all()):  # on a GPU looking would wait for it
@@ -92,10 +100,11 @@ def hgrn2_gates(f: torch.Tensor, lower_bound: float | torch.Tensor) -> tuple[tor
 def bounded_linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tau: torch.Tensor | float, bound: float = 100.0
 ) -> torch.Tensor:
-    """o = tau_h q (K^T V) / max(q . sum k, bound), every token with all others: q, k [B, T, H, K], v [B, T, H, V] -> [B, T, H, V].
+    """o = tau_h q (K^T V) / max(q . sum k, bound), every token with all others: q, k [B, T, H, K], v
+    [B, T, H, V] -> [B, T, H, V].
 
-    L2ViT (Zheng 2025, arXiv 2501.16182): q and k after relu, tau [H] learned per head, K^-1/2 at first. The bound keeps a small normaliser from
-    blowing the output up. Sums are in float32 or wider.
+    L2ViT (Zheng 2025, arXiv 2501.16182): q and k after relu, tau [H] learned per head, K^-1/2 at first. The
+    bound keeps a small normaliser from blowing the output up. Sums are in float32 or wider.
     """
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         expected = "q, k [B, T, H, K] and v [B, T, H, V]"
@@ -115,9 +124,11 @@ def bounded_linear_attention(
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
-    """Slopes [H] of ALiBi, 2^(-8 (h + 1) / H) (Press et al. 2022, arXiv 2108.12409), interpolated where H is no power of two.
+    """Slopes [H] of ALiBi, 2^(-8 (h + 1) / H) (Press et al. 2022, arXiv 2108.12409),
+    interpolated where H is no power of two.
 
-    Then the largest power of two P below H gives P slopes, and every second one of 2 P the rest, as TransNormerLLM's code has it.
+    Then the largest power of two P below H gives P slopes, and every second one of 2 P the rest,
+    as TransNormerLLM's code has it.
     """
     _check_count("heads", heads)
     power = 1 << (heads.bit_length() - 1)
@@ -131,10 +142,12 @@ def plain_slopes(heads: int) -> torch.Tensor:
 
 
 def lightning_decay(heads: int, layer: int, layers: int) -> torch.Tensor:
-    """Log decays [H] of lightning attention, -s_h (1 - layer / (layers - 1) + 1e-5) with `alibi_slopes` s_h, as TransNormerLLM was released.
+    """Log decays [H] of lightning attention, -s_h (1 - layer / (layers - 1) + 1e-5) with `alibi_slopes` s_h,
+    as TransNormerLLM was released.
 
-    The paper (arXiv 2405.17381, eq. 10) has another formula, which no released model follows. MiniMax has the same factor times `plain_slopes`.
-    layer counts from 0. The decay of the last layer is almost none; the only layer of a model of one is its first.
+    The paper (arXiv 2405.17381, eq. 10) has another formula, which no released model follows. MiniMax has the same
+    factor times `plain_slopes`. layer counts from 0. The decay of the last layer is almost none;
+    the only layer of a model of one is its first.
     """
     if not 0 <= layer < layers:
         raise ValueError(f"layer: expected from 0 to {layers - 1}, for {layers} layers, got {layer}")

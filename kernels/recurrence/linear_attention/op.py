@@ -1,7 +1,7 @@
 """Causal linear attention with decay: chunks of tokens for prefill, a step that updates its state in place for decode.
 
-Lightning attention / TransNormerLLM (Qin et al. 2024, arXiv 2405.17381), MiniMax-01, RetNet (2307.08621), Mamba-2 (2405.21060), GLA (2312.06635) and
-HGRN2 (2404.07904) differ only in the decay and in what is done to q, k and v before.
+Lightning attention / TransNormerLLM (Qin et al. 2024, arXiv 2405.17381), MiniMax-01, RetNet (2307.08621), Mamba-2
+(2405.21060), GLA (2312.06635) and HGRN2 (2404.07904) differ only in the decay and in what is done to q, k and v before.
 """
 
 from functools import partial
@@ -37,26 +37,30 @@ def linear_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """q, k [B, T, H, K], v [B, T, Hv, V] -> o [B, T, Hv, V], and the final state if `return_state`.
 
-    S_t = Diag(exp(decay_t)) S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, with the state S [K, V] in float32 whatever the inputs are.
-    Products of bfloat16 inputs are multiplied in bfloat16 where the hardware can, and summed in float32: weights, decayed keys and the state
-    that a chunk reads are rounded once; what is carried from chunk to chunk is not.
+    S_t = Diag(exp(decay_t)) S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, with the state S [K, V] in float32
+    whatever the inputs are. Products of bfloat16 inputs are multiplied in bfloat16 where the hardware can, and summed
+    in float32: weights, decayed keys and the state that a chunk reads are rounded once;
+    what is carried from chunk to chunk is not.
 
     Args:
-        q, k, v: float32, float16 or bfloat16 (float64 runs in plain torch). Hv is a multiple of H; head h of v reads head h * H // Hv of q and k.
-        decay: logarithms <= 0, of any floating dtype: None (no decay), [Hv] (one per head: lightning attention, RetNet), [B, T, Hv] (Mamba-2) or
-            [B, T, Hv, K] (GLA, HGRN2). -inf forgets everything.
+        q, k, v: float32, float16 or bfloat16 (float64 runs in plain torch). Hv is a multiple of H;
+            head h of v reads head h * H // Hv of q and k.
+        decay: logarithms <= 0, of any floating dtype: None (no decay), [Hv] (one per head: lightning attention,
+            RetNet), [B, T, Hv] (Mamba-2) or [B, T, Hv, K] (GLA, HGRN2). -inf forgets everything.
         scale: of the outputs. 1, not K ** -0.5, is the default.
         initial_state: [N, Hv, K, V] float32, where N is B, or the number of packed sequences; not changed.
         return_state: also return the final state, of the shape of `initial_state`.
-        normalize: divide o_t by q_t . z_t + 1e-6 with z_t = exp(decay_t) z_{t-1} + k_t. The state is then [N, Hv, K, V + 1], z its last column.
+        normalize: divide o_t by q_t . z_t + 1e-6 with z_t = exp(decay_t) z_{t-1} + k_t. The state is then
+            [N, Hv, K, V + 1], z its last column.
         reverse: from the last token to the first, as if every input were flipped along T.
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
 
     Raises:
         TypeError: dtypes that do not fit, or a scale that is no number.
-        ValueError: shapes or devices that do not fit, a scale that is not finite, T = 0, or a positive decay (on a CPU; on a GPU such a sequence
-            becomes NaN).
-        NotImplementedError: an input that requires grad: the kernels have no gradients, `hasten.kernels.backend.use("reference")` has.
+        ValueError: shapes or devices that do not fit, a scale that is not finite, T = 0, or a positive decay (on a CPU;
+            on a GPU such a sequence becomes NaN).
+        NotImplementedError: an input that requires grad: the kernels have no gradients,
+            `hasten.kernels.backend.use("reference")` has.
     """
     tensors = {"q": q, "k": k, "v": v, "decay": decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     checks.check_tensors(**tensors)
@@ -79,7 +83,8 @@ def linear_attention_step(
     scale: float = 1.0,
     normalize: bool = False,
 ) -> torch.Tensor:
-    """The same for a few tokens that continue `state`, token by token: decode. `state` [B, Hv, K, V (+ 1)] is updated in place.
+    """The same for a few tokens that continue `state`, token by token: decode. `state`
+    [B, Hv, K, V (+ 1)] is updated in place.
 
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `linear_attention`.
     """

@@ -19,10 +19,12 @@ def linear_attention(
     normalize: bool,
     bounds: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [B, T, H, K], v [B, T, Hv, V], decay None, [Hv], [B, T, Hv] or [B, T, Hv, K] -> o [B, T, Hv, V] and the final states [N, Hv, K, V (+ 1)].
+    """q, k [B, T, H, K], v [B, T, Hv, V], decay None, [Hv], [B, T, Hv] or [B, T, Hv, K] -> o
+    [B, T, Hv, V] and the final states [N, Hv, K, V (+ 1)].
 
-    S_t = Diag(exp(decay_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; with `normalize` o_t is divided by q_t . z_t + EPSILON, where
-    z_t = exp(decay_t) z_{t-1} + k_t is the last column of the state. `bounds` are where packed sequences begin and end.
+    S_t = Diag(exp(decay_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; with `normalize` o_t is divided by
+    q_t . z_t + EPSILON, where z_t = exp(decay_t) z_{t-1} + k_t is the last column of the state. `bounds` are
+    where packed sequences begin and end.
     """
     if bounds is not None:
         alone = partial(linear_attention, scale=scale, normalize=normalize, bounds=None)

@@ -33,7 +33,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """A condition under which a model is timed: a prefill of `tokens` tokens, or one decode step (`tokens` 1) after `context` tokens."""
+    """A condition under which a model is timed: a prefill of `tokens` tokens,
+    or one decode step (`tokens` 1) after `context` tokens."""
 
     batch: int = 1
     tokens: int = 1

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hasten.acceleration.anatomy import GatedMLP
 from hasten.acceleration.edits import ReplaceForward, StoreColumnMajor
 from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix, product
+from hasten.acceleration.parts import GatedMLP
 from hasten.acceleration.techniques.base import Settings, Technique
 from hasten.acceleration.techniques.dense_decode import DenseDecode
 from hasten.acceleration.techniques.input_sparsity import refused_methods, refusing_broken_inputs
@@ -56,13 +56,16 @@ class CatsMLP(Forward):
     def weights(self):
         return {f"{self.name}.{inner}.weight": self.linear(role).weight for role, inner in self.linears.items()}
 
+    def is_own(self, x: torch.Tensor) -> bool:
+        return 0 < decode_rows(x) <= MAX_BATCH
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        batch = decode_rows(x)
-        self.watch.check(self.weights(), thorough=not batch)
-        if not 0 < batch <= MAX_BATCH:
+        own = self.is_own(x)
+        self.watch.check(self.weights(), thorough=not own)
+        if not own:
             return self.dense(x)
         x = x.to(matrix(self.linear("down")).dtype)
-        exact = batch > self.max_union
+        exact = decode_rows(x) > self.max_union
         return self.by_modules(x, exact) if self._has_hooks() else self.by_kernels(x, self.gate(x), exact)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,8 @@ class CatsMLP(Forward):
     def beside_definition(self, x):
         if not 0 < decode_rows(x) <= MAX_BATCH:
             return self(x), self.dense(x)
-        # The gate decides what is skipped: both must decide on the same values, for rounding tips those at the threshold.
+        # The gate decides what is skipped: both must decide on the same values, for rounding tips those at the
+        # threshold.
         x = x.to(matrix(self.linear("down")).dtype)
         gate = self.gate(x)
         output = self.by_kernels(x, gate, exact=decode_rows(x) > self.max_union)

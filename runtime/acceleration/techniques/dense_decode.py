@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from hasten.acceleration import measure
-from hasten.acceleration.anatomy import Anatomy, Experts, Projection
+from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import Edit, ReplaceForward
 from hasten.acceleration.experts import ExpertsLayout, decode_experts, layout_of
 from hasten.acceleration.forwards import Forward, decode_rows, matrix, product
+from hasten.acceleration.parts import Experts, Projection
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
 from hasten.kernels.storage import MAX_BATCH
+from hasten.kernels.tuning import remembered
 from hasten.model_facts import device_of
 
 
@@ -25,8 +27,11 @@ class DecodeLinear(Forward):
         super().__init__(module, name)
         self.max_batch = max_batch
 
+    def is_own(self, x: torch.Tensor) -> bool:
+        return 0 < decode_rows(x) <= self.max_batch
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not 0 < decode_rows(x) <= self.max_batch:
+        if not self.is_own(x):
             return self.dense(x)
         weight = matrix(self.module)
         return product(x.to(weight.dtype), weight, self.module.bias)
@@ -39,8 +44,11 @@ class DecodeExperts(Forward):
         super().__init__(module, name)
         self.layout, self.max_batch = layout_of(module), max_batch
 
+    def is_own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> bool:
+        return 0 < self.layout.tokens(hidden) <= self.max_batch
+
     def __call__(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
-        if not 0 < self.layout.tokens(hidden) <= self.max_batch:
+        if not self.is_own(hidden):
             return self.dense(*(x for x in (hidden, top_k_index, top_k_weights) if x is not None))
         return decode_experts(self.module, self.layout, hidden, top_k_index, top_k_weights)
 
@@ -68,7 +76,8 @@ class DenseDecode(Technique):
         return tuple(_parts(anatomy))
 
     def settle(self, anatomy, statistics):
-        """The largest batch of every part's kernel, 0 where torch is as fast; and the ratio at batch 1, by which that was found."""
+        """The largest batch of every part's kernel, 0 where torch is as fast; and the ratio at batch 1,
+        by which that was found."""
         parts = _parts(anatomy)
         if self.always:
             return Settings({"max_batch": dict.fromkeys(parts, MAX_BATCH), "ratio": {}})
@@ -77,7 +86,9 @@ class DenseDecode(Technique):
             alike.setdefault(_shape(part), []).append(part)
         max_batch, ratio = {}, {}
         for same in alike.values():
-            largest, at_one = measure.faster_up_to(partial(_contest, same), device_of(same[0].module))
+            contest, device = partial(_contest, same), device_of(same[0].module)
+            key = f"dense decode on {device.type}: {_shape(same[0])}, {'one' if len(same) == 1 else 'several'}"
+            largest, at_one = remembered(key, partial(measure.faster_up_to, contest, device))
             max_batch |= dict.fromkeys((part.name for part in same), largest)
             ratio |= dict.fromkeys((part.name for part in same), at_one)
         return Settings({"max_batch": max_batch, "ratio": ratio})
@@ -114,8 +125,8 @@ def _shape(part: Projection | Experts) -> tuple:
 
 
 def _contest(parts: list, batch: int, turn: int) -> tuple[Callable, Callable]:
-    """A product as torch computes it and one as hasten does, for `batch` rows, on different parts of one shape in turn, so
-    that weights are as cold as in decode."""
+    """A product as torch computes it and one as hasten does, for `batch` rows, on different parts of one shape in turn,
+    so that weights are as cold as in decode."""
     theirs, ours = (parts[(turn + shift) % len(parts)].module for shift in (0, len(parts) // 2))
     if isinstance(parts[0], Experts):
         layout = layout_of(ours)

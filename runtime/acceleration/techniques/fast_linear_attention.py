@@ -50,7 +50,8 @@ class LinearAttentionLayer(Forward):
 
 
 def _with_own_entry(value: object, layer: int) -> object:
-    """A copy of a cache whose entry for this layer is a copy, so that a call can be repeated; anything else as it is."""
+    """A copy of a cache whose entry for this layer is a copy, so that a call can be repeated;
+    anything else as it is."""
     if not isinstance(value, Cache):
         return value
     other = copy.copy(value)
@@ -72,9 +73,9 @@ def _entry(value: object, layer: int) -> list:
 
 @dataclass(frozen=True, slots=True)
 class FastLinearAttention(Technique):
-    """Exact: linear-attention layers (lightning attention, gated delta rule, Kimi delta attention, Mamba-2) run hasten's
-    kernels instead of transformers' torch fallbacks, in prefill, in the continuation of a cached prefix and in decode,
-    with their state in float32.
+    """Exact: linear-attention layers (lightning attention, gated delta rule, Kimi delta attention, Mamba-2) run
+    hasten's kernels instead of transformers' torch fallbacks, in prefill, in the continuation of a cached prefix and in
+    decode, with their state in float32.
     """
 
     exact: ClassVar[bool] = True

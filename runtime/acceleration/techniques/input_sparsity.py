@@ -11,10 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from hasten.acceleration.anatomy import Anatomy, Block, Experts, Projection
+from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import Edit, RefuseMethod, ReplaceForward, StoreColumnMajor
 from hasten.acceleration.experts import decode_experts, expert_inputs, layout_of
 from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix
+from hasten.acceleration.parts import Block, Experts, Projection
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
 from hasten.acceleration.techniques.dense_decode import DenseDecode
 from hasten.errors import Refusal, SavedPlanError, UnsupportedModelError
@@ -28,7 +29,10 @@ from hasten.sparsity.union import largest_union
 
 BLOCK_SAMPLES = 2
 
-NOT_LOSSLESS = "in assisted decoding drafts would be verified by the dense model and decoded by the sparse one: other text than without"
+NOT_LOSSLESS = (
+    "in assisted decoding drafts would be verified by the dense model and decoded by the sparse one: other text than "
+    "without"
+)
 NO_PAGES = "continuous batching packs the rows of a batch into one, which hasten's kernels do not tell from a prefill"
 
 
@@ -61,13 +65,16 @@ class SparseLinear(Forward):
     def weights(self):
         return {f"{self.name}.weight": self.module.weight}
 
+    def is_own(self, x: torch.Tensor) -> bool:
+        return 0 < decode_rows(x) <= MAX_BATCH
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        batch = decode_rows(x)
-        self.watch.check(self.weights(), thorough=not batch)
-        if not 0 < batch <= MAX_BATCH:
+        own = self.is_own(x)
+        self.watch.check(self.weights(), thorough=not own)
+        if not own:
             return self.dense(x)
         weight = matrix(self.module)
-        cutoff = self.cutoff if batch <= self.max_union else None
+        cutoff = self.cutoff if decode_rows(x) <= self.max_union else None
         return column_sparse_linear(x.to(weight.dtype), weight, cutoff, self.module.bias)
 
     def active(self, x):
@@ -78,7 +85,8 @@ class SparseLinear(Forward):
 
 
 class SparseExperts(Forward):
-    """A mixture of experts whose picked experts skip inputs in the decode of one token. Its weights must be column-major.
+    """A mixture of experts whose picked experts skip inputs in the decode of one token.
+    Its weights must be column-major.
 
     Args:
         module, name: the mixture.
@@ -101,10 +109,13 @@ class SparseExperts(Forward):
     def tensors(self):
         return list(self.cutoffs.values())
 
+    def is_own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> bool:
+        return 0 < self.layout.tokens(hidden) <= MAX_BATCH
+
     def __call__(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
         tokens = self.layout.tokens(hidden)
         self.watch.check(self.weights(), thorough=tokens > 1)
-        if not 0 < tokens <= MAX_BATCH:
+        if not self.is_own(hidden):
             return self.dense(*(x for x in (hidden, top_k_index, top_k_weights) if x is not None))
         # A prompt of a few tokens looks like a batch: several tokens are exact.
         skipping = self.cutoffs if tokens == 1 else None
@@ -123,7 +134,8 @@ class SparseExperts(Forward):
 
 @dataclass(slots=True)
 class Scores:
-    """What a calibration pass gathers: the scores of the inputs of every part, and the arguments of a few calls of every block."""
+    """What a calibration pass gathers: the scores of the inputs of every part,
+    and the arguments of a few calls of every block."""
 
     histograms: dict[str, list[ScoreHistogram]] = field(default_factory=dict)
     calls: dict[str, list[tuple[tuple, dict]]] = field(default_factory=dict)
@@ -131,14 +143,14 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class InputSparsity(Technique):
-    """In decode, inputs of a projection whose score is small are skipped; thresholds come from calibration, prefill stays
-    dense, and what is left dense (the head, projections at sparsity 0) is decoded as `DenseDecode` does.
+    """In decode, inputs of a projection whose score is small are skipped; thresholds come from calibration, prefill
+    stays dense, and what is left dense (the head, projections at sparsity 0) is decoded as `DenseDecode` does.
 
     Args:
         sparsity: the fraction of inputs to skip, in [0, 1), on average over the calibration tokens; or a mapping from
             module names, their endings or fnmatch patterns to fractions, where what is not named stays dense.
-        allocation: "uniform" gives every projection the same sparsity; "greedy" shares each block's budget where it costs
-            the block's output least (mixtures of experts keep theirs).
+        allocation: "uniform" gives every projection the same sparsity; "greedy" shares each block's budget where it
+            costs the block's output least (mixtures of experts keep theirs).
     """
 
     sparsity: Sparsity = 0.5
@@ -190,7 +202,8 @@ class InputSparsity(Technique):
                 yield block.module.register_forward_pre_hook(partial(_keep_call, calls), with_kwargs=True)
 
     def settle(self, anatomy, statistics):
-        """Sparsity and thresholds by the names of parts: one threshold for a projection, one for each map of a mixture of experts."""
+        """Sparsity and thresholds by the names of parts: one threshold for a projection,
+        one for each map of a mixture of experts."""
         gathered = statistics.of(self)
         sparsities = self._spread(anatomy)
         for name in sparsities:
@@ -271,7 +284,8 @@ class InputSparsity(Technique):
         return sparsities
 
     def _block_error(self, block: Block, gathered: Scores) -> Callable[[dict[str, float]], float]:
-        """The distance of the block's output, over the kept calls, from its dense output when projections skip inputs at given sparsities."""
+        """The distance of the block's output, over the kept calls,
+        from its dense output when projections skip inputs at given sparsities."""
         factors = {p.name: self.factors(p.weight.detach()) for p in block.projections}
         calls = gathered.calls[block.name]
         dense = [_hidden(block, call) for call in calls]

@@ -19,8 +19,8 @@ from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 from hasten.kernels.sequence import state_dtype
 
-# Adapters: the names, arguments and side effects of the functions that they replace. Layers pass along what their model was
-# called with; what is neither an argument here nor in IGNORED must be None, for it is not computed.
+# Adapters: the names, arguments and side effects of the functions that they replace. Layers pass along what their model
+# was called with; what is neither an argument here nor in IGNORED must be None, for it is not computed.
 IGNORED = (
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
     *("position_ids", "position_embeddings"),
@@ -59,7 +59,8 @@ def step_delta_rule(
     use_qk_l2norm_in_kernel=False,
     **others,
 ):
-    """For `torch_recurrent_gated_delta_rule` and `recurrent_kimi_delta_attention`. A cached state of the right dtype is updated in place."""
+    """For `torch_recurrent_gated_delta_rule` and `recurrent_kimi_delta_attention`.
+    A cached state of the right dtype is updated in place."""
     _refuse_others(others)
     if initial_state is None:
         return chunk_delta_rule(
@@ -92,7 +93,8 @@ def chunk_mamba2(
     return_final_states=False,
     **others,
 ):
-    """For `mamba2_chunk_scan`: k = B, v = dt x, q = C, decay = dt A. The state [K, V] is transformers' [head_dim, state_size], transposed."""
+    """For `mamba2_chunk_scan`: k = B, v = dt x, q = C, decay = dt A. The state [K, V] is transformers'
+    [head_dim, state_size], transposed."""
     _refuse_others(others)
     dt = _time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
     x = hidden_states.float()
@@ -118,7 +120,8 @@ def step_mamba2(
     z=None,
     **others,
 ):
-    """For `mamba2_selective_state_update`: the state is updated in place. dt, A, D and their biases are the same for a whole head there."""
+    """For `mamba2_selective_state_update`: the state is updated in place.
+    dt, A, D and their biases are the same for a whole head there."""
     _refuse_others(others)
     dt = _time_step(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
     x = hidden_states.float()
@@ -213,7 +216,8 @@ _MAMBA2 = _CONV | {"mamba2_chunk_scan": chunk_mamba2, "mamba2_selective_state_up
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A class of layers: the models that have it, what makes its fast forward, and which functions of its module that replaces."""
+    """A class of layers: the models that have it, what makes its fast forward,
+    and which functions of its module that replaces."""
 
     models: str
     make: Callable[[nn.Module], Callable]

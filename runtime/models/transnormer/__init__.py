@@ -1,7 +1,8 @@
 """TransNormerLLM (Qin et al. 2024, arXiv 2405.17381) as a transformers model.
 
-Importing this package registers the model type `transnormer` with AutoConfig, AutoModel and AutoModelForCausalLM, so that a released checkpoint loads
-without its remote code. `import hasten` alone does not: touch `hasten.TransNormer` first.
+Importing this package registers the model type `transnormer` with AutoConfig, AutoModel and AutoModelForCausalLM, so
+that a released checkpoint loads without its remote code. `import hasten` alone does not: touch `hasten.TransNormer`
+first.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -7,7 +7,8 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 class TransNormerCache(Cache):
     """One state [B, H, K, V] in float32 per layer, and how far each row has come.
 
-    lengths: [B] how many tokens that count each row has read: the position of its next one. None before the first token.
+    lengths: [B] how many tokens that count each row has read: the position of its next one. None before the first
+        token.
     """
 
     def __init__(self, layers: int):

@@ -1,6 +1,8 @@
-"""TransNormerLLM (Qin et al. 2024, arXiv 2405.17381): linear attention with decay, a state of constant size instead of a cache of keys and values.
+"""TransNormerLLM (Qin et al. 2024, arXiv 2405.17381): linear attention with decay, a state of constant size instead of
+a cache of keys and values.
 
-Letters: B rows, T tokens, C the embedding's width, H heads, K the size of a head of q and k (twice that of v in layers with LRPE), V of v.
+Letters: B rows, T tokens, C the embedding's width, H heads, K the size of a head of q and k (twice that of v in layers
+with LRPE), V of v.
 """
 
 import math
@@ -144,8 +146,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] -> last_hidden_state [B, T, C].
 
-        attention_mask [B, T], or [B, T of before + T] of which the last T columns are read: 0 where a token counts for nothing, wherever it stands.
-        inputs_embeds [B, T, C] are taken as they are, not scaled.
+        attention_mask [B, T], or [B, T of before + T] of which the last T columns are read: 0 where a token counts for
+        nothing, wherever it stands. inputs_embeds [B, T, C] are taken as they are, not scaled.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
@@ -183,7 +185,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
 
     @staticmethod
     def _positions(mask, x, cache):
-        """[B, T]: how many tokens that count each row had before. The cache carries the number on, and beam search reorders it with the states."""
+        """[B, T]: how many tokens that count each row had before. The cache carries the number on, and beam search
+        reorders it with the states."""
         B, T, _ = x.shape
         counted = torch.ones(B, T, dtype=torch.long, device=x.device) if mask is None else mask.long()
         ends = counted.cumsum(1)
@@ -196,11 +199,11 @@ class TransNormerModel(TransNormerPreTrainedModel):
 class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
     """TransNormerLLM with its head. Loads the released checkpoints' parameters under their names.
 
-    `hasten.TransNormer.from_pretrained(folder)`, or AutoModelForCausalLM once `hasten.TransNormer` was touched, which registers the model type. Where a
-    gradient is wanted, attention runs token by token in plain torch: right, and slow.
+    `hasten.TransNormer.from_pretrained(folder)`, or AutoModelForCausalLM once `hasten.TransNormer` was touched, which
+    registers the model type. Where a gradient is wanted, attention runs token by token in plain torch: right, and slow.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers reads a plain dict
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers reads a dict
 
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
