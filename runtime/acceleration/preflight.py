@@ -27,12 +27,12 @@ def refuse_unready(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if "_hasten" in vars(module):
             raise StateError(f"{name or 'the model'} is accelerated already: call hasten.revert on it first")
-    for name, module in model.named_modules():
-        parameters = module.parameters(recurse=False)
-        if not hasattr(module, "_hf_hook") and any(parameter.device.type == "meta" for parameter in parameters):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            remedy = "load the whole model into the memory of one device"
-            raise UnsupportedModelError(name, kind, "its weight is offloaded or on the meta device", remedy)
+        for inner, parameter in module.named_parameters(recurse=False):
+            # Where accelerate has put a hook, it comes when it is needed.
+            if parameter.device.type == "meta" and not hasattr(module, "_hf_hook"):
+                remedy = "load the whole model into the memory of one device"
+                kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                raise UnsupportedModelError(name, kind, f"its {inner} is on the meta device", remedy)
     if model.training:
         raise StateError("the model is in training mode: call model.eval() first")
 

@@ -1,7 +1,10 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 from running import decode_logits, distance
 from snapshots import assert_unchanged, snapshot
 from tiny_models import build, token_ids
@@ -17,7 +20,6 @@ from hasten.sparsity.union import largest_union
 PLANS = {
     "dense": hasten.DenseDecode(always=True),
     "wina": hasten.Wina(0.5),
-    "wina-greedy": hasten.Wina(0.5, allocation="greedy"),
     "teal": hasten.Teal(0.5),
     "teal-mapping": hasten.Teal({"*.self_attn.*": 0.3, "down_proj": 0.6}),
     "cats": hasten.Cats(0.5),
@@ -33,7 +35,8 @@ def plan(request):
 
 
 def accelerate(model, plan, **settings):
-    return hasten.accelerate(model, plan, calibration=token_ids(seed=1), measure_speed=False, **settings)
+    settings = {"calibration": token_ids(seed=1), "measure_speed": False, "measure_drift": False} | settings
+    return hasten.accelerate(model, plan, **settings)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "phi3"])
@@ -77,6 +80,7 @@ def sparse_projections(model):
 
 def test_greedy_keeps_the_budget_of_every_block():
     model = build("llama")
+    before = snapshot(model)
     report = accelerate(model, hasten.Wina(0.5, allocation="greedy"))
     for block in range(2):
         decided = report.techniques[0].settings.values
@@ -89,6 +93,8 @@ def test_greedy_keeps_the_budget_of_every_block():
         )
         assert sum(sizes[name] * settings[name] for name in settings) / everything == pytest.approx(0.5)
         assert len(set(settings.values())) > 1
+    hasten.revert(model)
+    assert_unchanged(model, before)
 
 
 def test_sparsity_mapping_names_modules_endings_and_patterns():
@@ -105,28 +111,24 @@ def test_sparsity_mapping_names_modules_endings_and_patterns():
     assert sparse_projections(model).keys() == sparsities.keys() == set(report.techniques[0].edited)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"do_sample": True, "top_k": 20}, {"num_beams": 3}, {"cache_implementation": "static"}],
-    ids=["greedy", "sampling", "beams", "static-cache"],
-)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_generate(settings, rows, plan):
+def test_generate(rows, plan):
     """Runs in every mode, repeatably, and DenseDecode emits just what the dense model does."""
     model, x = build("llama"), token_ids(rows, 12)
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0} | settings
+    ways = [{}, {"do_sample": True, "top_k": 20}, {"num_beams": 3}, {"cache_implementation": "static"}]
 
-    def generate():
+    def generate(way):
         torch.manual_seed(0)
+        settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0} | way
         return model.generate(x, attention_mask=torch.ones_like(x), **settings)
 
-    dense = generate()
+    dense = [generate(way) for way in ways]
     accelerate(model, plan)
-    first = generate()
-    assert first.shape == dense.shape
-    assert torch.equal(first, generate())
-    if plan is PLANS["dense"]:
-        assert torch.equal(first, dense)
+    for way, expected in zip(ways, dense, strict=True):
+        first = generate(way)
+        assert first.shape == expected.shape, way
+        assert torch.equal(first, generate(way)), way
+        assert plan is not PLANS["dense"] or torch.equal(first, expected), way
 
 
 def test_static_and_dynamic_caches_agree():
@@ -149,7 +151,7 @@ def test_a_layer_compiles_without_graph_breaks(name):
     accelerate(model, PLANS[name])
     expected = decode_logits(model, ids[None, :24], 8)
     torch.compiler.reset()
-    for layer in model.model.layers:
+    for layer in model.model.layers[:1]:
         layer.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     torch.testing.assert_close(decode_logits(model, ids[None, :24], 8), expected, rtol=1e-3, atol=1e-3)
 
@@ -194,7 +196,7 @@ def test_accelerated_reverts_also_after_an_error(plan):
     before = snapshot(model)
     with (
         pytest.raises(ZeroDivisionError),
-        hasten.accelerated(model, plan, calibration=token_ids(), measure_speed=False) as report,
+        hasten.accelerated(model, plan, calibration=token_ids(), measure_speed=False, measure_drift=False) as report,
     ):
         assert report.techniques
         1 / 0  # noqa: B018 - any error inside the block
@@ -214,9 +216,10 @@ def test_statistics_serve_any_sparsity():
     statistics = hasten.calibrate(model, [hasten.Wina(), hasten.Cats()], pieces)
     assert statistics.tokens == pieces.numel()
     for technique in (hasten.Wina(0.3), hasten.Wina(0.7), hasten.Cats(0.5)):
-        direct = hasten.accelerate(model, technique, calibration=pieces, heldout=token_ids(), measure_speed=False)
+        drift = {"heldout": token_ids(1, 30), "measure_drift": True}
+        direct = accelerate(model, technique, calibration=pieces, **drift)
         hasten.revert(model)
-        report = hasten.accelerate(model, technique, calibration=statistics, heldout=token_ids(), measure_speed=False)
+        report = accelerate(model, technique, calibration=statistics, **drift)
         hasten.revert(model)
         assert report.techniques[0].settings == direct.techniques[0].settings
         assert report.drift == direct.drift
@@ -228,7 +231,7 @@ def test_drift_grows_with_sparsity_and_is_nought_for_the_same_model():
     kls = []
     for sparsity in (0.1, 0.3, 0.6, 0.9):
         with hasten.accelerated(
-            model, hasten.Wina(sparsity), calibration=statistics, heldout=token_ids(), measure_speed=False
+            model, hasten.Wina(sparsity), calibration=statistics, heldout=token_ids(2, 40), measure_speed=False
         ) as report:
             kls.append(report.drift.kl)
     assert kls == sorted(kls)
@@ -249,7 +252,7 @@ def test_drift_against_plain_arithmetic():
 
 def test_report_shows_what_was_measured():
     model = build("llama")
-    report = hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(seed=1))
+    report = hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(seed=1), heldout=token_ids(1, 30))
     text = str(report)
     for part in ("Wina(sparsity=0.5", "decode", "prefill", "drift", "KL", "memory", " ms (", "active"):
         assert part in text
@@ -276,7 +279,9 @@ def test_inference_mode_leaves_no_trace():
     model = build("llama")
     with (
         torch.inference_mode(),
-        hasten.accelerated(model, hasten.Wina(0.5), calibration=token_ids(), measure_speed=False),
+        hasten.accelerated(
+            model, hasten.Wina(0.5), calibration=token_ids(), heldout=token_ids(1, 30), measure_speed=False
+        ),
     ):
         model(token_ids())
     assert not any(parameter.is_inference() for parameter in model.parameters())
@@ -313,7 +318,7 @@ def test_short_texts_are_used_whole():
 
 def test_models_of_few_positions():
     model = build("opt-short")
-    report = hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(2, 400))
+    report = hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(2, 100))
     assert report.drift.tokens > 0 and report.speedup > 0
 
 
@@ -325,3 +330,145 @@ def test_left_padded_batches_generate_as_the_dense_model_does():
     dense = model.generate(x, **settings)
     accelerate(model, hasten.DenseDecode(always=True))
     assert torch.equal(model.generate(x, **settings), dense)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_hooks_inside_an_mlp_change_what_it_computes(name):
+    """As they do in the dense model: here the neurons of up are turned around, and the MLP's output with them."""
+    model, x = build(name), torch.randn(1, 1, 64)
+    mlp = model.model.layers[0].mlp
+    dense = mlp(x)
+    accelerate(model, hasten.Cats(0.01))
+    torch.testing.assert_close(mlp(x), dense, rtol=1e-2, atol=1e-2)
+    projection = mlp.up_proj if name == "llama" else mlp.gate_up_proj
+    turned = torch.ones(projection.out_features)
+    turned[-176:] = -1
+    handle = projection.register_forward_hook(lambda module, x, y: y * turned)
+    torch.testing.assert_close(mlp(x), -dense, rtol=1e-2, atol=1e-2)
+    handle.remove()
+    torch.testing.assert_close(mlp(x), dense, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_listened_mlp_skips_the_same_neurons(name, batch):
+    model, x = build(name), torch.randn(batch, 1, 64)
+    accelerate(model, hasten.Cats(0.5))
+    mlp = model.model.layers[0].mlp
+    expected = mlp(x)
+    for inner in mlp.modules():
+        inner.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-5)
+
+
+WAYS_TO_DRAFT = {
+    "assistant": lambda: {"assistant_model": build("llama")},
+    "lookup": lambda: {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_DRAFT)
+def test_assisted_decoding(way, plan):
+    """With what is exact the text is the same; sparse decode would not be verified by what decodes, and is refused."""
+    model, ids = build("llama"), token_ids(1, 12).repeat(1, 2)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    accelerate(model, plan)
+    if plan is PLANS["dense"]:
+        assert torch.equal(model.generate(ids, **settings, **WAYS_TO_DRAFT[way]()), expected)
+        return
+    with pytest.raises(
+        hasten.UnsupportedModelError, match="assisted decoding drafts would be verified by the dense model"
+    ):
+        model.generate(ids, **settings, **WAYS_TO_DRAFT[way]())
+    hasten.revert(model)
+    assert torch.equal(model.generate(ids, **settings, **WAYS_TO_DRAFT[way]()), expected)
+
+
+def test_a_sparse_model_may_assist_a_dense_one():
+    model, assistant, ids = build("llama"), build("llama"), token_ids(1, 12)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    accelerate(assistant, hasten.Wina(0.5))
+    assert torch.equal(model.generate(ids, **settings, assistant_model=assistant), expected)
+
+
+def test_continuous_batching(plan):
+    model, ids = build("llama"), token_ids(2, 12).tolist()
+    accelerate(model, plan)
+    if plan is PLANS["dense"]:
+        assert not {"generate_batch", "init_continuous_batching"} & vars(model).keys()
+        return
+    for method in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(hasten.UnsupportedModelError, match=r"continuous batching .*hasten\.revert"):
+            method(ids)
+    hasten.revert(model)
+    assert not {"generate_batch", "init_continuous_batching"} & vars(model).keys()
+
+
+def test_drift_can_be_left_out(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(measure, "drift", lambda *_: 1 / 0)
+    report = accelerate(model, hasten.Wina(0.5), heldout=token_ids(1, 30))
+    assert report.drift is None and report.techniques[0].active_share is None
+    assert "drift    not measured" in str(report) and json.loads(report.to_json())["techniques"][0]["drift"] is None
+
+
+def test_calibration_as_a_tokenizer_returns_it():
+    ids = token_ids(2, 40, seed=1)
+    mask = torch.ones_like(ids)
+    mask[1, :10] = 0
+    forms = {
+        "tensors": [ids[0], ids[1, 10:]],
+        "lists": [ids[0].tolist(), ids[1, 10:].tolist()],
+        "dictionary": {"input_ids": ids, "attention_mask": mask},
+        "encoding": transformers.BatchEncoding({"input_ids": ids, "attention_mask": mask}),
+        "encoding of lists": transformers.BatchEncoding(
+            {"input_ids": [ids[0].tolist(), ids[1].tolist()], "attention_mask": mask.tolist()}
+        ),
+    }
+    settings = {}
+    for form, calibration in forms.items():
+        model = build("llama")
+        report = hasten.accelerate(
+            model, hasten.Wina(0.5), calibration=calibration, heldout=ids[:, :20], measure_speed=False
+        )
+        settings[form] = report.techniques[0].settings
+        assert report.calibration_tokens == 70
+    assert all(settings[form] == settings["tensors"] for form in forms)
+
+
+MEMORY = """
+import os, torch, transformers, hasten
+from hasten.acceleration import measure
+measure.faster_up_to = lambda *arguments: (8, 1.5)
+config = transformers.LlamaConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, vocab_size=1000
+)
+with torch.device("meta"):
+    model = transformers.LlamaForCausalLM(config)
+model = model.to_empty(device="cpu").eval()
+for tensor in (*model.parameters(), *model.buffers()):
+    tensor.data.fill_(0.01)
+size = sum(parameter.nbytes for parameter in model.parameters())
+statistics = hasten.calibrate(model, hasten.Wina(), torch.arange(3, 35)[None])
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+before = resident()
+for _ in range(3):
+    hasten.accelerate(model, hasten.Wina(0.5), calibration=statistics, measure_speed=False)
+    print((resident() - before) / size)
+    hasten.revert(model)
+    print((resident() - before) / size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_comes_back():
+    """However often, the process holds the model once (265 MB here), give or take a seventh."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    growth = [float(line) for line in done.stdout.split()]
+    assert len(growth) == 6 and max(growth) < 0.15, growth

@@ -253,6 +253,42 @@ def test_packed_sequences_are_refused():
         model(input_ids=ids(1, 20), cu_seq_lens_q=torch.tensor([0, 10, 20]))
 
 
+ADAPTERS = {
+    "chunk_delta_rule": "query key value g beta",
+    "step_delta_rule": "query key value g beta initial_state output_final_state",
+    "chunk_mamba2": "hidden_states dt A B C chunk_size",
+    "step_mamba2": "state hidden_states dt A B C",
+    "conv1d": "hidden_states weight",
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_refuse_what_they_do_not_compute(adapter):
+    """Whatever is passed besides, but for None and for what no layer's output depends on."""
+    function = getattr(linear_attention_layers, adapter)
+    arguments = dict.fromkeys(ADAPTERS[adapter].split())
+    for name, value in {"head_first": True, "A_log": torch.zeros(3), "is_causal": False, "z_gate": 0}.items():
+        with pytest.raises(ValueError, match=rf"does not compute {name}, got "):
+            function(**arguments, **{name: value})
+    for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        with pytest.raises(ValueError, match=rf"packed sequences \({name}\)"):
+            function(**arguments, **{name: torch.tensor([0, 2])})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arguments_that_a_model_is_called_with(family):
+    """Flags of outputs change nothing; what transformers' kernels would be told besides is refused."""
+    model, tokens = linear_models.build(family), ids(1, 20)
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        output = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+    assert torch.equal(output.logits, expected) and len(output.hidden_states) >= 2
+    if family != "mamba2":  # whose forward takes no other arguments
+        with pytest.raises(ValueError, match=r"packed sequences \(seq_idx\)"):
+            model(input_ids=tokens, seq_idx=torch.zeros(1, 20, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("family", ["minimax", "qwen3_next", "mamba2"])
 def test_what_a_recurrent_state_cannot_do(family):
     """Crop, and assisted decoding, which needs it: refused before a wrong token comes out."""
