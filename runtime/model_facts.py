@@ -32,8 +32,9 @@ def cache_of(output) -> dict[str, object]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
-    return next(model.parameters()).device
+    """The device of the model's first parameter that is in memory; the CPU where all are offloaded."""
+    devices = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    return next(devices, torch.device("cpu"))
 
 
 def synchronize(device: torch.device) -> None:
