@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -255,7 +256,10 @@ def test_the_example_of_the_package_runs(tmp_path):
 def test_the_command_lines_of_the_readmes_are_understood():
     """Every `hasten ...` in a README names a command that there is, with arguments and options that it takes."""
     commands = typer.main.get_command(app)
-    found = [line for path in readmes() for line in re.findall(r"^hasten .*$", text_of(path), flags=re.MULTILINE)]
+    shells = [re.findall(r"^```bash\n(.*?)^```$", text_of(path), flags=re.DOTALL | re.MULTILINE) for path in readmes()]
+    found = [
+        line for block in itertools.chain(*shells) for line in re.findall(r"^hasten .*$", block, flags=re.MULTILINE)
+    ]
     assert len(found) > 5
     for line in found:
         _, name, *arguments = shlex.split(line, comments=True)
