@@ -183,7 +183,7 @@ class Untouched:
             mask[row, :padding] = 0
         padded = {"input_ids": batch, "attention_mask": mask}
         try:
-            Inference(self.model, padded)
+            Inference(self.model, padded).decode(padded, PREFIX)
         except UnsupportedModelError:
             return [one, batch]
         return [one, padded]

@@ -273,7 +273,7 @@ class Inference:
             if reading.mask is not None:
                 positions = (reading.mask.long().cumsum(-1) - 1).clamp(min=0)
             else:
-                positions = torch.arange(reading.ids.shape[1], device=reading.ids.device)[None]
+                positions = torch.arange(reading.ids.shape[1], device=reading.ids.device).expand(reading.ids.shape)
             arguments["position_ids"] = positions[:, -tokens:]
         return arguments
 

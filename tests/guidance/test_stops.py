@@ -45,7 +45,9 @@ def test_whether_a_whole_text_satisfies_a_constraint(constraint, good, bad):
     assert not any(holds(bound, text.encode()) for text in bad)
 
 
-@pytest.mark.parametrize("constraint", [Regex("[ab]b"), Predicate(lambda text: text in ("", "a", "ab"))], ids=["regex", "predicate"])
+@pytest.mark.parametrize(
+    "constraint", [Regex("[ab]b"), Predicate(lambda text: text in ("", "a", "ab"))], ids=["regex", "predicate"]
+)
 def test_a_constraint_begins_after_its_marker(constraint):
     """Before it anything may come but EOS, tokens that are no text too; after it the states are the constraint's own."""
     bound = After(constraint.bind(VOCABULARY), "12a")

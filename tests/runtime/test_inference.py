@@ -34,6 +34,11 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def test_a_batch_has_positions_of_its_own():
+    run, ids = Inference(build("image-text", "kosmos-2")), token_ids(3, 24)  # looks positions up row by row
+    assert distance(run.decode(ids, 9)[:1], run.decode(ids[:1], 9)) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_decode_gives_the_logits_of_the_prefill(name):
     run, ids = Inference(build(*TEXT[name])), token_ids(2, 24)
