@@ -10,8 +10,8 @@ struct ActiveList : Scratch {
     int32_t* data() const { return (int32_t*)memory; }
 };
 
-// Writes every index i with !(|values[b, i]| <= cutoff[i]) for some row b, in order, and returns how many. values [rows, count];
-// cutoff [count], or [1] for all when `shared`. A NaN passes.
+// Writes every index i with !(|values[b, i]| <= cutoff[i]) for some row b, in order, and returns how many. values
+// [rows, count]; cutoff [count], or [1] for all when `shared`. A NaN passes.
 template <class T>
 inline int64_t find_active(int32_t* list, const T* values, const float* cutoff, bool shared, int64_t rows, int64_t count) {
     int64_t found = 0, i = 0;

@@ -4,7 +4,8 @@
 
 namespace {
 
-// Relative error below 2e-7; 0 below the smallest normal number, infinity above the largest, NaN for NaN. (Cephes' polynomial)
+// Relative error below 2e-7; 0 below the smallest normal number, infinity above the largest, NaN for NaN. (Cephes'
+// polynomial)
 inline Vec exp(Vec x) {
     const float lowest = -87.33654f, highest = 88.72283f, magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
     const Vec zero = {}, clamped = x < lowest ? zero + lowest : x > highest ? zero + highest : x;

@@ -1,8 +1,9 @@
-// y = sum over the active columns j of x[:, j] * weight[:, j] for a column-major weight: the other columns are not read.
+// y = sum over the active columns j of x[:, j] * weight[:, j] for a column-major weight: the other columns are not
+// read.
 //
-// The list of active columns is cut into a fixed number of parts, whose sums are added in order at the end; threads share out the parts,
-// and tiles of outputs where there are very many. (Threads that split the outputs would make the runs of memory shorter: less bandwidth,
-// measured.)
+// The list of active columns is cut into a fixed number of parts, whose sums are added in order at the end; threads
+// share out the parts, and tiles of outputs where there are very many. (Threads that split the outputs would make the
+// runs of memory shorter: less bandwidth, measured.)
 #include "../columns.h"
 
 namespace {

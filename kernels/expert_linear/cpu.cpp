@@ -1,7 +1,8 @@
-// Linear layers of a mixture of experts: the rows of x are sorted by their expert, whose weights are then read once for all of them.
+// Linear layers of a mixture of experts: the rows of x are sorted by their expert, whose weights are then read once for
+// all of them.
 //
-// Row-major experts are multiplied as in linear, column-major ones as in column_sparse_linear, with a list of active columns per expert.
-// Threads share (expert, tile) pairs; what a job computes does not depend on the number of threads.
+// Row-major experts are multiplied as in linear, column-major ones as in column_sparse_linear, with a list of active
+// columns per expert. Threads share (expert, tile) pairs; what a job computes does not depend on the number of threads.
 #include "../columns.h"
 #include "../rows.h"
 
@@ -12,8 +13,8 @@ constexpr int64_t TILE_ROWS = 64;  // rows of a row-major weight in one job
 constexpr int64_t JOBS = 64;       // of column-major weights, at least, if their columns can be cut into so many parts
 constexpr int64_t MOST_PARTS = 16;
 
-// x of T tokens and P picks with strides in elements, ids [T][P], y [T][P][N]; weight [E][N][K] or (column_major) [E][K][N]; bias [E][N] or
-// null; cutoff [E][K] or null.
+// x of T tokens and P picks with strides in elements, ids [T][P], y [T][P][N]; weight [E][N][K] or (column_major)
+// [E][K][N]; bias [E][N] or null; cutoff [E][K] or null.
 struct ExpertLinearArguments {
     int32_t dtype, threads, column_major, unused;
     void* y;

@@ -1,7 +1,9 @@
-// Linear attention's chunks with matrix products of bfloat16 operands, summed in float: AVX512-BF16 multiplies twice as many of them at a time.
+// Linear attention's chunks with matrix products of bfloat16 operands, summed in float: AVX512-BF16 multiplies twice as
+// many of them at a time.
 //
-// q, k and v are bfloat16 already. What is computed from them and multiplied again (weights within the chunk, keys under the decay until its end, the
-// state that the queries read) is rounded once, as the output is. The state itself stays float, so that no rounding is carried from chunk to chunk.
+// q, k and v are bfloat16 already. What is computed from them and multiplied again (weights within the chunk, keys
+// under the decay until its end, the state that the queries read) is rounded once, as the output is. The state itself
+// stays float, so that no rounding is carried from chunk to chunk.
 #pragma once
 #include "recurrence.h"
 
@@ -11,7 +13,8 @@ namespace {
 constexpr int64_t PANEL = 2 * WIDTH;  // columns of a tile
 using Pair = uint32_t;                // two bfloat16, neighbours along the sum of a product
 
-// sums += a . b for TILE_ROWS rows of a and PANEL columns of b: a in rows of pairs, b a row of PANEL pairs (or more) for every pair of the sum
+// sums += a . b for TILE_ROWS rows of a and PANEL columns of b: a in rows of pairs, b a row of PANEL pairs (or more)
+// for every pair of the sum
 using Tile = Vec[TILE_ROWS][2];
 inline void add_products(Tile& sums, const Pair* a, int64_t a_stride, const Pair* b, int64_t b_stride, int64_t pairs) {
     for (int64_t p = 0; p < pairs; p++) {
@@ -141,7 +144,8 @@ struct Bf16Chunks {
         return found;
     }
 
-    // The weights Q K^T under the decays, rounded; `since`, the decays since the chunk began; keys under the decay until it ends
+    // The weights Q K^T under the decays, rounded; `since`, the decays since the chunk began; keys under the decay
+    // until it ends
     void weigh(int64_t rows) {
         for (int64_t i = 0; i < rows; i += TILE_ROWS)
             for (int64_t j = 0; j < i + TILE_ROWS; j += PANEL) {

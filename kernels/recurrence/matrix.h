@@ -41,7 +41,8 @@ inline void product_rows(const Matrix& c, const Matrix& a, const Matrix& b, int6
     for (; column < columns; column += WIDTH) product_tile<TILE_ROWS, 1>(c, a, b, inner, column, add);
 }
 
-// c (+)= a . b for `rows` rows, a multiple of TILE_ROWS. `inner_of(r)` is how many columns of a count for the tile of rows that begins at r.
+// c (+)= a . b for `rows` rows, a multiple of TILE_ROWS. `inner_of(r)` is how many columns of a count for the tile of
+// rows that begins at r.
 template <class Inner> inline void product(const Matrix& c, const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, bool add, const Inner& inner_of) {
     constexpr int64_t PANEL = TILE_VECTORS * WIDTH;  // columns of b that stay in the first cache for all rows
     for (int64_t column = 0; column < columns; column += PANEL) {

@@ -1,9 +1,9 @@
-// The recurrence of linear attention and of the delta rule, in chunks and in steps: S = Diag(a) S + k u^T, o = scale S^T q, where u is v, or for the
-// delta rule beta (v - (Diag(a) S)^T k).
+// The recurrence of linear attention and of the delta rule, in chunks and in steps: S = Diag(a) S + k u^T, o = scale
+// S^T q, where u is v, or for the delta rule beta (v - (Diag(a) S)^T k).
 //
-// A thread takes one head of one sequence and goes through its chunks in order; all that a chunk needs lies in the thread's cache, in float. Decays
-// enter as products of the factors a themselves, never as differences of summed logarithms: no factor exceeds 1, zeros need no care, and nothing
-// cancels.
+// A thread takes one head of one sequence and goes through its chunks in order; all that a chunk needs lies in the
+// thread's cache, in float. Decays enter as products of the factors a themselves, never as differences of summed
+// logarithms: no factor exceeds 1, zeros need no care, and nothing cancels.
 #pragma once
 #include "matrix.h"
 #include "../vector_math.h"
@@ -161,8 +161,8 @@ template <class T, bool DELTA> struct Chunks {
         }
     }
 
-    // P = Q K^T and L = -beta K K^T (strictly) under the decays, as lower triangles. Then Q, and K for the delta rule, times the decay since the
-    // chunk began; X, the transpose of K, times the decay until it ends.
+    // P = Q K^T and L = -beta K K^T (strictly) under the decays, as lower triangles. Then Q, and K for the delta rule,
+    // times the decay since the chunk began; X, the transpose of K, times the decay until it ends.
     void scalar_decays(int64_t rows) {
         for (int64_t i = 0; i < rows; i++)
             for (int64_t c = 0; c < wide_k; c++) X.row(c)[i] = K.row(i)[c];
@@ -189,8 +189,9 @@ template <class T, bool DELTA> struct Chunks {
             for (int64_t j = 0; j < rows; j += WIDTH) store(X.row(c) + j, load(X.row(c) + j) * load(between + j));
     }
 
-    // The same where every component decays by itself, with K times the decay until the chunk's end in Y. Halving: what the second half of a block
-    // sees of the first passes its middle, and factors there; the halves are blocks of their own.
+    // The same where every component decays by itself, with K times the decay until the chunk's end in Y. Halving: what
+    // the second half of a block sees of the first passes its middle, and factors there; the halves are blocks of their
+    // own.
     void vector_decays(int64_t rows) {
         for (int64_t i = 0; i < rows; i++) {
             memset(P.row(i), 0, sizeof(float) * rows);

@@ -1,4 +1,5 @@
-// Suffix array by induced sorting (Nong, Zhang and Chan 2009). The suffix behind the last character counts as the smallest.
+// Suffix array by induced sorting (Nong, Zhang and Chan 2009). The suffix behind the last character counts as the
+// smallest.
 #include "../simd.h"
 
 #include <stdlib.h>
