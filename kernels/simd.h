@@ -107,7 +107,8 @@ template <class T> inline Vec load_part(const T* from, int64_t count) {
 inline void store(float* to, Vec v) { memcpy(to, &v, sizeof(v)); }
 inline void store(bf16* to, Vec v) {
     const Bits bits = bit_cast<Bits>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Shorts halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (Bits{} + 0x7fc0) : rounded, Shorts);
+    const Shorts halves =
+        __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (Bits{} + 0x7fc0) : rounded, Shorts);
     memcpy(to, &halves, sizeof(halves));
 }
 inline void store(f16* to, Vec v) {
@@ -200,7 +201,8 @@ template <> struct Columns<bf16> {
         sums[0] = _mm512_dpbf16_ps(sums[0], (__m512bh)_mm512_unpacklo_epi16(w.a, w.b), both);
         sums[1] = _mm512_dpbf16_ps(sums[1], (__m512bh)_mm512_unpackhi_epi16(w.a, w.b), both);
     }
-    static void in_order(Vec* sums) {  // unpack works within 128-bit lanes: 0-3 8-11 16-19 24-27 | 4-7 12-15 20-23 28-31
+    // unpack works within 128-bit lanes: 0-3 8-11 16-19 24-27 | 4-7 12-15 20-23 28-31
+    static void in_order(Vec* sums) {
         const __m512 lo = sums[0], hi = sums[1];
         const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
         const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));

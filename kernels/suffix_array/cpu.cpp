@@ -77,7 +77,8 @@ static void induce(const Char* text, int32_t* order, int64_t count, const Types&
 template <typename Char>
 static bool same_lms(const Char* text, int64_t count, const Types& types, int64_t a, int64_t b) {
     for (int64_t d = 0;; d++) {
-        if (a + d == count || b + d == count || text[a + d] != text[b + d] || types.s(a + d) != types.s(b + d)) return false;
+        if (a + d == count || b + d == count || text[a + d] != text[b + d] || types.s(a + d) != types.s(b + d))
+            return false;
         if (d > 0 && types.lms(a + d)) return types.lms(b + d);
     }
 }
