@@ -1,4 +1,5 @@
-"""Every C function's arguments: the struct in C++ and its twin in Python have the same fields in the same order, and the same size."""
+"""Every C function's arguments: the struct in C++ and its twin in Python have the same fields in the same order, and
+the same size."""
 
 import ctypes
 import importlib
