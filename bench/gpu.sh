@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The GPU tests and benchmarks in one run of under ten minutes; JSON goes to $OUT, or to bench/results/.
-# Needs a GPU, and torch, triton, transformers, tqdm and pytest already installed; hasten itself is installed without its dependencies.
+# Needs a GPU, and torch, triton, transformers, tqdm and pytest already installed; hasten itself is installed without
+# its dependencies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${OUT:-bench/results}

@@ -1,7 +1,8 @@
 // Sums over the columns of a column-major weight: what column_sparse_linear and expert_linear share.
 //
-// A thread adds eight columns at a time to sums that stay in its cache. Memory is read in runs of one column, which no hardware
-// prefetcher foresees: the list of columns tells what comes next, so the columns of a later group are prefetched while one is added.
+// A thread adds eight columns at a time to sums that stay in its cache. Memory is read in runs of one column, which no
+// hardware prefetcher foresees: the list of columns tells what comes next, so the columns of a later group are
+// prefetched while one is added.
 #pragma once
 #include "active.h"
 
@@ -49,7 +50,8 @@ template <class T, int ROWS> inline void add_line(Vec* sums, const T* const* w, 
 
 // sums += `count` outputs of eight columns, from w[c] on, while as many from ahead[c] on are prefetched
 template <class T, int ROWS>
-void add_group(Vec* sums, const T* const (&w)[GROUP], const T* const (&ahead)[GROUP], const typename Dot<T>::X* x, int64_t count) {
+void add_group(Vec* sums, const T* const (&w)[GROUP], const T* const (&ahead)[GROUP], const typename Dot<T>::X* x,
+               int64_t count) {
     constexpr int SPAN = LINE<T>;
     const T* at[GROUP];
     int64_t n = 0;
@@ -70,17 +72,18 @@ void add_group(Vec* sums, const T* const (&w)[GROUP], const T* const (&ahead)[GR
     }
 }
 
-// sums [lines of outputs][ROWS][VECTORS] = the groups [from, to) of active columns for the `count` outputs from `begin` on; at most TILE<ROWS>.
-// weight [K][N] in memory, x as it was packed.
+// sums [lines of outputs][ROWS][VECTORS] = the groups [from, to) of active columns for the `count` outputs from `begin`
+// on; at most TILE<ROWS>. weight [K][N] in memory, x as it was packed.
 template <class T, int ROWS>
-void add_columns(Vec* sums, const T* weight, const ActiveColumns<T>& active, const typename Dot<T>::X* x, int64_t from, int64_t to, int64_t N,
-                 int64_t begin, int64_t count) {
+void add_columns(Vec* sums, const T* weight, const ActiveColumns<T>& active, const typename Dot<T>::X* x, int64_t from,
+                 int64_t to, int64_t N, int64_t begin, int64_t count) {
     const int64_t distance = 1 + AHEAD_BYTES / (GROUP * sizeof(T) * (count + LINE<T>));
     const size_t bytes = sizeof(float) * ROWS * round_up(count, LINE<T>);
     Vec tile[TILE<ROWS> * ROWS / WIDTH];
     memset(tile, 0, bytes);
     for (int64_t g = from; g < to; g++) {
-        const int32_t *now = active.list + g * GROUP, *later = active.list + smaller(g + distance, active.groups - 1) * GROUP;
+        const int32_t *now = active.list + g * GROUP,
+                      *later = active.list + smaller(g + distance, active.groups - 1) * GROUP;
         const T *w[GROUP], *ahead[GROUP];
         for (int c = 0; c < GROUP; c++) {
             w[c] = weight + now[c] * N + begin;
@@ -91,8 +94,10 @@ void add_columns(Vec* sums, const T* weight, const ActiveColumns<T>& active, con
     memcpy(sums, tile, bytes);
 }
 
-// y[b] = the sums of the parts, which are `apart` vectors from each other, of the `count` outputs of one line; store(i, value)
-template <class T, class Store> inline void add_parts(const Vec* sums, int64_t parts, int64_t apart, int64_t count, const Store& store) {
+// y[b] = the sums of the parts, which are `apart` vectors from each other, of the `count` outputs of one line; store(i,
+// value)
+template <class T, class Store>
+inline void add_parts(const Vec* sums, int64_t parts, int64_t apart, int64_t count, const Store& store) {
     Vec total[VECTORS<T>] = {};
     for (int64_t part = 0; part < parts; part++)
         for (int v = 0; v < VECTORS<T>; v++) total[v] += sums[part * apart + v];

@@ -34,7 +34,8 @@ template <int ROWS> constexpr int rows_together() { return ROWS <= 2 ? REGISTERS
 
 // out[i][b] = w[i] . x[b] for R rows of the weight; next are the rows that the caller takes after these.
 template <class T, int ROWS, int R, class Packed>
-inline void dot_rows(const T* const (&w)[R], const T* const (&next)[R], const Packed& x, int64_t K, float (&out)[R][ROWS]) {
+inline void dot_rows(const T* const (&w)[R], const T* const (&next)[R], const Packed& x, int64_t K,
+                     float (&out)[R][ROWS]) {
     constexpr int AHEAD = 2048 / sizeof(T);
     Vec sums[R][ROWS] = {};
     const auto add = [&](int i, const T* weights, int64_t k) {

@@ -1,7 +1,9 @@
-// Vectors of floats for the instruction set that this file is compiled for, and the one place that loads a stored weight.
+// Vectors of floats for the instruction set that this file is compiled for, and the one place that loads a stored
+// weight.
 //
-// Every source is compiled once per instruction set and all of them are linked into one library. Hence everything here sits in an
-// anonymous namespace and nothing of std:: is instantiated: a shared inline function would let AVX-512 code run on an AVX2 machine.
+// Every source is compiled once per instruction set and all of them are linked into one library. Hence everything here
+// sits in an anonymous namespace and nothing of std:: is instantiated: a shared inline function would let AVX-512 code
+// run on an AVX2 machine.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -13,8 +15,8 @@
 #define HASTEN_JOIN_(name, isa) name##_##isa
 #define HASTEN_JOIN(name, isa) HASTEN_JOIN_(name, isa)
 #define HASTEN_PUBLIC extern "C" __attribute__((visibility("default")))
-// int hasten_<name>_<isa>(const Arguments&): 0, or 1 for a dtype that it does not know, or 2 when there is no memory. Beside it the size of the struct,
-// for the test that holds it equal to its twin in Python (see cpu.py).
+// int hasten_<name>_<isa>(const Arguments&): 0, or 1 for a dtype that it does not know, or 2 when there is no memory.
+// Beside it the size of the struct, for the test that holds it equal to its twin in Python (see cpu.py).
 #define HASTEN_EXPORT(name, Arguments)                                                                    \
     HASTEN_PUBLIC int64_t HASTEN_JOIN(hasten_##name##_size, HASTEN_ISA)() { return sizeof(Arguments); }   \
     HASTEN_PUBLIC int HASTEN_JOIN(hasten_##name, HASTEN_ISA)
@@ -105,7 +107,8 @@ template <class T> inline Vec load_part(const T* from, int64_t count) {
 inline void store(float* to, Vec v) { memcpy(to, &v, sizeof(v)); }
 inline void store(bf16* to, Vec v) {
     const Bits bits = bit_cast<Bits>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Shorts halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (Bits{} + 0x7fc0) : rounded, Shorts);
+    const Shorts halves =
+        __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (Bits{} + 0x7fc0) : rounded, Shorts);
     memcpy(to, &halves, sizeof(halves));
 }
 inline void store(f16* to, Vec v) {
@@ -163,8 +166,8 @@ template <class T> struct Dot {
     }
 };
 
-// Sums of columns: a line of outputs of two columns at a time, each times its x, packed as for Dot. The sums of a line of outputs are
-// VECTORS vectors, in an order of their own until in_order().
+// Sums of columns: a line of outputs of two columns at a time, each times its x, packed as for Dot. The sums of a line
+// of outputs are VECTORS vectors, in an order of their own until in_order().
 template <class T> struct Columns {
     struct Weights {
         Line<T> first, second;
@@ -198,7 +201,8 @@ template <> struct Columns<bf16> {
         sums[0] = _mm512_dpbf16_ps(sums[0], (__m512bh)_mm512_unpacklo_epi16(w.a, w.b), both);
         sums[1] = _mm512_dpbf16_ps(sums[1], (__m512bh)_mm512_unpackhi_epi16(w.a, w.b), both);
     }
-    static void in_order(Vec* sums) {  // unpack works within 128-bit lanes: 0-3 8-11 16-19 24-27 | 4-7 12-15 20-23 28-31
+    // unpack works within 128-bit lanes: 0-3 8-11 16-19 24-27 | 4-7 12-15 20-23 28-31
+    static void in_order(Vec* sums) {
         const __m512 lo = sums[0], hi = sums[1];
         const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
         const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -232,8 +236,9 @@ inline int threads_for(int64_t bytes, int threads) {
     return useful < threads ? int(useful) : threads;
 }
 
-// body(begin, end) over [0, count) on at most `threads` threads, in pieces that are multiples of `grain`. What body computes for an index
-// may not depend on the piece that it comes in: results are then the same for every number of threads.
+// body(begin, end) over [0, count) on at most `threads` threads, in pieces that are multiples of `grain`. What body
+// computes for an index may not depend on the piece that it comes in: results are then the same for every number of
+// threads.
 template <class Body> inline void parallel(int64_t count, int64_t grain, int threads, const Body& body) {
     if (count == 0) return;
     const int64_t piece = round_up((count + threads - 1) / threads, grain);
@@ -241,7 +246,8 @@ template <class Body> inline void parallel(int64_t count, int64_t grain, int thr
     for (int64_t begin = 0; begin < count; begin += piece) body(begin, smaller(begin + piece, count));
 }
 
-// body(job) for every job on at most `threads` threads, each taking the next one when it is done: for jobs of unequal size.
+// body(job) for every job on at most `threads` threads, each taking the next one when it is done: for jobs of unequal
+// size.
 template <class Body> inline void parallel_jobs(int64_t jobs, int threads, const Body& body) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t job = 0; job < jobs; job++) body(job);
@@ -257,7 +263,8 @@ template <class Body> inline int with_dtype(int dtype, const Body& body) {
     return 1;
 }
 
-// Calls body with the number of rows as a compile-time constant: 1, 2, 4 or 8; the rows beyond B are computed and not stored.
+// Calls body with the number of rows as a compile-time constant: 1, 2, 4 or 8; the rows beyond B are computed and not
+// stored.
 template <int B> struct Rows { static constexpr int value = B; };
 template <class Body> inline int with_rows(int64_t rows, const Body& body) {
     if (rows <= 1) return body(Rows<1>());

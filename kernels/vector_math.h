@@ -4,9 +4,11 @@
 
 namespace {
 
-// Relative error below 2e-7; 0 below the smallest normal number, infinity above the largest, NaN for NaN. (Cephes' polynomial)
+// Relative error below 2e-7; 0 below the smallest normal number, infinity above the largest, NaN for NaN. (Cephes'
+// polynomial)
 inline Vec exp(Vec x) {
-    const float lowest = -87.33654f, highest = 88.72283f, magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+    // Adding `magic`, 1.5 * 2^23, rounds to an integer.
+    const float lowest = -87.33654f, highest = 88.72283f, magic = 12582912.f;
     const Vec zero = {}, clamped = x < lowest ? zero + lowest : x > highest ? zero + highest : x;
     const Vec shifted = clamped * 1.44269504f + magic, n = shifted - magic;
     const Vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
@@ -18,7 +20,8 @@ inline Vec exp(Vec x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.f;
     // 2^n in two factors, since 2^128 is no float
-    const Bits whole = bit_cast<Bits>(shifted) - bit_cast<uint32_t>(magic), half = bit_cast<Bits>(bit_cast<Ints>(whole) >> 1);
+    const Bits whole = bit_cast<Bits>(shifted) - bit_cast<uint32_t>(magic),
+               half = bit_cast<Bits>(bit_cast<Ints>(whole) >> 1);
     const Vec first = bit_cast<Vec>((half + 127) << 23), second = bit_cast<Vec>((whole - half + 127) << 23);
     const Vec result = p * first * second;
     return x < lowest ? zero : x > highest ? zero + __builtin_inff() : result;

@@ -11,7 +11,8 @@ inline Vec silu(Vec x) { return x / (exp(-x) + 1.f); }
 
 // One token: `channels` of y from the inputs at from[w], null where there are none
 template <class T>
-void convolve(T* y, const T* const* from, const float* weight, int64_t stride, const float* bias, int64_t W, int64_t channels, bool activate) {
+void convolve(T* y, const T* const* from, const float* weight, int64_t stride, const float* bias, int64_t W,
+              int64_t channels, bool activate) {
     for (int64_t d = 0; d < channels; d += WIDTH) {
         const int64_t count = smaller(WIDTH, channels - d);
         const bool whole = count == WIDTH;
@@ -30,7 +31,8 @@ void convolve(T* y, const T* const* from, const float* weight, int64_t stride, c
 
 // The tokens of one channel, contiguous: y from x, with the W - 1 inputs before them, or null for zeros
 template <class T>
-void convolve_channel(T* y, const T* x, const T* before, const float* weight, float bias, int64_t W, int64_t tokens, bool activate) {
+void convolve_channel(T* y, const T* x, const T* before, const float* weight, float bias, int64_t W, int64_t tokens,
+                      bool activate) {
     for (int64_t t = 0; t < tokens; t += WIDTH) {
         const int64_t count = smaller(WIDTH, tokens - t);
         T edge[WIDTH + MAX_WIDTH] = {};
@@ -102,7 +104,8 @@ HASTEN_EXPORT(causal_conv1d, CausalConv1dArguments)(const CausalConv1dArguments&
                             if (at >= begin) inputs[w] = x + row * in.row_stride + at * in.token_stride + d;
                             else inputs[w] = initial ? initial + (n * (W - 1) + at - begin + W - 1) * D + d : nullptr;
                         }
-                        convolve((T*)in.y + token * D + d, inputs, weight + d, D, bias ? bias + d : nullptr, W, smaller(CHANNELS, D - d), in.silu);
+                        convolve((T*)in.y + token * D + d, inputs, weight + d, D, bias ? bias + d : nullptr, W,
+                                 smaller(CHANNELS, D - d), in.silu);
                     }
                 }
         });
@@ -124,8 +127,8 @@ HASTEN_EXPORT(causal_conv1d_by_channel, CausalConv1dArguments)(const CausalConv1
                 for (int64_t n = bounds ? 0 : b; n < (bounds ? N : b + 1); n++) {
                     const int64_t begin = bounds ? bounds[n] : 0, end = bounds ? bounds[n + 1] : in.T;
                     const T* before = in.initial ? (const T*)in.initial + (n * D + d) * (W - 1) : nullptr;
-                    convolve_channel((T*)in.y + channel * in.T + begin, inputs + begin, before, in.weight + d * W, in.bias ? in.bias[d] : 0, W,
-                                     end - begin, in.silu);
+                    convolve_channel((T*)in.y + channel * in.T + begin, inputs + begin, before, in.weight + d * W,
+                                     in.bias ? in.bias[d] : 0, W, end - begin, in.silu);
                 }
             }
         });
@@ -139,7 +142,8 @@ HASTEN_EXPORT(causal_conv1d_update, CausalConv1dUpdateArguments)(const CausalCon
     return with_dtype(in.dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;
         T *state = (T*)in.state, *y = (T*)in.y;
-        parallel(in.B * D, WIDTH, threads_for(in.B * D * (S + T_new) * sizeof(T), in.threads), [&](int64_t from, int64_t to) {
+        parallel(in.B * D, WIDTH, threads_for(in.B * D * (S + T_new) * sizeof(T), in.threads),
+                 [&](int64_t from, int64_t to) {
             for (int64_t first = from; first < to; first += WIDTH) {
                 const int64_t count = smaller(WIDTH, to - first);
                 T* states = state + first * S;

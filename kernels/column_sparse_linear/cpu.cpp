@@ -1,8 +1,9 @@
-// y = sum over the active columns j of x[:, j] * weight[:, j] for a column-major weight: the other columns are not read.
+// y = sum over the active columns j of x[:, j] * weight[:, j] for a column-major weight: the other columns are not
+// read.
 //
-// The list of active columns is cut into a fixed number of parts, whose sums are added in order at the end; threads share out the parts,
-// and tiles of outputs where there are very many. (Threads that split the outputs would make the runs of memory shorter: less bandwidth,
-// measured.)
+// The list of active columns is cut into a fixed number of parts, whose sums are added in order at the end; threads
+// share out the parts, and tiles of outputs where there are very many. (Threads that split the outputs would make the
+// runs of memory shorter: less bandwidth, measured.)
 #include "../columns.h"
 
 namespace {
@@ -41,13 +42,14 @@ HASTEN_EXPORT(column_sparse_linear, ColumnSparseLinearArguments)(const ColumnSpa
             active.template pack<ROWS>(packed_x, x, rows, K);
             const int threads = threads_for(active.groups * GROUP * N * sizeof(T), in.threads);
 
-            const int64_t tiles = (N + TILE<ROWS> - 1) / TILE<ROWS>, groups = (active.groups + PARTS<ROWS> - 1) / PARTS<ROWS>;
+            const int64_t tiles = (N + TILE<ROWS> - 1) / TILE<ROWS>,
+                          groups = (active.groups + PARTS<ROWS> - 1) / PARTS<ROWS>;
             parallel(tiles * PARTS<ROWS>, 1, threads, [&](int64_t job, int64_t end) {
                 for (; job < end; job++) {
                     const int64_t part = job % PARTS<ROWS>, begin = job / PARTS<ROWS> * TILE<ROWS>;
                     const int64_t to = smaller((part + 1) * groups, active.groups);
-                    add_columns<T, ROWS>(sums + (part * lines + begin / LINE<T>) * VECS, weight, active, packed_x, part * groups, to, N, begin,
-                                         smaller(TILE<ROWS>, N - begin));
+                    add_columns<T, ROWS>(sums + (part * lines + begin / LINE<T>) * VECS, weight, active, packed_x,
+                                         part * groups, to, N, begin, smaller(TILE<ROWS>, N - begin));
                 }
             });
 
@@ -55,8 +57,10 @@ HASTEN_EXPORT(column_sparse_linear, ColumnSparseLinearArguments)(const ColumnSpa
                 for (; line < end; line++)
                     for (int64_t b = 0; b < rows; b++) {
                         const int64_t first = line * LINE<T>;
-                        add_parts<T>(sums + line * VECS + b * VECTORS<T>, PARTS<ROWS>, lines * VECS, smaller(LINE<T>, N - first),
-                                     [&](int64_t i, float value) { from_float(value + (bias ? to_float(bias[first + i]) : 0), y[b * N + first + i]); });
+                        add_parts<T>(sums + line * VECS + b * VECTORS<T>, PARTS<ROWS>, lines * VECS,
+                                     smaller(LINE<T>, N - first), [&](int64_t i, float value) {
+                            from_float(value + (bias ? to_float(bias[first + i]) : 0), y[b * N + first + i]);
+                        });
                     }
             });
             return 0;

@@ -16,7 +16,8 @@ struct Matrix {
 };
 
 // c (+)= a . b for ROWS rows and VECTORS vectors of columns; a may be transposed, b and c not.
-template <int ROWS, int VECTORS> inline void product_tile(const Matrix& c, const Matrix& a, const Matrix& b, int64_t inner, int64_t column, bool add) {
+template <int ROWS, int VECTORS>
+inline void product_tile(const Matrix& c, const Matrix& a, const Matrix& b, int64_t inner, int64_t column, bool add) {
     Vec sums[ROWS][VECTORS] = {};
     const float* from = a.data;
     const float* with = b.data + column;
@@ -41,13 +42,17 @@ inline void product_rows(const Matrix& c, const Matrix& a, const Matrix& b, int6
     for (; column < columns; column += WIDTH) product_tile<TILE_ROWS, 1>(c, a, b, inner, column, add);
 }
 
-// c (+)= a . b for `rows` rows, a multiple of TILE_ROWS. `inner_of(r)` is how many columns of a count for the tile of rows that begins at r.
-template <class Inner> inline void product(const Matrix& c, const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, bool add, const Inner& inner_of) {
+// c (+)= a . b for `rows` rows, a multiple of TILE_ROWS. `inner_of(r)` is how many columns of a count for the tile of
+// rows that begins at r.
+template <class Inner>
+inline void product(const Matrix& c, const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, bool add,
+                    const Inner& inner_of) {
     constexpr int64_t PANEL = TILE_VECTORS * WIDTH;  // columns of b that stay in the first cache for all rows
     for (int64_t column = 0; column < columns; column += PANEL) {
         const Matrix panel = {b.data + column, b.stride}, target = {c.data + column, c.stride};
         const int64_t wide = smaller(PANEL, columns - column);
-        for (int64_t r = 0; r < rows; r += TILE_ROWS) product_rows(target.rows(r), a.rows(r), panel, inner_of(r), wide, add);
+        for (int64_t r = 0; r < rows; r += TILE_ROWS)
+            product_rows(target.rows(r), a.rows(r), panel, inner_of(r), wide, add);
     }
 }
 

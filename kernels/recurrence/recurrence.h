@@ -1,9 +1,9 @@
-// The recurrence of linear attention and of the delta rule, in chunks and in steps: S = Diag(a) S + k u^T, o = scale S^T q, where u is v, or for the
-// delta rule beta (v - (Diag(a) S)^T k).
+// The recurrence of linear attention and of the delta rule, in chunks and in steps: S = Diag(a) S + k u^T, o = scale
+// S^T q, where u is v, or for the delta rule beta (v - (Diag(a) S)^T k).
 //
-// A thread takes one head of one sequence and goes through its chunks in order; all that a chunk needs lies in the thread's cache, in float. Decays
-// enter as products of the factors a themselves, never as differences of summed logarithms: no factor exceeds 1, zeros need no care, and nothing
-// cancels.
+// A thread takes one head of one sequence and goes through its chunks in order; all that a chunk needs lies in the
+// thread's cache, in float. Decays enter as products of the factors a themselves, never as differences of summed
+// logarithms: no factor exceeds 1, zeros need no care, and nothing cancels.
 #pragma once
 #include "matrix.h"
 #include "../vector_math.h"
@@ -29,7 +29,7 @@ struct RecurrenceArguments {
     const void *q, *k, *v;
     const float *beta, *decay;  // null: none
     const float* initial;       // null: zeros
-    float* state;               // of whole sequences the final states, contiguous; of steps what they continue and change
+    float* state;               // of whole sequences the final ones, contiguous; of steps what they continue and change
     const int64_t* bounds;      // null: sequence n is row n of the batch; else tokens bounds[n] to bounds[n + 1]
     float scale;
     int32_t unit;               // make q and k unit vectors
@@ -43,11 +43,12 @@ template <class T> struct Inputs {
     float scale;
     bool unit;
     explicit Inputs(const RecurrenceArguments& in)
-        : q((const T*)in.q), k((const T*)in.k), v((const T*)in.v), decay(in.decay), beta(in.beta), bounds(in.bounds), scale(in.scale),
-          unit(in.unit != 0) {}
+        : q((const T*)in.q), k((const T*)in.k), v((const T*)in.v), decay(in.decay), beta(in.beta), bounds(in.bounds),
+          scale(in.scale), unit(in.unit != 0) {}
 };
 
-inline int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }  // a row stride that spreads over the cache's sets
+// A row stride that spreads over the cache's sets.
+inline int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
 
 // to[0 .. count) = from, padded with zeros to `width`, a multiple of WIDTH
 template <class T> inline void unpack(float* to, const T* from, int64_t count, int64_t width) {
@@ -92,12 +93,13 @@ template <class T, bool DELTA> struct Chunks {
     alignas(64) float between[CHUNK];
 
     static int64_t bytes(const Shape& shape, bool vector) {
-        const int64_t k = odd_lines(shape.K), v = odd_lines(shape.V), c = odd_lines(CHUNK), rows = round_up(shape.K, 16);
+        const int64_t k = odd_lines(shape.K), v = odd_lines(shape.V), c = odd_lines(CHUNK),
+                      rows = round_up(shape.K, 16);
         return sizeof(float) * ((rows + 2 * CHUNK) * v + 2 * CHUNK * (k + c) + (vector ? 3 * CHUNK * k : rows * c));
     }
     Chunks(const Shape& shape, const Inputs<T>& in)
-        : shape(shape), in(in), vector(shape.decay.component != 0), wide_k(round_up(shape.K, 16)), wide_v(round_up(shape.V, 16)),
-          memory(bytes(shape, vector)), unused((float*)memory.memory) {
+        : shape(shape), in(in), vector(shape.decay.component != 0), wide_k(round_up(shape.K, 16)),
+          wide_v(round_up(shape.V, 16)), memory(bytes(shape, vector)), unused((float*)memory.memory) {
         if (!unused) return;
         S = matrix(wide_k, wide_v);
         U = matrix(CHUNK, wide_v);
@@ -117,20 +119,24 @@ template <class T, bool DELTA> struct Chunks {
 
     // Head `head` of the tokens from `begin` to `end` of batch row `row`
     void run(T* o, const float* initial, float* final, int64_t row, int64_t head, int64_t begin, int64_t end) {
-        for (int64_t c = 0; c < wide_k; c++) unpack(S.row(c), initial + c * shape.V, initial && c < shape.K ? shape.V : 0, wide_v);
+        for (int64_t c = 0; c < wide_k; c++)
+            unpack(S.row(c), initial + c * shape.V, initial && c < shape.K ? shape.V : 0, wide_v);
         for (int64_t token = begin; token < end; token += CHUNK) {
             const int64_t count = smaller(CHUNK, end - token), rows = count <= 16 ? 16 : count <= 32 ? 32 : CHUNK;
             load_chunk(row, head, token, count, rows);
             const int64_t next = token + CHUNK, ahead = smaller(CHUNK, end - next);
-            expect(in.q + row * shape.q.row + next * shape.q.token + head * shape.H / shape.Hv * shape.q.head, shape.q.token, ahead, shape.K);
+            expect(in.q + row * shape.q.row + next * shape.q.token + head * shape.H / shape.Hv * shape.q.head,
+                   shape.q.token, ahead, shape.K);
             if (vector) vector_decays(rows);
             else scalar_decays(rows);
             if (DELTA) correct(rows);
             product(O, Q, S, rows, wide_v, false, [&](int64_t) { return wide_k; });
-            expect(in.k + row * shape.k.row + next * shape.k.token + head * shape.H / shape.Hv * shape.k.head, shape.k.token, ahead, shape.K);
+            expect(in.k + row * shape.k.row + next * shape.k.token + head * shape.H / shape.Hv * shape.k.head,
+                   shape.k.token, ahead, shape.K);
             product(O, P, U, rows, wide_v, true, [](int64_t r) { return r + TILE_ROWS; });
             for (int64_t c = 0; c < wide_k; c++) multiply(S.row(c), vector ? kept(c) : between[0] * a[0], wide_v);
-            expect(in.v + row * shape.v.row + next * shape.v.token + head * shape.v.head, shape.v.token, ahead, shape.V);
+            expect(in.v + row * shape.v.row + next * shape.v.token + head * shape.v.head, shape.v.token, ahead,
+                   shape.V);
             product(S, vector ? Y.transposed() : X, U, wide_k, wide_v, true, [&](int64_t) { return rows; });
             for (int64_t i = 0; i < count; i++)
                 pack(o + ((row * shape.T + token + i) * shape.Hv + head) * shape.V, O.row(i), in.scale, shape.V);
@@ -161,8 +167,8 @@ template <class T, bool DELTA> struct Chunks {
         }
     }
 
-    // P = Q K^T and L = -beta K K^T (strictly) under the decays, as lower triangles. Then Q, and K for the delta rule, times the decay since the
-    // chunk began; X, the transpose of K, times the decay until it ends.
+    // P = Q K^T and L = -beta K K^T (strictly) under the decays, as lower triangles. Then Q, and K for the delta rule,
+    // times the decay since the chunk began; X, the transpose of K, times the decay until it ends.
     void scalar_decays(int64_t rows) {
         for (int64_t i = 0; i < rows; i++)
             for (int64_t c = 0; c < wide_k; c++) X.row(c)[i] = K.row(i)[c];
@@ -189,8 +195,9 @@ template <class T, bool DELTA> struct Chunks {
             for (int64_t j = 0; j < rows; j += WIDTH) store(X.row(c) + j, load(X.row(c) + j) * load(between + j));
     }
 
-    // The same where every component decays by itself, with K times the decay until the chunk's end in Y. Halving: what the second half of a block
-    // sees of the first passes its middle, and factors there; the halves are blocks of their own.
+    // The same where every component decays by itself, with K times the decay until the chunk's end in Y. Halving: what
+    // the second half of a block sees of the first passes its middle, and factors there; the halves are blocks of their
+    // own.
     void vector_decays(int64_t rows) {
         for (int64_t i = 0; i < rows; i++) {
             memset(P.row(i), 0, sizeof(float) * rows);
@@ -266,7 +273,8 @@ int run_chunks(T* o, const float* initial, float* final, const Shape& shape, con
         for (int64_t item = from; item < to; item++) {
             const int64_t n = item / shape.Hv, row = in.bounds ? 0 : n;
             const int64_t begin = in.bounds ? in.bounds[n] : 0, end = in.bounds ? in.bounds[n + 1] : shape.T;
-            chunks.run(o, initial ? initial + item * size : nullptr, final + item * size, row, item % shape.Hv, begin, end);
+            chunks.run(o, initial ? initial + item * size : nullptr, final + item * size, row, item % shape.Hv, begin,
+                       end);
         }
     });
     return failed;
@@ -274,7 +282,8 @@ int run_chunks(T* o, const float* initial, float* final, const Shape& shape, con
 
 // One token of one head. The state's rows are contiguous along V: a few columns at a time, all of K.
 template <int VECTORS, bool DELTA>
-inline void step_columns(float* S, int64_t stride, const float* a, const float* k, const float* q, float kq, float beta, const float* v, float* o, int64_t K) {
+inline void step_columns(float* S, int64_t stride, const float* a, const float* k, const float* q, float kq, float beta,
+                         const float* v, float* o, int64_t K) {
     Vec values[VECTORS], seen[VECTORS] = {}, out[VECTORS] = {};
     for (int j = 0; j < VECTORS; j++) values[j] = load(v + j * WIDTH);
     if (DELTA) {
@@ -300,7 +309,8 @@ inline void step_columns(float* S, int64_t stride, const float* a, const float* 
 
 // The same for a state whose columns are contiguous along K: one column after the other.
 template <bool DELTA>
-inline void step_column(float* S, const float* a, const float* k, const float* q, float kq, float beta, float v, float* o, int64_t K) {
+inline void step_column(float* S, const float* a, const float* k, const float* q, float kq, float beta, float v,
+                        float* o, int64_t K) {
     const int64_t whole = K / WIDTH * WIDTH;
     Vec seen = {}, out = {};
     float u = v;
@@ -337,7 +347,8 @@ template <class T, bool DELTA> struct Step {
 
     Step(const Shape& shape, const Inputs<T>& in)
         : shape(shape), in(in), wide_k(round_up(shape.K, 16)), wide_v(round_up(shape.V, 16)),
-          memory(sizeof(float) * (3 * wide_k + 2 * wide_v)), q((float*)memory.memory), k(q + wide_k), a(k + wide_k), v(a + wide_k), o(v + wide_v) {}
+          memory(sizeof(float) * (3 * wide_k + 2 * wide_v)), q((float*)memory.memory), k(q + wide_k), a(k + wide_k),
+          v(a + wide_k), o(v + wide_v) {}
 
     void run(T* out, float* S, int64_t row, int64_t head) {
         const int64_t shared = head * shape.H / shape.Hv;
@@ -354,7 +365,8 @@ template <class T, bool DELTA> struct Step {
                 const Vec factor = Vec{} + (in.decay ? __builtin_expf(*g) : 1.f);
                 for (int64_t c = 0; c < wide_k; c += WIDTH) store(a + c, factor);
             }
-            const float beta = DELTA ? in.beta[row * shape.beta.row + t * shape.beta.token + head * shape.beta.head] : 1.f;
+            const float beta =
+                DELTA ? in.beta[row * shape.beta.row + t * shape.beta.token + head * shape.beta.head] : 1.f;
             Vec products = {};
             for (int64_t c = 0; c < wide_k; c += WIDTH) products += load(q + c) * load(k + c);
             token(S, sum(products), beta);
@@ -365,12 +377,15 @@ template <class T, bool DELTA> struct Step {
     void token(float* S, float kq, float beta) {
         const int64_t stride = shape.state.k;
         if (shape.state.v != 1) {
-            for (int64_t j = 0; j < shape.V; j++) step_column<DELTA>(S + j * shape.state.v, a, k, q, kq, beta, v[j], o + j, shape.K);
+            for (int64_t j = 0; j < shape.V; j++)
+                step_column<DELTA>(S + j * shape.state.v, a, k, q, kq, beta, v[j], o + j, shape.K);
             return;
         }
         int64_t j = 0;
-        for (; j + 4 * WIDTH <= shape.V; j += 4 * WIDTH) step_columns<4, DELTA>(S + j, stride, a, k, q, kq, beta, v + j, o + j, shape.K);
-        for (; j + WIDTH <= shape.V; j += WIDTH) step_columns<1, DELTA>(S + j, stride, a, k, q, kq, beta, v + j, o + j, shape.K);
+        for (; j + 4 * WIDTH <= shape.V; j += 4 * WIDTH)
+            step_columns<4, DELTA>(S + j, stride, a, k, q, kq, beta, v + j, o + j, shape.K);
+        for (; j + WIDTH <= shape.V; j += WIDTH)
+            step_columns<1, DELTA>(S + j, stride, a, k, q, kq, beta, v + j, o + j, shape.K);
         for (; j < shape.V; j++) {
             float seen = 0, out = 0, u = v[j];
             for (int64_t c = 0; DELTA && c < shape.K; c++) seen += S[c * stride + j] * a[c] * k[c];

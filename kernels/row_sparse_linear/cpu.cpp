@@ -1,4 +1,5 @@
-// y = gate * (x @ weight.T + bias) for the outputs whose gate passes the threshold in some row; the other rows of weight are not read.
+// y = gate * (x @ weight.T + bias) for the outputs whose gate passes the threshold in some row; the other rows of
+// weight are not read.
 #include "../active.h"
 #include "../rows.h"
 

@@ -16,7 +16,8 @@ struct TransposeArguments {
 template <typename T>
 void transpose(const TransposeArguments& in) {
     const int64_t R = in.R, C = in.C, down = (R + TILE - 1) / TILE;
-    parallel(in.count * down, 1, threads_for(in.count * R * C * sizeof(T), in.threads), [&](int64_t begin, int64_t end) {
+    parallel(in.count * down, 1, threads_for(in.count * R * C * sizeof(T), in.threads),
+             [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             const T* x = (const T*)in.x + i / down * R * C;
             T* y = (T*)in.y + i / down * R * C;

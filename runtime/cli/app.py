@@ -25,11 +25,24 @@ class _Commands(TyperGroup):
         except BrokenPipeError:
             raise
         except (HastenError, ValueError, OSError) as error:
-            typer.echo(f"hasten: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"hasten: {' '.join(_message(error).split())}", err=True)
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+def _message(error: Exception) -> str:
+    """What went wrong; of the system's own errors without their number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 def main() -> None:
@@ -52,7 +65,7 @@ def root(
     """Makes generative models run faster, and measures what that costs."""
 
 
-@app.command()
+@app.command(short_help="Shows what hasten does on embedded models.")
 def demo(
     topic: Annotated[
         Literal["sparsity", "guidance", "constrained"],
@@ -80,10 +93,12 @@ def demo(
         {"sparsity": demo, "guidance": demo_guidance}[topic].run(plot, json, quick)
 
 
-@app.command()
+@app.command(short_help="Makes a model faster, measures what that brings and costs, and saves it.")
 @takes_plan
 def accelerate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face id or folder, or stdlib-llama (embedded).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face id or folder, or stdlib-llama (embedded).")
+    ],
     plan: list,
     calibration: Calibration = None,
     heldout: Annotated[
@@ -108,13 +123,19 @@ def accelerate(
     accelerate.run(model, plan, calibration, heldout, out, strict, speed, drift, dtype, json)
 
 
-@app.command()
+@app.command(short_help="Continues a prompt, with techniques and constraints.")
 @takes_plan
 def generate(
     model: Annotated[
-        str, typer.Argument(help="A Hugging Face id or folder, a folder of hasten.save, or stdlib-llama (embedded).")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A Hugging Face id or folder, a folder of hasten.save, or stdlib-llama (embedded)."
+        ),
     ],
-    prompt: Annotated[str, typer.Argument(help="Given to the model as it is, or with --chat as a user's message.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="PROMPT", help="Given to the model as it is, or with --chat as a user's message."),
+    ],
     plan: list,
     calibration: Calibration = None,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT goes through the model's chat template.")] = False,
@@ -153,7 +174,7 @@ def generate(
         )
 
 
-@app.command()
+@app.command(short_help="Times kernels and decode; tries every technique on every type of model.")
 def bench(
     cases: Annotated[
         list[str] | None, typer.Argument(metavar="[CASE]...", help="Parts or patterns of names; see --list.")
@@ -171,7 +192,7 @@ def bench(
     bench.run(cases or [], json, list_cases, threads)
 
 
-@app.command()
+@app.command(short_help="Shows what is installed, and why a backend does not work.")
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
     """Shows what is installed, which backends work, and why one does not. Exit status 1 if something is broken."""
     from hasten.cli import doctor

@@ -15,7 +15,7 @@ import hasten
 from hasten.acceleration.install import installed_on
 from hasten.acceleration.techniques import Technique
 from hasten.cli import loading, tables
-from hasten.generation.prompts import Prompt, tokenize_prompts
+from hasten.generation.prompts import Prompt, check_lengths, tokenize_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +125,10 @@ def continue_prompt(
     `shown` streams them to stdout.
 
     Raises:
-        ValueError: a prompt without tokens.
+        ValueError: a prompt without tokens, or too long for the model.
     """
     (tokens,), _ = tokenize_prompts(prompt, tokenizer)
-    if not tokens:
-        raise ValueError("the prompt is empty")
+    check_lengths(model, [tokens], max_new_tokens)
     ids = torch.tensor([tokens], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     clock = _Clock(tokenizer, prompt, shown)

@@ -56,7 +56,7 @@ def plan_of(chosen: dict[Row, float | bool | None], allocation: str = "uniform")
     """The techniques whose options are given: neither None nor False.
 
     Raises:
-        ValueError: a sparsity outside [0, 1), an allocation that nothing takes.
+        ValueError: a sparsity outside [0, 1), an allocation that nothing takes; the message names the option.
     """
     plan, taken = [], False
     for row, value in chosen.items():
@@ -64,7 +64,10 @@ def plan_of(chosen: dict[Row, float | bool | None], allocation: str = "uniform")
             continue
         fields = {name: given for name, given in (("sparsity", value), ("allocation", allocation)) if name in row.takes}
         taken |= "allocation" in fields
-        plan.append(getattr(hasten, row.technique)(**fields))
+        try:
+            plan.append(getattr(hasten, row.technique)(**fields))
+        except ValueError as error:
+            raise ValueError(f"{row.option}: {error}") from error
     if allocation != "uniform" and not taken:
         raise ValueError(f"--allocation is for {options('allocation')}: give one of them")
     return plan

@@ -1,4 +1,5 @@
-"""The particles of constrained generation over a table of logits: no transformers, and the law of every text is known."""
+"""The particles of constrained generation over a table of logits: no transformers, and the law of every text is
+known."""
 
 import itertools
 import math
@@ -17,7 +18,8 @@ LONGEST = 4
 
 
 class Table:
-    """A decoder whose next token depends on the last two: logits [V, V, W] in float64, W above V as in a padded model."""
+    """A decoder whose next token depends on the last two: logits [V, V, W] in float64, W above V as in a padded
+    model."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(5)
@@ -83,7 +85,8 @@ def assert_mean_is(expected, estimates):
 @pytest.mark.parametrize("method", ["awrs", "mask", "reject"])
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_the_weights_are_unbiased(name, method):
-    """exp(log Z) in the mean is the mass of the valid texts, and so is the weight of those with the "a" at each place."""
+    """exp(log Z) in the mean is the mass of the valid texts, and so is the weight of those with the "a" at each
+    place."""
     texts, table = run(
         [[0, 1]] * 500, constraint=CONSTRAINTS[name], method=method, particles=8, ess_threshold=0.9, seed=1
     )

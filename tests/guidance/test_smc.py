@@ -36,7 +36,8 @@ def number(text):
 
 
 def toy(looks_ahead):
-    """With `looks_ahead` the check refuses exactly the prefixes of no wanted text, else it knows complete texts alone."""
+    """With `looks_ahead` the check refuses exactly the prefixes of no wanted text, else it knows complete texts
+    alone."""
     generator = torch.Generator().manual_seed(11)
     texts = [text for length in range(LENGTH + 1) for text in itertools.product(range(LETTERS), repeat=length)]
     p = -torch.rand(4 ** (LENGTH + 1), LETTERS + 1, dtype=torch.float64, generator=generator).log()

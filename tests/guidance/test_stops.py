@@ -49,7 +49,8 @@ def test_whether_a_whole_text_satisfies_a_constraint(constraint, good, bad):
     "constraint", [Regex("[ab]b"), Predicate(lambda text: text in ("", "a", "ab"))], ids=["regex", "predicate"]
 )
 def test_a_constraint_begins_after_its_marker(constraint):
-    """Before it anything may come but EOS, tokens that are no text too; after it the states are the constraint's own."""
+    """Before it anything may come but EOS, tokens that are no text too; after it the states are the constraint's
+    own."""
     bound = After(constraint.bind(VOCABULARY), "12a")
     state = bound.start()
     for token in (walks.SPECIAL, ord("1"), walks.LONGER.index("12") + 259, ord("a")):

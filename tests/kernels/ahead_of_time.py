@@ -1,4 +1,5 @@
-"""Triton's kernels compiled ahead of time, which needs no GPU: for which targets, and what the result says of registers, spills and shared memory."""
+"""Triton's kernels compiled ahead of time, which needs no GPU: for which targets, and what the result says of
+registers, spills and shared memory."""
 
 import re
 import subprocess

@@ -1,4 +1,5 @@
-"""What the tests of kernels share: how close is close, outputs full of NaN before a call, and where Triton's kernels run."""
+"""What the tests of kernels share: how close is close, outputs full of NaN before a call, and where Triton's kernels
+run."""
 
 import os
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU, not the interpreter")
-TRITON_RUNS = [  # the pytestmark of a module that runs Triton's kernels, on a GPU or in a process of test_triton_interpreted.py
+# The pytestmark of a module that runs Triton's kernels, on a GPU or in a process of test_triton_interpreted.py.
+TRITON_RUNS = [
     pytest.mark.gpu,
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU"),
 ]
@@ -23,7 +25,8 @@ def short(value) -> str:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
-    """Compares with the definition in float64, by the norm of the difference; the tolerance is that of the result's dtype."""
+    """Compares with the definition in float64, by the norm of the difference; the tolerance is that of the result's
+    dtype."""
     assert found.shape == expected.shape
     error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
     assert error <= (tolerance or TOLERANCES[found.dtype]), (

@@ -1,4 +1,5 @@
-"""Bidirectional linear attention: three forms of one map, against the formula written out in loops; its laws and errors."""
+"""Bidirectional linear attention: three forms of one map, against the formula written out in loops; its laws and
+errors."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""One error for one kind of mistake, in every operator: wrong kinds and dtypes, devices and shapes, and inputs that require grad."""
+"""One error for one kind of mistake, in every operator: wrong kinds and dtypes, devices and shapes, and inputs that
+require grad."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Feature maps, normalisers and decays of linear attention: identities against independent one-liners in float64, ranges, edges, errors."""
+"""Feature maps, normalisers and decays of linear attention: identities against independent one-liners in float64,
+ranges, edges, errors."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""The Triton kernels of causal_conv1d, run: on a GPU (`pytest -m gpu`), or by Triton's interpreter (test_triton_interpreted.py).
+"""The Triton kernels of causal_conv1d, run: on a GPU (`pytest -m gpu`), or by Triton's interpreter
+(test_triton_interpreted.py).
 
 Every launcher against the reference in float64, outputs poisoned by NaN before the call; then the laws.
 """

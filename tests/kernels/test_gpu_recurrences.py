@@ -1,4 +1,5 @@
-"""The Triton kernels of the recurrences, run: on a GPU (`pytest -m gpu`), or by Triton's interpreter (test_triton_interpreted.py).
+"""The Triton kernels of the recurrences, run: on a GPU (`pytest -m gpu`), or by Triton's interpreter
+(test_triton_interpreted.py).
 
 Against the definitions in float64, outputs poisoned by NaN before the call; then the laws.
 """

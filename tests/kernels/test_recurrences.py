@@ -1,4 +1,5 @@
-"""linear_attention and delta_rule on CPUs: every form and instruction set against the float64 definition, laws, errors, torch.compile."""
+"""linear_attention and delta_rule on CPUs: every form and instruction set against the float64 definition, laws, errors,
+torch.compile."""
 
 import pytest
 import torch

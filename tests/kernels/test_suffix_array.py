@@ -1,4 +1,5 @@
-"""Suffix arrays against sorted suffixes: random and periodic texts, every length from nothing on, every instruction set."""
+"""Suffix arrays against sorted suffixes: random and periodic texts, every length from nothing on, every instruction
+set."""
 
 import pytest
 import torch

@@ -11,7 +11,8 @@ FLAGS = {"HAS_BIAS": True, "USE_SILU": True}
 
 
 def cases():
-    """(kernel, constexprs, the strides that are 1): both layouts, each flag and width; a flag that is off only takes away."""
+    """(kernel, constexprs, the strides that are 1): both layouts, each flag and width; a flag that is off only takes
+    away."""
     plain = {"W": 4, **FLAGS, "HAS_INITIAL": False, "IS_PACKED": False}
     for channels_last, tile in conv.TILES.items():
         ones = ("s_xd", "s_yd") if channels_last else ("s_xt", "s_yt")

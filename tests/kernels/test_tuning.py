@@ -1,4 +1,5 @@
-"""What is measured once is remembered: per machine, threads and build; whatever is wrong with the file, it is measured again."""
+"""What is measured once is remembered: per machine, threads and build; whatever is wrong with the file, it is measured
+again."""
 
 import json
 import os

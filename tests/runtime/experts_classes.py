@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 
 EXPERTS, HIDDEN, INTERMEDIATE = 5, 24, 16
-# What the constructors read from a config, by name. EXPERTS is odd and the sizes differ, so that no two can be confused.
+# What the constructors read from a config, by name. EXPERTS is odd and the sizes differ, so that no two can be
+# confused.
 CONFIG = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
     **dict.fromkeys(("hidden_size", "moe_hidden_size", "d_model"), HIDDEN),
@@ -39,7 +40,8 @@ ARGUMENTS |= {"num_experts": EXPERTS, "input_size": HIDDEN, "output_size": INTER
 
 @cache
 def names() -> dict[str, str]:
-    """The module of each class by its name: those called ...Experts... in transformers' modeling files. Imports none."""
+    """The module of each class by its name: those called ...Experts... in transformers' modeling files. Imports
+    none."""
     found = {}
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         for name in re.findall(r"^class (\w*Experts\w*)\(nn\.Module\w*\)", file.read_text(), re.MULTILINE):

@@ -111,7 +111,8 @@ CONFIGS = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-    """A model of `CONFIGS` with weights large enough that its predictions are not flat, and decays as trained models have them."""
+    """A model of `CONFIGS` with weights large enough that its predictions are not flat, and decays as trained models
+    have them."""
     torch.manual_seed(seed)
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]())
     with torch.no_grad():

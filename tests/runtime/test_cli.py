@@ -53,7 +53,6 @@ def test_generate_streams_to_stdout_and_tells_the_speed_on_stderr(embedded):
         ("--wina", "0.5"),
         ("--teal", "0.4", "--dense"),
         ("--cats", "0.5"),
-        ("--wina", "0.3", "--allocation", "greedy"),
     ],
     ids=" ".join,
 )
@@ -66,7 +65,8 @@ def test_generate_with_techniques(options, tmp_path):
     assert len(record["plan"]) == sum(option in ("--dense", "--wina", "--teal", "--cats") for option in options)
 
 
-def test_generate_says_what_it_calibrates_on():
+def test_generate_says_what_it_calibrates_on(monkeypatch):
+    monkeypatch.setattr(loading, "CALIBRATION_CHARACTERS", 2_000)
     assert "calibrating on Python sources" in run(*GENERATE, "--wina", "0").stderr
 
 
@@ -100,7 +100,8 @@ def test_generate_from_a_folder_that_was_saved(embedded, tmp_path):
         (("--allocation", "greedy", "--cats", "0.5"), "--wina or --teal"),
         (("--temperature", "-1"), "temperature must be 0 or more, got -1.0"),
         (("--temperature", "nan"), "temperature must be 0 or more, got nan"),
-        (("--wina", "0.5", "--calibration", "nowhere.txt"), "nowhere.txt"),
+        (("--wina", "0.5", "--calibration", "nowhere.txt"), "there is no file nowhere.txt"),
+        (("--max-new-tokens", "600"), "more than the model's context of 512: max_new_tokens can be 506 at most"),
         (("--calibration", "nowhere.txt"), "--calibration is for --wina, --teal or --cats"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -157,8 +158,10 @@ def test_generate_refuses_to_calibrate_on_nothing(content, tmp_path):
     refused(*GENERATE, "--wina", "0.5", "--calibration", file)
 
 
-def test_generate_refuses_two_techniques_for_one_projection():
-    assert "would both change" in run(*GENERATE, "--wina", "0.5", "--teal", "0.5", status=1).stderr
+def test_generate_refuses_two_techniques_for_one_projection(tmp_path):
+    (tmp_path / "calibration.txt").write_text("def read(path):\n" * 8)
+    both = ("--wina", "0.5", "--teal", "0.5", "--calibration", tmp_path / "calibration.txt")
+    assert "would both change" in refused(*GENERATE, *both)
 
 
 def test_generate_refuses_models_that_are_not_there(tmp_path):

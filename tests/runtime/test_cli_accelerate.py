@@ -1,6 +1,8 @@
 """`hasten accelerate`: a plan from options, its report, and the folder that it saves; and the options of techniques."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -66,6 +68,14 @@ def test_several_options_make_one_plan(folders):
     assert all(entry["drift"] is None and entry["timings"] == [] for entry in record["techniques"])
 
 
+def test_greedy_allocation(folders):
+    arguments = ("--wina", 0.3, "--allocation", "greedy", "--calibration", folders / "calibration.txt")
+    record = json.loads(run("accelerate", folders / "llama", *arguments, *QUICK, "--json").stdout)
+    (wina, _) = record["techniques"]
+    assert wina["configuration"] == {"sparsity": 0.3, "allocation": "greedy"}
+    assert len({setting["sparsity"] for setting in wina["settings"].values()}) > 1
+
+
 def test_speed_is_measured_unless_one_says_no(folders):
     arguments = ("accelerate", folders / "llama", "--dense", "--dtype", "float32")
     assert "decode, after 128 tokens: " in run(*arguments).stdout
@@ -83,10 +93,12 @@ def test_a_model_that_cannot_be_changed_is_one_line(folders):
         ((), "choose what to do: --fast-linear-attention, --wina, --teal, --cats or --dense"),
         (("--dense", "--allocation", "greedy"), "--allocation is for --wina or --teal: give one of them"),
         (("--dense", "--calibration", "x.txt"), "--calibration is for --wina, --teal or --cats: give one of them"),
-        (("--wina", "1"), "sparsity must be in [0, 1), got 1.0"),
+        (("--wina", "2"), "--wina: sparsity must be in [0, 1), got 2.0"),
         (("--wina", "0.5", "--no-drift", "--heldout", "x.txt"), "--heldout is what drift is measured on"),
-        (("--wina", "0.5", "--calibration", "nowhere.txt"), "nowhere.txt"),
-        (("--dense", "--heldout", "nowhere.txt"), "nowhere.txt"),
+        (("--wina", "0.5", "--calibration", "nowhere.txt"), "there is no file nowhere.txt"),
+        (("--wina", "0.5", "--calibration", "."), ". is a folder, a file is needed"),
+        (("--wina", "0.5", "--calibration", os.devnull), "/dev/null is empty: give a few thousand tokens"),
+        (("--dense", "--heldout", "nowhere.txt"), "there is no file nowhere.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -100,6 +112,45 @@ def test_a_folder_that_cannot_be_made_is_refused_first(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert "is no folder" in refused("accelerate", "stdlib-llama", "--dense", "--out", out)
+
+
+def test_a_folder_of_another_model_is_left_alone_and_one_of_ours_is_written_anew(folders, tmp_path):
+    before = {path.name: path.read_bytes() for path in (folders / "mamba2").iterdir()}
+    arguments = ("accelerate", folders / "llama", "--dense", *QUICK, "--out")
+    assert "holds a model that hasten.save did not write" in refused(*arguments, folders / "mamba2")
+    assert before == {path.name: path.read_bytes() for path in (folders / "mamba2").iterdir()}
+    run(*arguments, tmp_path)
+    run("accelerate", folders / "mamba2", "--fast-linear-attention", *QUICK, "--out", tmp_path)
+    model, _ = loading.load(str(tmp_path), [], "auto")
+    assert installed_on(model).plan == (hasten.FastLinearAttention(),)
+
+
+def copied(folder, to, **changes):
+    """A copy of a model's folder with another configuration."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text()) | changes
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_that_names_it(folders, tmp_path):
+    dense = ("--dense", *QUICK)
+    assert (
+        refused("accelerate", "", *dense) == "hasten: MODEL is empty: give a Hugging Face id, a folder, or stdlib-llama"
+    )
+    assert "draws digits and writes no text" in refused("accelerate", "digit-diffusion", *dense)
+    assert f"there is no folder {tmp_path}/nowhere" in refused("accelerate", tmp_path / "nowhere", *dense)
+    assert f"there is no model in the folder {tmp_path}" in refused("accelerate", tmp_path, *dense)
+    wider = copied(folders / "llama", tmp_path / "wider", intermediate_size=112)
+    assert "is saved as [64, 96], its config.json asks for [64, 112]" in refused("accelerate", wider, *dense)
+    deeper = copied(folders / "llama", tmp_path / "deeper", num_hidden_layers=3)
+    assert f"{deeper} lacks the weight model.layers.2." in refused("accelerate", deeper, *dense)
+    other = copied(folders / "llama", tmp_path / "other", model_type="t5")
+    assert f"{other} is no causal language model, its type is t5" in refused("accelerate", other, *dense)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        damaged = copied(folders / "llama", tmp_path / f"damaged {name}")
+        (damaged / name).write_bytes((damaged / name).read_bytes()[:100])
+        assert f"{damaged} cannot be loaded: " in refused("accelerate", damaged, *dense)
 
 
 @pytest.mark.parametrize("row", techniques.TABLE, ids=lambda row: row.option)

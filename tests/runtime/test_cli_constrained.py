@@ -3,21 +3,15 @@
 import json
 import re
 
+import command_line
 import jsonschema
 import pytest
-from typer.testing import CliRunner
 
-from hasten.cli import app, demo_constrained
-
-GENERATE = ("generate", "stdlib-llama", "x = ")
+from hasten.cli import demo_constrained
 
 
-def run(*arguments, status=0, command=GENERATE):
-    result = CliRunner().invoke(app, [*command, *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
+def run(*arguments, status=0):
+    return command_line.run("generate", "stdlib-llama", "x = ", *arguments, status=status)
 
 
 @pytest.mark.parametrize("particles", [1, 3])
@@ -62,7 +56,7 @@ def test_a_file_that_is_no_text(tmp_path):
     [
         (("--regex", "[0-9]{40}", "--max-new-tokens", 3), "dead end at token 3, after '[0-9]+': max_new_tokens=3 is"),
         (("--regex", "("), "regex '\\('"),
-        (("--grammar", "/no/such/file"), "No such file"),
+        (("--grammar", "/no/such/file"), "there is no file /no/such/file"),
         (("--particles", 2, "--temperature", 0), "temperature 0 takes one text"),
     ],
     ids=["dead-end", "pattern", "file", "temperature"],
@@ -74,11 +68,11 @@ def test_what_cannot_be_done_is_one_line_and_status_1(arguments, message):
 
 def test_the_demo_shows_weights_and_what_it_shows_is_true(tmp_path):
     file = tmp_path / "demo.json"
-    shown = run("--json", file, command=("demo", "constrained")).stdout
+    shown = command_line.run("demo", "constrained", "--json", file).stdout
     extracted, watched = json.loads(file.read_text())["examples"]
     assert demo_constrained.balanced(watched["text"]) and demo_constrained.balanced(watched["masked"])
     jsonschema.validate(json.loads(extracted["text"]), demo_constrained.SCHEMA)
     assert all(0 < each["mass_kept"] <= 1.5 and len(each["log_weights"]) == 8 for each in (extracted, watched))
     assert "mass kept" in shown and "checks per token" in shown and "log weights" in shown
-    (line,) = run("--quick", command=("demo", "constrained"), status=1).stderr.splitlines()
+    line = command_line.refused("demo", "constrained", "--quick")
     assert line == "hasten: --plot and --quick are for the demos of sparsity and guidance"

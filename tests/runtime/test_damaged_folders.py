@@ -32,7 +32,8 @@ def save(folder, name, seed=0):
 
 
 def what_it_is(model):
-    """All that can be told of a loaded model: what it computes in prefill and decode, its settings and configurations."""
+    """All that can be told of a loaded model: what it computes in prefill and decode, its settings and
+    configurations."""
     logits = Inference(model).decode(token_ids()[0, :10], 8)
     installed = model._hasten
     return logits, (installed.plan, installed.settings, model.config.to_dict(), model.generation_config.to_dict())

@@ -1,4 +1,5 @@
-"""The fused experts of every class in the installed transformers: a decode step over the picked ones is their forward."""
+"""The fused experts of every class in the installed transformers: a decode step over the picked ones is their
+forward."""
 
 import re
 

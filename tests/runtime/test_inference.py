@@ -1,4 +1,5 @@
-"""Any model is run on token ids or on what its processor returns, neither depending on what it remembers nor changing it."""
+"""Any model is run on token ids or on what its processor returns, neither depending on what it remembers nor changing
+it."""
 
 import pytest
 import torch

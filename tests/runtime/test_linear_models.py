@@ -1,4 +1,5 @@
-"""FastLinearAttention on tiny models of every family: the same predictions in every way of running them, and a model left as it was."""
+"""FastLinearAttention on tiny models of every family: the same predictions in every way of running them, and a model
+left as it was."""
 
 import copy
 import sys

@@ -1,4 +1,5 @@
-"""TransNormer: a plain float64 forward, the cache in every way of generating, and the names of the released checkpoint."""
+"""TransNormer: a plain float64 forward, the cache in every way of generating, and the names of the released
+checkpoint."""
 
 import json
 
@@ -23,7 +24,8 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 
-# Parameter names of OpenNLPLab's modeling_transnormer.py (TransNormerLLM-7B): norms have no weights, slopes are no buffers, theta only with LRPE.
+# Parameter names of OpenNLPLab's modeling_transnormer.py (TransNormerLLM-7B): norms have no weights, slopes are no
+# buffers, theta only with LRPE.
 NAMES = {
     "model.embed_tokens.weight",
     "model.layers.0.token_mixer.lrpe.theta",

@@ -60,7 +60,8 @@ def test_weights_that_are_read_past_their_module(forward, passed_by):
 
 
 def test_a_module_that_is_called_and_read_is_taken():
-    """What is read beside a call (a row of an embedding, tied to the head) is what the weight holds, whatever runs the call."""
+    """What is read beside a call (a row of an embedding, tied to the head) is what the weight holds, whatever runs the
+    call."""
     model = build("llama-tied")
     stock = type(model.model)
     reading = lambda self, *a, **k: (self.embed_tokens.weight[0].sum(), stock.forward(self, *a, **k))[1]  # noqa: E731

@@ -38,7 +38,8 @@ def tokenizer():
 
 
 def law_of_texts(model, prompt, longest, temperature=1.0):
-    """Probability of every text of at most `longest` letters, from the model's own forwards; the padding is left out."""
+    """Probability of every text of at most `longest` letters, from the model's own forwards; the padding is left
+    out."""
     law, ids = {}, [LETTERS.index(letter) for letter in prompt]
     front = {"": 1.0}
     for _ in range(longest):

@@ -3,12 +3,14 @@
 
 namespace {
 
-template <class T> int attend(T* o, const float* initial, float* final, const Shape& shape, const Inputs<T>& in, int threads) {
+template <class T>
+int attend(T* o, const float* initial, float* final, const Shape& shape, const Inputs<T>& in, int threads) {
     return run_chunks<Chunks<T, false>>(o, initial, final, shape, in, threads);
 }
 
 #if defined(__AVX512BF16__)
-template <> int attend(bf16* o, const float* initial, float* final, const Shape& shape, const Inputs<bf16>& in, int threads) {
+template <>
+int attend(bf16* o, const float* initial, float* final, const Shape& shape, const Inputs<bf16>& in, int threads) {
     if (shape.decay.component) return run_chunks<Chunks<bf16, false>>(o, initial, final, shape, in, threads);
     return run_chunks<Bf16Chunks>(o, initial, final, shape, in, threads);
 }
