@@ -40,6 +40,15 @@ def accelerate(model, plan, **settings):
     return hasten.accelerate(model, plan, **settings)
 
 
+def test_the_head_reads_the_last_row_without_its_neighbours_strides():
+    """With the strides of a slice, torch copies the whole weight of a head that does not require grad."""
+    model, strides = build("llama"), []
+    accelerate(model, hasten.Wina(0.5))
+    model.lm_head.register_forward_pre_hook(lambda module, arguments: strides.append(arguments[0].stride()))
+    model(token_ids(1, 9), logits_to_keep=1)
+    assert strides == [torch.empty(1, 1, model.config.hidden_size).stride()]
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "phi3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_revert_is_bit_exact(name, dtype, plan):
