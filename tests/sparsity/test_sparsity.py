@@ -12,7 +12,7 @@ from hasten.sparsity.union import largest_union
 from hasten.sparsity.wina import wina
 
 
-@pytest.mark.parametrize("shape", [(37, 11), (3, 37, 11)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 11), (3, 37, 11), (600, 5)], ids=str)
 def test_factors(shape):
     weight = torch.randn(shape, dtype=torch.bfloat16)
     expected = weight.double().pow(2).sum(-2).sqrt()
