@@ -445,6 +445,19 @@ def test_the_text_that_nothing_learns_from_is_held_out():
     assert reports[0].drift == reports[1].drift and reports[0].drift.tokens == 48
 
 
+def test_what_is_called_twice_stays_dense_and_is_named():
+    """Its inputs are of several kinds, which have no threshold in common."""
+    model = build("llama")
+    mlp = model.model.layers[1].mlp
+    stock = type(mlp)
+    mlp.__class__ = type("TwiceMLP", (stock,), {"forward": lambda self, x: stock.forward(self, stock.forward(self, x))})
+    report = accelerate(model, hasten.Wina(0.5))
+    twice = {f"model.layers.1.mlp.{role}_proj" for role in ("gate", "up", "down")}
+    assert len(report.techniques[0].edited) == 11 and not twice & set(report.techniques[0].edited)
+    skipped = {skip.name: skip.reason for skip in report.techniques[0].skipped}
+    assert skipped.keys() == twice and all("called 2 times" in reason for reason in skipped.values())
+
+
 def test_drift_can_be_left_out(monkeypatch):
     model = build("llama")
     monkeypatch.setattr(measure, "drift", lambda *_: 1 / 0)
