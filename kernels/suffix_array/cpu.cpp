@@ -2,7 +2,7 @@
 // smallest.
 #include "../simd.h"
 
-#include <stdlib.h>
+namespace {
 
 // Suffix i is S-type if it is smaller than suffix i + 1, else L-type; an S-type after an L-type is a leftmost S (LMS).
 class Types {
@@ -59,7 +59,7 @@ private:
 
 // From the LMS suffixes at the ends of their buckets, in order, and -1 elsewhere: all suffixes in order.
 template <typename Char>
-static void induce(const Char* text, int32_t* order, int64_t count, const Types& types, Buckets& buckets) {
+void induce(const Char* text, int32_t* order, int64_t count, const Types& types, Buckets& buckets) {
     int32_t* begin = buckets.begins();
     order[begin[text[count - 1]]++] = (int32_t)(count - 1);
     for (int64_t i = 0; i < count; i++) {
@@ -75,7 +75,7 @@ static void induce(const Char* text, int32_t* order, int64_t count, const Types&
 
 // Whether the texts from one LMS position to the next are equal.
 template <typename Char>
-static bool same_lms(const Char* text, int64_t count, const Types& types, int64_t a, int64_t b) {
+bool same_lms(const Char* text, int64_t count, const Types& types, int64_t a, int64_t b) {
     for (int64_t d = 0;; d++) {
         if (a + d == count || b + d == count || text[a + d] != text[b + d] || types.s(a + d) != types.s(b + d))
             return false;
@@ -85,7 +85,7 @@ static bool same_lms(const Char* text, int64_t count, const Types& types, int64_
 
 // text [count] with values below `characters` -> order [count]; false without memory
 template <typename Char>
-static bool sort_suffixes(const Char* text, int32_t* order, int64_t count, int64_t characters) {
+bool sort_suffixes(const Char* text, int32_t* order, int64_t count, int64_t characters) {
     if (count == 0) return true;
     const Types types(text, count);
     Buckets buckets(text, count, characters);
@@ -131,8 +131,6 @@ static bool sort_suffixes(const Char* text, int32_t* order, int64_t count, int64
     induce(text, order, count, types, buckets);
     return true;
 }
-
-namespace {
 
 // text [count] -> order [count]
 struct SuffixArrayArguments {

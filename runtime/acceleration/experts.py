@@ -141,11 +141,16 @@ def decode_experts(
 
 
 def expert_inputs(
-    module: nn.Module, layout: ExpertsLayout, hidden: torch.Tensor, top_k_index: torch.Tensor | None = None
+    module: nn.Module,
+    layout: ExpertsLayout,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor | None = None,
+    cutoffs: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Every picked expert with what each of its maps reads, by the map's name: [rows, K], a row for each pick.
+    """Every picked expert with what each of its maps reads, by the map's name: [rows, K], a row for each pick, with
+    zeros for the inputs that `cutoffs` skip.
 
-    Arguments as for `decode_experts`, of any number of tokens. For calibration.
+    Arguments as for `decode_experts`, of any number of tokens. For calibration, and to count what decode skips.
     """
     x = hidden.reshape(-1, layout.hidden)
     if layout.dispatch == "every":
@@ -153,16 +158,21 @@ def expert_inputs(
     else:
         x = x[:, None].expand(-1, top_k_index.shape[1], -1)
     for e in top_k_index[(top_k_index >= 0) & (top_k_index < layout.experts)].unique().tolist():
-        rows = x[top_k_index == e]
-        outputs = []
+        rows, read, outputs = x[top_k_index == e], {}, []
         for weight in layout.inputs:
-            bias = weight.bias_of(module)
-            matrix = weight.of(module, layout.experts)[e]
-            outputs.append(nn.functional.linear(rows.to(matrix.dtype), matrix, None if bias is None else bias[e]))
-        yield (
-            e,
-            dict.fromkeys((w.name for w in layout.inputs), rows) | {layout.down.name: _gated(module, layout, outputs)},
-        )
+            bias, matrix = weight.bias_of(module), weight.of(module, layout.experts)[e]
+            read[weight.name] = _kept(rows, weight, e, cutoffs)
+            bias = None if bias is None else bias[e]
+            outputs.append(nn.functional.linear(read[weight.name].to(matrix.dtype), matrix, bias))
+        read[layout.down.name] = _kept(_gated(module, layout, outputs), layout.down, e, cutoffs)
+        yield e, read
+
+
+def _kept(rows: torch.Tensor, weight: ExpertWeight, e: int, cutoffs: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    """The inputs [rows, K] of expert e without those that its cutoff skips: at or under it in every row."""
+    if cutoffs is None or weight.name not in cutoffs:
+        return rows
+    return rows * ~(rows.abs() <= cutoffs[weight.name][e]).all(0)
 
 
 def _picked(module, layout, x, ids, cutoffs):

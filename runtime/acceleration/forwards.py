@@ -17,7 +17,7 @@ from hasten.kernels.linear import linear
 
 
 class Forward:
-    """The forward of one module, by hasten's kernels.
+    """The forward of one module: `own` for the calls that hasten's kernels run, that of the module's class for others.
 
     Args:
         module: whose forward it is.
@@ -33,6 +33,17 @@ class Forward:
         self.module, self.name = module, name
 
     def __call__(self, *arguments, **keywords):
+        own = self.is_own(*arguments, **keywords)
+        if self.watch is not None:
+            self.watch.check(self.weights(), thorough=not own)
+        return (self.own if own else self.dense)(*arguments, **keywords)
+
+    def is_own(self, *arguments, **keywords) -> bool:
+        """Whether a call runs `own`."""
+        return True
+
+    def own(self, *arguments, **keywords):
+        """What a call computes by hasten's kernels."""
         raise NotImplementedError
 
     def dense(self, *arguments, **keywords):
@@ -47,16 +58,12 @@ class Forward:
         """What it holds beside the module's own weights."""
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
 
-    def is_own(self, *arguments, **keywords) -> bool:
-        """Whether a call runs hasten's kernels, and not the forward of the module's class."""
-        return True
-
     def beside_definition(self, *arguments, **keywords) -> tuple[Any, Any]:
-        """What a call writes, and what it writes by the kernels' definitions in plain torch: outputs first, in any
-        containers of tensors. The arguments are not changed."""
-        output = self(*arguments, **keywords)
+        """What a call of `own` writes, and what it writes by the kernels' definitions in plain torch: outputs first, in
+        any containers of tensors. The arguments are not changed."""
+        output = self.own(*arguments, **keywords)
         with backend.use("reference"):
-            return output, self(*arguments, **keywords)
+            return output, self.own(*arguments, **keywords)
 
     def active(self, *arguments, **keywords) -> tuple[int, int] | None:
         """How many inputs a call multiplies, and how many there are; None where a call skips nothing by design."""

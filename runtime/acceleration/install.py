@@ -173,6 +173,7 @@ def _installed(
     """Applies one technique after the other; each is given, with its edits, when the model runs with it. Whatever stops
     this, the caller too, restores the model."""
     model, installed = inference.model, Installed(plan)
+    edits_of: dict[str, list[Edit]] = {}
     try:
         apply_all(model, [Freeze()], installed.edits)
         for assignment, own in zip(assignments, settings, strict=True):
@@ -182,8 +183,9 @@ def _installed(
             installed.settings[type(technique).__name__] = own
             edited = list(dict.fromkeys(edit.part for edit in edits if edit.part))
             entry = TechniqueReport(technique, edited, own, technique.skips(anatomy, own), implied=assignment.implied)
+            edits_of[type(technique).__name__] = edits
             yield entry, edits
-        installed.self_check = self_check(inference, installed.edits)
+        installed.self_check = self_check(inference, edits_of)
     except BaseException:
         undo_all(model, installed.edits)
         raise

@@ -123,18 +123,24 @@ def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float
         context = max(min(regime.context, longest - regime.tokens - spare), 1 if regime.context else 0)
         tokens = min(regime.tokens, longest - context)
         with undisturbed(inference.model):
-            found[regime] = _seconds_of(inference, tokens, context, regime.batch)
+            found[regime] = _seconds_of(inference, tokens, context, regime.batch, longest)
     return found
 
 
-def _seconds_of(inference: Inference, tokens: int, context: int, batch: int) -> float:
-    device = device_of(inference.model)
+def _seconds_of(inference: Inference, tokens: int, context: int, batch: int, longest: int) -> float:
+    device, reading = device_of(inference.model), None
     prompt = inference.prompt(context or tokens, batch)
     if not context:
         return settled(lambda: seconds(lambda: inference.prefill(prompt, last=True), device), most=5)
-    _, reading = inference.prefill(prompt, last=True)
-    ids = inference.random_ids(tokens, len(reading.ids), seed=1)
-    return settled(lambda: seconds(lambda: inference.step(reading, ids), device), MOST if tokens == 1 else 1)
+
+    def step() -> float:
+        nonlocal reading
+        if reading is None or reading.ids.shape[1] + tokens > longest:
+            _, reading = inference.prefill(prompt, last=True)
+        ids = inference.random_ids(tokens, len(reading.ids), seed=1)
+        return seconds(lambda: inference.step(reading, ids), device)
+
+    return settled(step, MOST if tokens == 1 else 1)
 
 
 def settled(once: Callable[[], float], most: int) -> float:

@@ -7,6 +7,7 @@ from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.inference import Inference, Inputs, undisturbed
 from hasten.acceleration.uses import watched
 from hasten.errors import StateError, UnsupportedModelError
+from hasten.model_facts import longest_input
 
 EXAMINED_TOKENS = 2
 
@@ -47,7 +48,8 @@ def examine(inference: Inference, inputs: Inputs | None = None) -> Anatomy:
     model = inference.model
     if inputs is None:
         inputs = torch.zeros(1, EXAMINED_TOKENS, dtype=torch.int64)
-    inputs = inference.cut(inputs, max(EXAMINED_TOKENS, inference.shortest_prefix(inputs)))
+    tokens = min(EXAMINED_TOKENS, longest_input(model) - 1)
+    inputs = inference.cut(inputs, max(tokens, inference.shortest_prefix(inputs)))
     with watched(model, inference.target) as found, undisturbed(model):
         _, reading = inference.prefill(inputs)
         inference.step(reading, reading.ids[:, -1:])

@@ -2,12 +2,13 @@
 its definition."""
 
 import contextlib
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from hasten.acceleration.edits import Edit
+from hasten.acceleration.edits import Edit, Verification
 from hasten.acceleration.inference import Inference, undisturbed
-from hasten.errors import HastenError
+from hasten.errors import HastenError, UnsupportedModelError
 from hasten.model_facts import device_of, longest_input
 
 # Relative distance of a module's output by kernel from its output by definition, on the same input.
@@ -16,36 +17,45 @@ TOKENS = 17
 
 
 @torch.no_grad()
-def self_check(inference: Inference, edits: list[Edit]) -> float:
-    """Runs the model with every edit verifying itself.
+def self_check(inference: Inference, techniques: Mapping[str, Sequence[Edit]]) -> float:
+    """Runs the model with every edit of every technique, by the technique's name, verifying itself.
 
     Returns:
         the largest relative distance of an output from its definition.
 
     Raises:
         HastenError: it is over LIMIT, so that a kernel is wrong on this machine; or the definition overflows.
+        UnsupportedModelError: nothing that a technique installed was run, neither in the prefill nor in the step.
     """
     model = inference.model
     prompt = inference.prompt(max(1, min(TOKENS, longest_input(model) - 1)))
     with contextlib.ExitStack() as stack:
-        seen = [stack.enter_context(edit.verify(model)) for edit in edits]
+        seen = {name: [stack.enter_context(edit.verify(model)) for edit in edits] for name, edits in techniques.items()}
         stack.enter_context(torch.autocast(device_of(model).type, enabled=False))
         stack.enter_context(undisturbed(model))
         _, reading = inference.prefill(prompt)
         inference.step(reading, reading.ids[:, -1:])
     worst = 0.0
-    for verification in seen:
-        if verification is None or not verification.calls:
-            continue
-        if not verification.finite:
-            raise HastenError(
-                f"self-check: {verification.name} overflows in {verification.dtype} by its definition too; "
-                "the model was left as it was"
+    for name, verifications in seen.items():
+        verifications = [verification for verification in verifications if verification is not None]
+        if verifications and not any(verification.calls for verification in verifications):
+            reason = f"{name} would change nothing: no decode step runs what it installs" + (
+                "" if inference.has_cache else ", since a model without a cache reads its whole text in every step"
             )
-        if not verification.distance <= LIMIT[verification.dtype]:
-            raise HastenError(
-                f"self-check: {verification.name} differs from its definition by {verification.distance:.2g} "
-                "(relative); the model was left as it was"
-            )
-        worst = max(worst, verification.distance)
+            raise UnsupportedModelError("", type(model).__qualname__, reason, f"leave {name} out of the plan")
+        worst = max([worst, *(_distance(verification) for verification in verifications if verification.calls)])
     return worst
+
+
+def _distance(verification: Verification) -> float:
+    if not verification.finite:
+        raise HastenError(
+            f"self-check: {verification.name} overflows in {verification.dtype} by its definition too; "
+            "the model was left as it was"
+        )
+    if not verification.distance <= LIMIT[verification.dtype]:
+        raise HastenError(
+            f"self-check: {verification.name} differs from its definition by {verification.distance:.2g} "
+            "(relative); the model was left as it was"
+        )
+    return verification.distance

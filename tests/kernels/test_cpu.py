@@ -41,7 +41,20 @@ def structs() -> dict[str, list[str]]:
     return found
 
 
+def visible_to_the_linker(source: str) -> str:
+    """What a source defines outside of anonymous namespaces and exported functions."""
+    source = re.sub(r"//.*|^#(?:.*\\\n)*.*$|^HASTEN_SUPPORTED\(.*\)$", "", source, flags=re.MULTILINE)
+    while block := re.search(r"(namespace|HASTEN_EXPORT\(\w+, \w+\)\(const \w+& in\)) (?=\{)", source):
+        end, depth = block.end(), 0
+        while end == block.end() or depth:
+            depth += {"{": 1, "}": -1}.get(source[end], 0)
+            end += 1
+        source = source[: block.start()] + source[end:]
+    return source.strip()
+
+
 FUNCTIONS, STRUCTS = functions(), structs()
+SOURCES = sorted([*FOLDER.rglob("*.h"), *FOLDER.rglob("*.cpp")])
 TWINS = {function.arguments.__name__: function.arguments for function in FUNCTIONS.values()}
 
 
@@ -60,6 +73,18 @@ def exported() -> set[str]:
 
 def test_every_exported_function_is_declared_with_its_struct():
     assert exported() == {(name, function.arguments.__name__) for name, function in FUNCTIONS.items()}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(FOLDER).as_posix())
+def test_instruction_sets_share_nothing_but_what_is_exported(path):
+    """Of an inline function that several objects define the linker keeps one, of whichever instruction set."""
+    assert visible_to_the_linker(path.read_text()) == ""
+
+
+def test_what_the_linker_would_merge_is_seen():
+    merged = "struct A { int f() { return 1; } };"
+    source = f"#define X(a) \\\n    a\nnamespace {{\nint g() {{ return 0; }}\n}}  // namespace\n{merged}"
+    assert visible_to_the_linker(source) == merged
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -15,6 +15,7 @@ from hasten.acceleration import measure
 from hasten.acceleration.forwards import decode_rows
 from hasten.acceleration.inference import Inference
 from hasten.acceleration.techniques.base import DECODE
+from hasten.bench.runtime import tiny_inputs, tiny_zoo
 from hasten.sparsity.union import largest_union
 
 PLANS = {
@@ -316,10 +317,28 @@ def test_short_texts_are_used_whole():
     assert statistics.tokens == 900
 
 
-def test_models_of_few_positions():
-    model = build("opt-short")
+@pytest.mark.parametrize("positions", [2, 4, 24, 64])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_models_of_few_positions(name, positions):
+    config = build(name).config
+    config.max_position_embeddings = positions
+    model = type(build(name))(config).eval()
     report = hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(2, 100))
     assert report.drift.tokens > 0 and report.speedup > 0
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@torch.no_grad()
+def test_what_a_model_has_read_before_changes_nothing(model_type):
+    found = []
+    for pictures in (0, 1, 2):
+        model = tiny_zoo.build("image-text", model_type)
+        if pictures:
+            model(**tiny_inputs.with_grid(model, rows=pictures))
+        text = token_ids(2, 40)
+        report = hasten.accelerate(model, hasten.Wina(0.5), calibration=text, heldout=text, measure_speed=False)
+        found.append((report.drift, report.self_check, report.techniques[0].settings))
+    assert found[0] == found[1] == found[2]
 
 
 def test_left_padded_batches_generate_as_the_dense_model_does():

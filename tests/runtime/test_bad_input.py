@@ -14,6 +14,8 @@ import hasten
 from hasten.acceleration import edits, measure
 from hasten.acceleration.inference import Inference
 from hasten.acceleration.techniques import input_sparsity
+from hasten.bench.runtime import tiny_zoo
+from hasten.errors import UnsupportedModelError
 
 QUICK = {"measure_speed": False, "measure_drift": False}
 
@@ -315,6 +317,17 @@ def test_shared_weights_are_refused(share):
         second.mlp.up_proj.weight = first.mlp.up_proj.weight
     with pytest.raises(hasten.UnsupportedModelError, match=r"layers\.1\.mlp.*shares its weight with .*layers\.0\.mlp"):
         hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids())
+
+
+@pytest.mark.parametrize("technique", [hasten.DenseDecode(always=True), hasten.Wina(0.5)])
+def test_a_model_without_a_cache_has_no_decode_step_to_change(technique):
+    model = tiny_zoo.build("causal", "cpmant")
+    before = snapshot(model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"CpmAnt.* would change nothing: .* without a cache reads its whole"
+    ):
+        hasten.accelerate(model, technique, calibration=token_ids(4, 40), **QUICK)
+    assert_unchanged(model, before)
 
 
 def test_pruned_weights_are_refused():

@@ -9,7 +9,9 @@ from experts_classes import CONFIG, EXPERTS, HIDDEN, INTERMEDIATE, build, names
 from torch import nn
 
 from hasten.acceleration import experts
+from hasten.acceleration.techniques.input_sparsity import SparseExperts
 from hasten.kernels import backend
+from hasten.sparsity.wina import wina
 
 # Fused, but of another form; why_not says so.
 REFUSED = {"InklingSharedExperts", "JetMoeParallelExperts"}
@@ -138,17 +140,44 @@ def test_experts_of_another_device_add_nothing(name):
     assert not result[2].any()
 
 
-def test_inputs_of_experts_are_what_their_maps_read():
+@pytest.mark.parametrize("skipping", [False, True], ids=["dense", "skipping"])
+def test_inputs_of_experts_are_what_their_maps_read(skipping):
+    """Of a cutoff, those that some token needs."""
     module = build("GptOssExperts")
     layout = experts.layout_of(module)
-    x, index, weights = call(module, layout, 20)
+    x, index, weights = call(module, layout, 8)
+    cutoffs = {w.name: torch.rand(EXPERTS, w.of(module, EXPERTS).shape[-1]) for w in layout.weights}
     out = torch.zeros_like(x)
-    for e, inputs in experts.expert_inputs(module, layout, x, index):
+    for e, inputs in experts.expert_inputs(module, layout, x, index, cutoffs if skipping else None):
         tokens, places = torch.where(index == e)
-        assert torch.equal(inputs["gate_up_proj"], x[tokens])
+        needed = (x[tokens].abs() > cutoffs["gate_up_proj"][e]).any(0)
+        assert torch.equal(inputs["gate_up_proj"], x[tokens] * needed if skipping else x[tokens])
         y = inputs["down_proj"] @ module.down_proj[e] + module.down_proj_bias[e]
         out.index_add_(0, tokens, y * weights[tokens, places, None])
-    assert_close(out, module(x, index, weights))
+    expected = experts.decode_experts(module, layout, x, index, weights, cutoffs if skipping else None)
+    assert_close(out, expected)
+    assert torch.allclose(expected, module(x, index, weights), rtol=1e-4, atol=1e-5) != skipping
+
+
+def test_active_inputs_are_counted_as_decode_skips_them():
+    """In float64: what down reads comes of the inputs that gate and up do not skip."""
+    module = build("MixtralExperts")
+    for parameter in module.parameters():
+        parameter.data = parameter.mT.contiguous().mT
+    forward = SparseExperts(module, "experts", wina, [0.5, 0.05])
+    x, index, weights = call(module, forward.layout, 1)
+    active = {"inputs": 0, "skipped": 0, "dense": 0}
+    for e in index[0]:
+        up, down = module.gate_up_proj[e].double(), module.down_proj[e].double()
+        kept = x[0].double() * (x[0].abs().double() * up.norm(dim=0) > 0.5)
+        for way, rows in {"skipped": kept, "dense": x[0].double()}.items():
+            gate, neurons = (up @ rows).chunk(2)
+            neurons = nn.functional.silu(gate) * neurons
+            active[way] += int((kept != 0).sum() + (neurons.abs() * down.norm(dim=0) > 0.05).sum())
+        active["inputs"] += HIDDEN + INTERMEDIATE
+    assert active["skipped"] != active["dense"]
+    assert forward.active(x, index, weights) == (active["skipped"], active["inputs"])
+    assert forward.active(*call(module, forward.layout, 2)) is None, "several tokens are exact"
 
 
 def test_more_dimensions_and_other_dtypes():

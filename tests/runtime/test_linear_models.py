@@ -2,6 +2,7 @@
 left as it was."""
 
 import copy
+import pickle
 import sys
 
 import linear_models
@@ -156,6 +157,21 @@ def test_a_copy_of_a_fast_model_is_fast_and_of_its_own():
     assert layer.forward.module is layer
     twin.backbone.layers[0].mixer.out_proj.weight.zero_()
     assert distance(logits(model, ids(), [112]), logits(twin, ids(), [112])) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pickled_model_runs_the_kernels(family, calls):
+    model, tokens = linear_models.build(family), ids(1, 20)
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    expected = logits(model, tokens, [18, 1, 1])
+    pickled = pickle.dumps(model)
+    hasten.revert(model)
+    calls.clear()
+    twin = pickle.loads(pickled)
+    assert torch.equal(logits(twin, tokens, [18, 1, 1]), expected)
+    assert len(calls) == 2, "the kernel of the prefill and that of a step"
+    hasten.revert(twin)
+    assert torch.equal(logits(twin, tokens, [18, 1, 1]), logits(model, tokens, [18, 1, 1]))
 
 
 def test_compiled_layers_call_the_kernels(calls):

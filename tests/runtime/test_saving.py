@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +13,7 @@ from damage import contents, reseal
 from tiny_models import GROUPED, build, token_ids
 
 import hasten
+from hasten.acceleration import checksums
 from hasten.acceleration.edits import ReplaceForward
 from hasten.acceleration.forwards import Forward
 from hasten.acceleration.inference import Inference
@@ -215,7 +217,7 @@ class Shifted(Forward):
         super().__init__(module, name)
         self.shift = shift
 
-    def __call__(self, x):
+    def own(self, x):
         return self.dense(x) + self.shift.to(x.dtype)
 
 
@@ -316,6 +318,20 @@ def test_a_folder_without_a_plan(tmp_path):
         hasten.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         hasten.load(tmp_path / "nowhere")
+
+
+def test_every_byte_of_a_file_counts(tmp_path, monkeypatch):
+    """The digest is that of the digests of pieces, of which large files have several."""
+    monkeypatch.setattr(checksums, "PIECE", 10)
+    data, path = bytes(range(35)), tmp_path / "data"
+    path.write_bytes(data)
+    pieces = b"".join(hashlib.sha256(data[at : at + 10]).digest() for at in (0, 10, 20, 30))
+    digests = {checksums.of_files([path])["data"]}
+    assert digests == {hashlib.sha256(pieces).hexdigest()}
+    for at in range(35):
+        path.write_bytes(data[:at] + b"x" + data[at + 1 :])
+        digests |= set(checksums.of_files([path]).values())
+    assert len(digests) == 36
 
 
 def edit_plan(folder, change):

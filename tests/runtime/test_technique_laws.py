@@ -1,5 +1,6 @@
 """The laws that hold for every technique. One of them exists only here: nothing in hasten knows of it."""
 
+import ast
 import copy
 import inspect
 import json
@@ -8,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import linear_models
@@ -38,9 +40,10 @@ class RoundingLinear(Forward):
         super().__init__(module, name)
         self.step = step
 
-    def __call__(self, x):
-        if not decode_rows(x):
-            return self.dense(x)
+    def is_own(self, x):
+        return decode_rows(x) > 0
+
+    def own(self, x):
         return linear((x / self.step).round() * self.step, self.module.weight, self.module.bias)
 
     def active(self, x):
@@ -136,6 +139,21 @@ def test_every_technique_is_here():
     known = {kind for kind in Technique.known.values() if kind.__module__.startswith("hasten.")}
     missing = {kind for kind in known if not inspect.isabstract(kind)} - {type(case.technique) for case in CASES}
     assert not missing
+
+
+def test_nothing_outside_knows_a_kind_of_technique():
+    """Neither a technique nor what one installs is named in the code that carries them out."""
+    folder = Path(inspect.getfile(install)).parent
+    own = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (folder / "techniques").glob("*.py")}
+    classes = {node.name for path in own for node in own[path].body if isinstance(node, ast.ClassDef)}
+    kinds = classes - {
+        node.name for node in own[folder / "techniques" / "base.py"].body if isinstance(node, ast.ClassDef)
+    }
+    assert kinds > {"Wina", "SparseLinear", "LinearAttentionLayer"}
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = {getattr(node, field, None) for field in ("id", "attr", "name")}
+            assert not named & kinds, f"{path} names {named & kinds}"
 
 
 @every_case

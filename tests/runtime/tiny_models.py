@@ -50,17 +50,6 @@ CONFIGS = {
 }
 CLASSES = {"llava": tf.LlavaForConditionalGeneration}
 WITHOUT_GATE = ("gpt_neox", "opt")
-SHORT = {
-    "opt-short": lambda: tf.OPTConfig(
-        hidden_size=64,
-        ffn_dim=176,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=300,
-        word_embed_proj_dim=64,
-        max_position_embeddings=64,
-    )
-}
 MIXTURES = {
     "mixtral": lambda: tf.MixtralConfig(**GROUPED, num_local_experts=2),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
@@ -68,9 +57,9 @@ MIXTURES = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-    """A model of `CONFIGS` (or `SHORT`, `MIXTURES`) with weights large enough that its predictions are not flat."""
+    """A model of `CONFIGS` (or `MIXTURES`) with weights large enough that its predictions are not flat."""
     torch.manual_seed(seed)
-    config = (CONFIGS | SHORT | MIXTURES)[name]()
+    config = (CONFIGS | MIXTURES)[name]()
     model = CLASSES[name](config) if name in CLASSES else tf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -1,7 +1,9 @@
+import itertools
+
 import pytest
 import torch
 
-from hasten.sparsity.allocation import HIGHEST, greedy
+from hasten.sparsity.allocation import HIGHEST, greedy, spread
 from hasten.sparsity.cats import cats
 from hasten.sparsity.histogram import ScoreHistogram
 from hasten.sparsity.teal import teal
@@ -29,6 +31,7 @@ def test_a_cutoff_decides_as_the_score_does(threshold):
     norms[::7] = 0
     x[::5] = 0
     assert torch.equal(x.abs() > cutoffs(threshold, norms), (x.abs() * norms > threshold) & (norms > 0))
+    assert cutoffs(threshold, norms)[::7].isposinf().all(), "not NaN, above which kernels take everything to be"
 
 
 @pytest.mark.parametrize(
@@ -56,10 +59,29 @@ def test_threshold_grows_with_sparsity_and_starts_at_nought():
     assert thresholds[0] == 0 and thresholds == sorted(thresholds)
 
 
+def test_a_threshold_lies_within_its_bin():
+    """Of scores that are spread evenly over an octave, the threshold is the very quantile."""
+    histogram = ScoreHistogram()
+    histogram.add(2.0 ** ((torch.arange(100_000) + 0.5) / 100_000))
+    for sparsity in (0.001, 0.1234, 0.5, 0.9, 0.9999):
+        assert histogram.threshold(sparsity) == pytest.approx(2.0**sparsity, rel=1e-4)
+
+
 def test_scores_beyond_the_range_are_counted():
     histogram = ScoreHistogram()
-    histogram.add(torch.tensor([1e-30, 0.0, 1.0, 1e9]))
-    assert (histogram.zeros, histogram.total) == (2, 4)
+    histogram.add(torch.tensor([1e-30, 0.0, 2.0**-40, 1.0, 1e9]))
+    assert (histogram.zeros, histogram.total) == (2, 5)
+
+
+def test_sparsity_is_spread_by_names_endings_and_patterns():
+    names = ["layers.0.up", "layers.0.group_up", "layers.1.up", "up"]
+    assert spread(0.5, names) == dict.fromkeys(names, 0.5)
+    assert spread({"up": 0.5}, names) == dict(zip(names, [0.5, 0.0, 0.5, 0.5], strict=True))
+    assert spread({"layers.*": 0.5, "layers.1.up": 0.2}, names) == dict(zip(names, [0.5, 0.5, 0.2, 0.0], strict=True))
+    assert spread({"layers.1.up": 0.2, "*up": 0.0}, names) == dict.fromkeys(names, 0.0), "the last match counts"
+    for pattern in ("p", "layers", "0.UP"):
+        with pytest.raises(ValueError, match=f"'{pattern}', which is no module .*nearest name is"):
+            spread({pattern: 0.5}, names)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -81,6 +103,8 @@ def test_greedy_spends_the_budget_where_it_costs_least():
         sparsity = greedy(sizes, error, target)
         assert sum(sizes[n] * s for n, s in sparsity.items()) / sum(sizes.values()) == pytest.approx(target)
         assert all(0 <= s <= HIGHEST + 1e-9 for s in sparsity.values())
+    budgets = sorted({0.0, *(sum(sizes[name] * s for name, s in trial.items()) for trial in tried)})
+    assert max(b - a for a, b in itertools.pairwise(budgets)) <= 0.05 * 520 / 3 + 1e-6, "a step is small"
     half = greedy(sizes, error, 0.5)
     assert half["q"] > half["up"] > half["k"]
     assert error(half) < error(dict.fromkeys(sizes, 0.5))

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -11,9 +10,8 @@ from torch import nn
 from hasten.acceleration.edits import ReplaceForward, StoreColumnMajor
 from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix, product
 from hasten.acceleration.parts import GatedMLP
-from hasten.acceleration.techniques.base import Settings, Technique
-from hasten.acceleration.techniques.dense_decode import DenseDecode
-from hasten.acceleration.techniques.input_sparsity import refused_methods, refusing_broken_inputs
+from hasten.acceleration.techniques.base import Settings
+from hasten.acceleration.techniques.sparse_decode import SparseDecode, refused_methods, refusing_broken_inputs
 from hasten.errors import SavedPlanError, UnsupportedModelError
 from hasten.kernels import backend
 from hasten.kernels.column_sparse_linear import column_sparse_linear
@@ -59,13 +57,9 @@ class CatsMLP(Forward):
     def is_own(self, x: torch.Tensor) -> bool:
         return 0 < decode_rows(x) <= MAX_BATCH
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        own = self.is_own(x)
-        self.watch.check(self.weights(), thorough=not own)
-        if not own:
-            return self.dense(x)
+    def own(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(matrix(self.linear("down")).dtype)
-        exact = decode_rows(x) > self.max_union
+        exact = len(x) > self.max_union
         return self.by_modules(x, exact) if self._has_hooks() else self.by_kernels(x, self.gate(x), exact)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,15 +91,13 @@ class CatsMLP(Forward):
         return self.linear("down")(gate * up if exact else gate * up * self._active(gate))
 
     def beside_definition(self, x):
-        if not 0 < decode_rows(x) <= MAX_BATCH:
-            return self(x), self.dense(x)
         # The gate decides what is skipped: both must decide on the same values, for rounding tips those at the
         # threshold.
         x = x.to(matrix(self.linear("down")).dtype)
-        gate = self.gate(x)
-        output = self.by_kernels(x, gate, exact=decode_rows(x) > self.max_union)
+        gate, exact = self.gate(x), len(x) > self.max_union
+        output = self.by_kernels(x, gate, exact)
         with backend.use("reference"):
-            return output, self.by_kernels(x, gate, exact=decode_rows(x) > self.max_union)
+            return output, self.by_kernels(x, gate, exact)
 
     def active(self, x):
         if not 0 < decode_rows(x) <= self.max_union:
@@ -131,7 +123,7 @@ class CatsMLP(Forward):
 
 
 @dataclass(frozen=True, slots=True)
-class Cats(Technique):
+class Cats(SparseDecode):
     """Contextually aware thresholding (Lee et al. 2024, arXiv 2404.08763) of gated MLPs: in decode, a neuron whose
     |act(gate)| is small is skipped in the up and down projections. Gate and attention stay dense (as in `DenseDecode`).
 
@@ -142,14 +134,8 @@ class Cats(Technique):
 
     sparsity: Sparsity = 0.5
 
-    calibrated: ClassVar[bool] = True
-
     def __post_init__(self):
         object.__setattr__(self, "sparsity", checked(self.sparsity))
-
-    @property
-    def implies(self):
-        return (DenseDecode(),)
 
     def targets(self, anatomy):
         names = []
@@ -198,13 +184,6 @@ class Cats(Technique):
                 edits += [StoreColumnMajor(f"{mlp.down.name}.weight")] if not is_column_major(mlp.down.weight) else []
                 edits.append(ReplaceForward(name, partial(CatsMLP, parts=mlp, **settings.values[name])))
         return [*edits, *refused_methods()]
-
-    def summary(self, settings):
-        sparsities = [setting["sparsity"] for setting in settings.values.values()]
-        if not sparsities:
-            return "none of them sparse"
-        low, high = min(sparsities), max(sparsities)
-        return f"{len(sparsities)} sparse at {low:.0%}" + (f" to {high:.0%}" if high > low else "")
 
     def _mlps(self, anatomy) -> dict[str, GatedMLP]:
         mlps = {mlp.name: mlp for mlp in anatomy.gated_mlps}

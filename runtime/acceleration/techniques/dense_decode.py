@@ -30,9 +30,7 @@ class DecodeLinear(Forward):
     def is_own(self, x: torch.Tensor) -> bool:
         return 0 < decode_rows(x) <= self.max_batch
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.is_own(x):
-            return self.dense(x)
+    def own(self, x: torch.Tensor) -> torch.Tensor:
         weight = matrix(self.module)
         return product(x.to(weight.dtype), weight, self.module.bias)
 
@@ -47,9 +45,7 @@ class DecodeExperts(Forward):
     def is_own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> bool:
         return 0 < self.layout.tokens(hidden) <= self.max_batch
 
-    def __call__(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
-        if not self.is_own(hidden):
-            return self.dense(*(x for x in (hidden, top_k_index, top_k_weights) if x is not None))
+    def own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
         return decode_experts(self.module, self.layout, hidden, top_k_index, top_k_weights)
 
 

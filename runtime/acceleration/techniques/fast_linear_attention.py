@@ -26,7 +26,7 @@ class LinearAttentionLayer(Forward):
         super().__init__(module, name)
         self.function = None
 
-    def __call__(self, *arguments, **keywords):
+    def own(self, *arguments, **keywords):
         if self.function is None:  # made at the first call: a copy of the module is empty when this is copied
             self.function = LAYERS[type(self.module).__name__].make(self.module)
         return self.function(self.module, *arguments, **keywords)
@@ -41,7 +41,7 @@ class LinearAttentionLayer(Forward):
         def call():
             own = [_with_own_entry(value, layer) for value in arguments]
             words = {name: _with_own_entry(value, layer) for name, value in keywords.items()}
-            output = self(*own, **words)
+            output = self.own(*own, **words)
             return output, [_entry(value, layer) for value in (*own, *words.values())]
 
         written = call()

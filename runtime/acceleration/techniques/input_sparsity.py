@@ -6,18 +6,18 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from hasten.acceleration.anatomy import Anatomy
-from hasten.acceleration.edits import Edit, RefuseMethod, ReplaceForward, StoreColumnMajor
+from hasten.acceleration.edits import Edit, ReplaceForward, StoreColumnMajor
 from hasten.acceleration.experts import decode_experts, expert_inputs, layout_of
 from hasten.acceleration.forwards import Forward, Watch, decode_rows, matrix
 from hasten.acceleration.parts import Block, Experts, Projection
-from hasten.acceleration.techniques.base import Settings, Skip, Technique
-from hasten.acceleration.techniques.dense_decode import DenseDecode
+from hasten.acceleration.techniques.base import Settings, Skip
+from hasten.acceleration.techniques.sparse_decode import SparseDecode, refused_methods, refusing_broken_inputs
 from hasten.errors import Refusal, SavedPlanError, UnsupportedModelError
 from hasten.kernels.column_sparse_linear import column_sparse_linear
 from hasten.kernels.storage import MAX_BATCH, is_column_major
@@ -28,21 +28,6 @@ from hasten.sparsity.threshold import FIRST, cutoffs, masked, past_first, scores
 from hasten.sparsity.union import largest_union
 
 BLOCK_SAMPLES = 2
-
-NOT_LOSSLESS = (
-    "in assisted decoding drafts would be verified by the dense model and decoded by the sparse one: other text than "
-    "without"
-)
-NO_PAGES = "continuous batching packs the rows of a batch into one, which hasten's kernels do not tell from a prefill"
-
-
-def refused_methods() -> list[Edit]:
-    """What an accelerated model of a sparse technique refuses."""
-    return [
-        RefuseMethod("_get_candidate_generator", NOT_LOSSLESS),
-        RefuseMethod("generate_batch", NO_PAGES),
-        RefuseMethod("init_continuous_batching", NO_PAGES),
-    ]
 
 
 class SparseLinear(Forward):
@@ -68,13 +53,9 @@ class SparseLinear(Forward):
     def is_own(self, x: torch.Tensor) -> bool:
         return 0 < decode_rows(x) <= MAX_BATCH
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        own = self.is_own(x)
-        self.watch.check(self.weights(), thorough=not own)
-        if not own:
-            return self.dense(x)
+    def own(self, x: torch.Tensor) -> torch.Tensor:
         weight = matrix(self.module)
-        cutoff = self.cutoff if decode_rows(x) <= self.max_union else None
+        cutoff = self.cutoff if len(x) <= self.max_union else None
         return column_sparse_linear(x.to(weight.dtype), weight, cutoff, self.module.bias)
 
     def active(self, x):
@@ -112,20 +93,16 @@ class SparseExperts(Forward):
     def is_own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> bool:
         return 0 < self.layout.tokens(hidden) <= MAX_BATCH
 
-    def __call__(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
-        tokens = self.layout.tokens(hidden)
-        self.watch.check(self.weights(), thorough=tokens > 1)
-        if not self.is_own(hidden):
-            return self.dense(*(x for x in (hidden, top_k_index, top_k_weights) if x is not None))
+    def own(self, hidden: torch.Tensor, top_k_index=None, top_k_weights=None) -> torch.Tensor:
         # A prompt of a few tokens looks like a batch: several tokens are exact.
-        skipping = self.cutoffs if tokens == 1 else None
+        skipping = self.cutoffs if self.layout.tokens(hidden) == 1 else None
         return decode_experts(self.module, self.layout, hidden, top_k_index, top_k_weights, skipping)
 
     def active(self, hidden, top_k_index=None, top_k_weights=None):
         if self.layout.tokens(hidden) != 1:
             return None
         found = [0, 0]
-        for expert, inputs in expert_inputs(self.module, self.layout, hidden, top_k_index):
+        for expert, inputs in expert_inputs(self.module, self.layout, hidden, top_k_index, self.cutoffs):
             for name, rows in inputs.items():
                 found[0] += int((rows.abs() > self.cutoffs[name][expert]).sum())
                 found[1] += rows.numel()
@@ -142,7 +119,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class InputSparsity(Technique):
+class InputSparsity(SparseDecode):
     """In decode, inputs of a projection whose score is small are skipped; thresholds come from calibration, prefill
     stays dense, and what is left dense (the head, projections at sparsity 0) is decoded as `DenseDecode` does.
 
@@ -155,8 +132,6 @@ class InputSparsity(Technique):
 
     sparsity: Sparsity = 0.5
     allocation: Literal["uniform", "greedy"] = "uniform"
-
-    calibrated: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.allocation not in ("uniform", "greedy"):
@@ -173,10 +148,6 @@ class InputSparsity(Technique):
     @abstractmethod
     def factors(weight: torch.Tensor) -> torch.Tensor:
         """The factor of every input in its score: weight [..., N, K] -> [..., K]."""
-
-    @property
-    def implies(self):
-        return (DenseDecode(),)
 
     def targets(self, anatomy):
         return tuple(name for name, sparsity in self._spread(anatomy).items() if sparsity > 0)
@@ -268,13 +239,6 @@ class InputSparsity(Technique):
     def skips(self, anatomy, settings):
         return [Skip(refusal.name, f"{refusal.reason}: it stays dense") for refusal in anatomy.repeated]
 
-    def summary(self, settings):
-        sparsities = [setting["sparsity"] for setting in settings.values.values()]
-        if not sparsities:
-            return "none of them sparse"
-        low, high = min(sparsities), max(sparsities)
-        return f"{len(sparsities)} sparse at {low:.0%}" + (f" to {high:.0%}" if high > low else "")
-
     def _greedy(self, anatomy: Anatomy, gathered: Scores) -> dict[str, float]:
         sparsities = {}
         blocks = [block for block in anatomy.blocks if block.projections]
@@ -325,20 +289,6 @@ def _weights(part: Projection | Experts) -> list[torch.Tensor]:
         return [part.weight]
     layout = layout_of(part.module)
     return [weight.of(part.module, layout.experts) for weight in layout.weights]
-
-
-def refusing_broken_inputs(name: str, listener: Callable, module: nn.Module, *values) -> None:
-    """A hook that calls `listener(module, *values)`, and says what is wrong where it meets scores that are no numbers.
-
-    Raises:
-        UnsupportedModelError: NaN or infinite activations.
-    """
-    try:
-        listener(module, *values)
-    except ValueError:
-        reason = "the calibration pass met NaN or infinite activations there"
-        remedy = "load the model in a dtype that it runs in, such as torch.bfloat16 or torch.float32"
-        raise UnsupportedModelError(name, type(module).__qualname__, reason, remedy) from None
 
 
 def _listen_to_projection(histograms, factors, module, arguments):

@@ -1,0 +1,78 @@
+"""How long what is timed is repeated, and what follows from the times: with clocks that the tests wind."""
+
+import pytest
+import torch
+from tiny_models import build
+
+from hasten.acceleration import measure
+from hasten.acceleration.inference import Inference
+from hasten.acceleration.techniques.base import Regime
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("times", "most", "taken", "median"),
+    [
+        ([9, 1, 1, 1, 1, 7], 24, 5, 1),
+        ([9, *[10, 11.2, 9.1, 10.7, 9.4] * 5], 24, 19, 10),
+        ([9, 1, 2, 4, 8, 16, 32, 64], 6, 7, 6),
+        ([9, 4, 8], 1, 2, 4),
+    ],
+    ids=["alike", "spread", "never alike", "once"],
+)
+def test_repeated_until_the_median_is_certain(times, most, taken, median):
+    """The first run is for warming up; then as few as give the median to 5 %."""
+    clock = iter([float(time) for time in times])
+    assert measure.settled(lambda: next(clock), most) == median
+    assert len(times) - len(list(clock)) == taken
+
+
+class Contest:
+    """Two products whose times are `ours` and `theirs` (of a batch), by a clock that only they move."""
+
+    def __init__(self, monkeypatch, ours, theirs):
+        self.now, self.order, self.ours, self.theirs = 0.0, [], ours, theirs
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def __call__(self, batch, turn):
+        def run(name, seconds):
+            self.order.append((batch, turn, name))
+            self.now += seconds(batch)
+
+        return lambda: run("theirs", self.theirs), lambda: run("ours", self.ours)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "largest", "ratio"),
+    [
+        (lambda batch: 1.0, lambda batch: 1.5, 8, 1.5),
+        (lambda batch: batch, lambda batch: 3.0, 2, 3.0),
+        (lambda batch: 2.0, lambda batch: 1.0, 0, 0.5),
+        (lambda batch: 4.0 if batch == 1 else 1.0, lambda batch: 2.0, 0, 0.5),
+    ],
+    ids=["everywhere", "small batches", "nowhere", "not at one"],
+)
+def test_the_largest_batch_up_to_which_ours_is_faster(ours, theirs, largest, ratio, monkeypatch):
+    contest = Contest(monkeypatch, ours, theirs)
+    assert measure.faster_up_to(contest, CPU) == (largest, ratio)
+    firsts = [name for _, _, name in contest.order[::2]]
+    assert firsts[:4] == ["theirs", "ours", "theirs", "ours"], "who comes first alternates"
+    assert {turn for batch, turn, _ in contest.order if batch == 1} == set(range(11))
+
+
+def test_regimes_are_shortened_to_the_positions_of_a_model(monkeypatch):
+    config = build("opt").config
+    config.max_position_embeddings = 40
+    run, shapes = Inference(type(build("opt"))(config).eval()), []
+    run.model.get_input_embeddings().register_forward_pre_hook(lambda module, x: shapes.append(tuple(x[0].shape)))
+    monkeypatch.setattr(measure, "settled", lambda once, most: once())
+    for regime, expected in {
+        Regime(context=128): [(1, 14), (1, 1)],  # and room for further steps
+        Regime(tokens=128): [(1, 40)],
+        Regime(batch=2, tokens=7, context=128): [(2, 33), (2, 7)],
+        Regime(context=9): [(1, 9), (1, 1)],
+    }.items():
+        shapes.clear()
+        assert measure.times(run, [regime]).keys() == {regime}
+        assert shapes == expected, regime
