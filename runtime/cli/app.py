@@ -69,7 +69,10 @@ def root(
 def demo(
     topic: Annotated[
         Literal["sparsity", "guidance", "constrained"],
-        typer.Argument(help="Sparsity of language models, guidance of diffusion models, or constrained text."),
+        typer.Argument(
+            metavar="TOPIC",
+            help="sparsity of language models, guidance of diffusion models, or constrained text.",
+        ),
     ] = "sparsity",
     plot: Annotated[
         str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png, or hasten_guidance.png.")
@@ -77,8 +80,9 @@ def demo(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
     quick: Annotated[bool, typer.Option(help="A rough try-out: fewer runs, no large model.")] = False,
 ) -> None:
-    """Shows what hasten does on embedded models, in under two minutes.
+    """Shows what hasten does on embedded models, in about two minutes.
 
+    \b
     sparsity: drift on the embedded model, decode speed of a 1.1 B model, and a sample.
     guidance: digits drawn by every guide, with what they cost.
     constrained: a record under a JSON schema and a text under a Python predicate, with their weights.
@@ -177,7 +181,7 @@ def generate(
 @app.command(short_help="Times kernels and decode; tries every technique on every type of model.")
 def bench(
     cases: Annotated[
-        list[str] | None, typer.Argument(metavar="[CASE]...", help="Parts or patterns of names; see --list.")
+        list[str] | None, typer.Argument(metavar="CASE", help="Parts or patterns of names; see --list.")
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the records as JSON.")] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Show the names of all cases.")] = False,

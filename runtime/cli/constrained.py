@@ -19,8 +19,10 @@ def constraint_of(
     """What the options ask for, all of it at once; None where they ask for nothing.
 
     Raises:
-        OSError, ValueError: a file that cannot be read, or that is no UTF-8.
+        OSError, ValueError: a file that cannot be read, or that is no UTF-8; a choice of nothing.
     """
+    if choice == "":
+        raise ValueError("--choice is empty: give texts with commas between them")
     parts: list[Constraint] = []
     parts += [JsonSchema(loading.read(json_schema))] if json_schema is not None else []
     parts += [Regex(regex)] if regex is not None else []

@@ -70,17 +70,17 @@ def public(operator):
     }[operator]
 
 
-@pytest.fixture(params=[1, 132], ids=["1-multiprocessor", "132-multiprocessors"])
-def multiprocessors(request, monkeypatch):
-    """Every tile and split that config can pick, on small sizes too."""
-    for module in (dense, column_sparse, row_sparse):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: request.param)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=short)
+@pytest.mark.parametrize(
+    ("dtype", "multiprocessors"),
+    [(torch.float32, 1), (torch.float32, 132), (torch.float16, 132), (torch.bfloat16, 1)],
+    ids=short,
+)
 @pytest.mark.parametrize("size", SIZES, ids=short)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_matches_reference(operator, size, dtype, multiprocessors):
+def test_matches_reference(operator, size, dtype, multiprocessors, monkeypatch):
+    """With every tile that config can pick, and splits, on small sizes too."""
+    for module in (dense, column_sparse, row_sparse):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: multiprocessors)
     args = make(operator, *size, dtype)
     assert_close(launch(operator, args), expect(operator, args))
 

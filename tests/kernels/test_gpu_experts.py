@@ -62,7 +62,9 @@ def few_multiprocessors(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "multiprocessors"), [(torch.float32, 1), (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, 1)]
+    ("dtype", "multiprocessors"),
+    [(torch.float32, 1), (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, 1)],
+    ids=short,
 )
 @pytest.mark.parametrize("size", SIZES, ids=short)
 @each_form

@@ -56,10 +56,11 @@ def test_a_file_that_is_no_text(tmp_path):
     [
         (("--regex", "[0-9]{40}", "--max-new-tokens", 3), "dead end at token 3, after '[0-9]+': max_new_tokens=3 is"),
         (("--regex", "("), "regex '\\('"),
+        (("--choice", ""), "--choice is empty"),
         (("--grammar", "/no/such/file"), "there is no file /no/such/file"),
         (("--particles", 2, "--temperature", 0), "temperature 0 takes one text"),
     ],
-    ids=["dead-end", "pattern", "file", "temperature"],
+    ids=["dead-end", "pattern", "choice", "file", "temperature"],
 )
 def test_what_cannot_be_done_is_one_line_and_status_1(arguments, message):
     (line,) = run(*arguments, status=1).stderr.splitlines()
