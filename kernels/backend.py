@@ -37,7 +37,10 @@ def use(name: str):
 
 
 def is_reference() -> bool:
-    """Whether `use("reference")` holds. torch.compile cannot look, and records the operator either way."""
+    """Whether `use("reference")` holds. torch.compile cannot look, and records the operator either way.
+
+    In grad mode autograd needs the definition's own operations; otherwise the operator runs, and finds the definition.
+    """
     return not torch.compiler.is_compiling() and _chosen.get() == "reference"
 
 

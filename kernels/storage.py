@@ -43,7 +43,7 @@ def to_column_major(weight: torch.Tensor) -> torch.Tensor:
 
 def rows_of(x: torch.Tensor, weight: torch.Tensor) -> int:
     """Rows of x [..., K]; 0 where nothing is to be multiplied."""
-    return x.numel() // x.size(-1) if weight.numel() else 0
+    return x.numel() // x.shape[-1] if weight.numel() else 0
 
 
 def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -51,8 +51,8 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     in one floating dtype and on one device (see `checks`)."""
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got shape {list(weight.shape)}")
-    if x.dim() == 0 or x.size(-1) != weight.size(1):
-        expected = f"[..., {weight.size(1)}] for a weight of shape {list(weight.shape)}"
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        expected = f"[..., {weight.shape[1]}] for a weight of shape {list(weight.shape)}"
         raise ValueError(f"x: expected shape {expected}, got shape {list(x.shape)}")
     check_floating("x", x)
     check_like(x, "weight", weight)

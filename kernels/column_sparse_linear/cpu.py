@@ -25,12 +25,13 @@ _column_sparse_linear = cpu.Function("column_sparse_linear", ColumnSparseLinearA
 
 
 def launch(
-    x: torch.Tensor, weight: torch.Tensor, cutoff: torch.Tensor | None, bias: torch.Tensor | None
+    x: torch.Tensor, rows: int, weight: torch.Tensor, cutoff: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x [..., K] of 1 to 8 rows, weight [N, K] with contiguous weight.t(), cutoff [K] fp32 or None,
+    """x [..., K] of `rows` rows, 1 to 8, weight [N, K] with contiguous weight.t(), cutoff [K] fp32 or None,
     bias [N] or None -> [..., N]."""
-    N, K = weight.shape
-    y = x.new_empty(*x.shape[:-1], N)
+    *leading, K = x.shape
+    N = weight.shape[0]
+    y = x.new_empty(*leading, N)
     _column_sparse_linear(
         ColumnSparseLinearArguments(
             dtype=storage.DTYPE_CODES[x.dtype],
@@ -40,7 +41,7 @@ def launch(
             weight=weight.data_ptr(),
             bias=cpu.address(bias),
             cutoff=cpu.address(cutoff),
-            rows=x.numel() // K,
+            rows=rows,
             N=N,
             K=K,
         )

@@ -27,9 +27,10 @@ def column_sparse_linear(
     hasten.kernels.storage.MAX_BATCH rows run as our own kernel, more as the masked dense product.
     """
     checks.check_tensors(x=x, weight=weight, cutoff=cutoff, bias=bias)
-    if backend.is_reference():
-        return _run(x, weight, cutoff, bias)
-    checks.refuse_gradients(x=x, weight=weight, cutoff=cutoff, bias=bias)
+    if torch.is_grad_enabled():
+        if backend.is_reference():
+            return _run(x, weight, cutoff, bias)
+        checks.refuse_gradients(x=x, weight=weight, cutoff=cutoff, bias=bias)
     return _op(x, weight, cutoff, bias)
 
 
@@ -54,7 +55,7 @@ def _run(x, weight, cutoff=None, bias=None):
         from . import triton
 
         return triton.launch(x.view(rows, -1), weight, cutoff, bias).view(*x.shape[:-1], -1)
-    return cpu.launch(x, weight, cutoff, bias)
+    return cpu.launch(x, rows, weight, cutoff, bias)
 
 
 def _fake(x, weight, cutoff=None, bias=None):

@@ -36,9 +36,10 @@ def expert_linear(
     as our own kernel, more as the reference.
     """
     checks.check_tensors(x=x, weight=weight, ids=ids, bias=bias, cutoff=cutoff)
-    if backend.is_reference():
-        return _run(x, weight, ids, bias=bias, cutoff=cutoff)
-    checks.refuse_gradients(x=x, weight=weight, bias=bias, cutoff=cutoff)
+    if torch.is_grad_enabled():
+        if backend.is_reference():
+            return _run(x, weight, ids, bias=bias, cutoff=cutoff)
+        checks.refuse_gradients(x=x, weight=weight, bias=bias, cutoff=cutoff)
     return _op(x, weight, ids, bias=bias, cutoff=cutoff)
 
 

@@ -23,10 +23,11 @@ class LinearArguments(cpu.Arguments):
 _linear = cpu.Function("linear", LinearArguments)
 
 
-def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., K] of 1 to 8 rows, weight [N, K], bias [N] or None, all contiguous -> [..., N] in x's dtype."""
-    N, K = weight.shape
-    y = x.new_empty(*x.shape[:-1], N)
+def launch(x: torch.Tensor, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] of `rows` rows, 1 to 8, weight [N, K], bias [N] or None, all contiguous -> [..., N] in x's dtype."""
+    *leading, K = x.shape
+    N = weight.shape[0]
+    y = x.new_empty(*leading, N)
     _linear(
         LinearArguments(
             dtype=storage.DTYPE_CODES[x.dtype],
@@ -35,7 +36,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             x=x.data_ptr(),
             weight=weight.data_ptr(),
             bias=cpu.address(bias),
-            rows=x.numel() // K,
+            rows=rows,
             N=N,
             K=K,
         )

@@ -29,9 +29,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     checks.check_tensors(x=x, weight=weight, bias=bias)
     if not storage.is_row_major(weight) and weight.dim() == 2 and storage.is_column_major(weight):
         return column_sparse_linear(x, weight, None, bias)
-    if backend.is_reference():
-        return _run(x, weight, bias)
-    checks.refuse_gradients(x=x, weight=weight, bias=bias)
+    if torch.is_grad_enabled():
+        if backend.is_reference():
+            return _run(x, weight, bias)
+        checks.refuse_gradients(x=x, weight=weight, bias=bias)
     return _op(x, weight, bias)
 
 
@@ -54,7 +55,7 @@ def _run(x, weight, bias=None):
         from . import triton
 
         return triton.launch(x.view(rows, -1), weight, bias).view(*x.shape[:-1], -1)
-    return cpu.launch(x, weight, bias)
+    return cpu.launch(x, rows, weight, bias)
 
 
 def _fake(x, weight, bias=None):

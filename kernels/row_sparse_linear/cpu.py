@@ -26,9 +26,14 @@ _row_sparse_linear = cpu.Function("row_sparse_linear", RowSparseLinearArguments)
 
 
 def launch(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, threshold: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    rows: int,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    threshold: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x [..., K] of 1 to 8 rows, weight [N, K], gate [..., N], threshold [] fp32, bias [N] or None,
+    """x [..., K] of `rows` rows, 1 to 8, weight [N, K], gate [..., N], threshold [] fp32, bias [N] or None,
     contiguous -> [..., N]."""
     N, K = weight.shape
     y = torch.empty_like(gate)
@@ -42,7 +47,7 @@ def launch(
             gate=gate.data_ptr(),
             bias=cpu.address(bias),
             threshold=threshold.data_ptr(),
-            rows=x.numel() // K,
+            rows=rows,
             N=N,
             K=K,
         )

@@ -30,9 +30,10 @@ def row_sparse_linear(
     as our own kernel, more as the masked dense product.
     """
     checks.check_tensors(x=x, weight=weight, gate=gate, threshold=threshold, bias=bias)
-    if backend.is_reference():
-        return _run(x, weight, gate, threshold, bias)
-    checks.refuse_gradients(x=x, weight=weight, gate=gate, threshold=threshold, bias=bias)
+    if torch.is_grad_enabled():
+        if backend.is_reference():
+            return _run(x, weight, gate, threshold, bias)
+        checks.refuse_gradients(x=x, weight=weight, gate=gate, threshold=threshold, bias=bias)
     return _op(x, weight, gate, threshold, bias)
 
 
@@ -57,7 +58,7 @@ def _run(x, weight, gate, threshold, bias=None):
         from . import triton
 
         return triton.launch(x.view(rows, -1), weight, gate.view(rows, -1), threshold, bias).view(gate.shape)
-    return cpu.launch(x, weight, gate, threshold, bias)
+    return cpu.launch(x, rows, weight, gate, threshold, bias)
 
 
 def _fake(x, weight, gate, threshold, bias=None):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import cpu, storage
+from .. import cpu
 
 
 class TransposeArguments(cpu.Arguments):
@@ -22,10 +22,9 @@ _transpose = cpu.Function("transpose", TransposeArguments)
 
 
 def launch(x: torch.Tensor) -> torch.Tensor:
-    """x [..., R, C], contiguous, of 2 or 4 bytes an element -> [..., C, R], on huge pages where the system has them."""
+    """x [..., R, C], contiguous, of 2 or 4 bytes an element -> [..., C, R]."""
     R, C = x.shape[-2:]
     y = torch.empty((*x.shape[:-2], C, R), dtype=x.dtype)
-    storage.ask_for_huge_pages(y)
     _transpose(
         TransposeArguments(
             size=x.element_size(),

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import backend
+from .. import backend, checks
 from . import cpu, reference
 
 SIZES = (2, 4)  # bytes of the elements that the compiled kernel moves
@@ -12,8 +12,10 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
     """x [..., R, C] of any dtype and device -> [..., C, R], contiguous, without gradients.
 
     Raises:
+        TypeError: x is no tensor.
         ValueError: x has fewer than two dimensions.
     """
+    checks.check_tensors(x=x)
     if x.dim() < 2:
         raise ValueError(f"x: expected shape [..., R, C], got shape {list(x.shape)}")
     x = x.detach()

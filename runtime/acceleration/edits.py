@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ class Verification:
         for output, definition in pairs:
             self.finite &= bool(definition.isfinite().all())
             distance = float((output - definition).float().norm() / definition.float().norm().clamp(min=1e-30))
-            self.distance = distance if not distance <= self.distance else self.distance  # a NaN counts
+            if not math.isnan(self.distance) and not distance <= self.distance:  # a NaN counts, and stays
+                self.distance = distance
 
 
 def _floats(written: Any) -> list[torch.Tensor]:
@@ -195,14 +197,21 @@ class StoreColumnMajor(Edit):
 @dataclass(slots=True)
 class Freeze(Edit):
     """Lets no parameter require grad, for hasten's kernels have no gradients, and refuses to run the model where one
-    does again; `undo` lets those require grad that did."""
+    does again; `undo` lets those require grad that did.
+
+    The head reads the last row of a prompt, a slice of the hidden states. For such strides torch copies the whole
+    weight, if that does not require grad; hence the head gets a tensor with strides of its own.
+    """
 
     name: str = ""
     trained: list[str] = field(default_factory=list)
-    handle: RemovableHandle | None = None
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     def apply(self, model: nn.Module) -> None:
-        self.handle = model.register_forward_pre_hook(refuse_thawed)
+        self.handles.append(model.register_forward_pre_hook(refuse_thawed))
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Linear):
+            self.handles.append(head.register_forward_pre_hook(in_one_piece))
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         for name in self.trained:
             model.get_parameter(name).requires_grad_(False)
@@ -210,8 +219,14 @@ class Freeze(Edit):
     def undo(self, model: nn.Module) -> None:
         for name in self.trained:
             model.get_parameter(name).requires_grad_(True)
-        if self.handle is not None:
-            self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
+
+
+def in_one_piece(module: nn.Linear, arguments: tuple) -> tuple:
+    """A forward pre-hook that gives the input the strides of a new tensor; a single row is contiguous with others."""
+    x, *others = arguments
+    return x.reshape(-1, x.shape[-1]).view(x.shape), *others
 
 
 def refuse_thawed(model: nn.Module, arguments: tuple) -> None:

@@ -26,6 +26,10 @@ def test_other_layouts_and_nan():
         assert torch.equal(transpose(torch.arange(6.0).view(2, 3)), torch.arange(6.0).view(2, 3).t())
 
 
-def test_a_vector_is_refused():
-    with pytest.raises(ValueError, match=r"\[\.\.\., R, C\]"):
-        transpose(torch.ones(3))
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_what_is_no_matrix_is_refused(choice):
+    with backend.use(choice):
+        with pytest.raises(TypeError, match="x: expected a tensor, got None"):
+            transpose(None)
+        with pytest.raises(ValueError, match=r"x: expected shape \[\.\.\., R, C\], got shape \[3\]"):
+            transpose(torch.ones(3))

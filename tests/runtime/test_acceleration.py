@@ -40,6 +40,15 @@ def accelerate(model, plan, **settings):
     return hasten.accelerate(model, plan, **settings)
 
 
+def test_the_head_reads_the_last_row_without_its_neighbours_strides():
+    """With the strides of a slice, torch copies the whole weight of a head that does not require grad."""
+    model, strides = build("llama"), []
+    accelerate(model, hasten.Wina(0.5))
+    model.lm_head.register_forward_pre_hook(lambda module, arguments: strides.append(arguments[0].stride()))
+    model(token_ids(1, 9), logits_to_keep=1)
+    assert strides == [torch.empty(1, 1, model.config.hidden_size).stride()]
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "phi3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_revert_is_bit_exact(name, dtype, plan):
@@ -71,6 +80,16 @@ def test_prefill_stays_dense(plan):
         dense = model(x).logits
         accelerate(model, plan)
         torch.testing.assert_close(model(x).logits, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
+def test_a_prompt_of_a_few_tokens_is_dense(name):
+    """Though a mixture, which sees rows of tokens alone, cannot tell it from a batch."""
+    model, ids = build(name), token_ids(1, 9)
+    dense = [model(ids[:, :length]).logits for length in range(2, 10)]
+    accelerate(model, [hasten.Wina({"*self_attn*": 0.5}), hasten.Cats(0.5)] if name != "mixtral" else hasten.Wina(0.5))
+    for expected in dense:
+        torch.testing.assert_close(model(ids[:, : expected.shape[1]]).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def sparse_projections(model):
@@ -271,9 +290,10 @@ def test_report_shows_what_was_measured():
 def test_memory_holds_each_weight_once():
     model = build("llama", torch.bfloat16)
     before = measure.memory(model)
-    accelerate(model, hasten.Wina(0.5))
+    report = accelerate(model, hasten.Wina(0.5))
     cutoffs = sum(module.forward.cutoff.nbytes for module in sparse_projections(model).values())
     assert cutoffs and measure.memory(model) == before + cutoffs
+    assert (report.memory_before, report.memory_after) == (before, before + cutoffs)
 
 
 def test_inference_mode_leaves_no_trace():
@@ -423,6 +443,28 @@ def test_continuous_batching(plan):
             method(ids)
     hasten.revert(model)
     assert not {"generate_batch", "init_continuous_batching"} & vars(model).keys()
+
+
+def test_the_text_that_nothing_learns_from_is_held_out():
+    text = token_ids(2, 40)
+    reports = [
+        hasten.accelerate(build("llama"), hasten.DenseDecode(always=True), measure_speed=False, **{name: text})
+        for name in ("calibration", "heldout")
+    ]
+    assert reports[0].drift == reports[1].drift and reports[0].drift.tokens == 48
+
+
+def test_what_is_called_twice_stays_dense_and_is_named():
+    """Its inputs are of several kinds, which have no threshold in common."""
+    model = build("llama")
+    mlp = model.model.layers[1].mlp
+    stock = type(mlp)
+    mlp.__class__ = type("TwiceMLP", (stock,), {"forward": lambda self, x: stock.forward(self, stock.forward(self, x))})
+    report = accelerate(model, hasten.Wina(0.5))
+    twice = {f"model.layers.1.mlp.{role}_proj" for role in ("gate", "up", "down")}
+    assert len(report.techniques[0].edited) == 11 and not twice & set(report.techniques[0].edited)
+    skipped = {skip.name: skip.reason for skip in report.techniques[0].skipped}
+    assert skipped.keys() == twice and all("called 2 times" in reason for reason in skipped.values())
 
 
 def test_drift_can_be_left_out(monkeypatch):

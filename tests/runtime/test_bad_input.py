@@ -173,6 +173,13 @@ def test_second_accelerate(model):
     assert decode_logits(model, token_ids(), 90).isfinite().all()
 
 
+def test_a_model_inside_that_is_accelerated():
+    model = build("llama")
+    hasten.accelerate(model, hasten.DenseDecode(always=True), **QUICK)
+    with pytest.raises(hasten.StateError, match=r"^0 is accelerated already.*revert"):
+        hasten.accelerate(torch.nn.Sequential(model).eval(), hasten.DenseDecode())
+
+
 def test_calibrating_an_accelerated_model(model):
     hasten.accelerate(model, hasten.DenseDecode(always=True), **QUICK)
     with pytest.raises(hasten.HastenError):
@@ -303,6 +310,8 @@ def test_no_model_at_all():
 def test_wrapped_and_headless_models():
     with pytest.raises(hasten.UnsupportedModelError, match="accelerate the model itself"):
         hasten.accelerate(torch.nn.DataParallel(build("llama")), hasten.DenseDecode())
+    with pytest.raises(hasten.UnsupportedModelError, match="accelerate the model itself, and compile"):
+        hasten.accelerate(torch.compile(build("llama"), backend="eager"), hasten.DenseDecode())
     with pytest.raises(hasten.UnsupportedModelError, match="no language-model head"):
         hasten.accelerate(build("llama").model, hasten.DenseDecode())
 

@@ -12,7 +12,7 @@ import transformers as tf
 from running import distance, logits
 
 import hasten
-from hasten.acceleration.techniques import linear_attention_layers
+from hasten.acceleration.techniques import fast_linear_attention, linear_attention_layers
 
 FAMILIES = list(linear_models.CONFIGS)
 ONE_OF_EACH = ["minimax", "qwen3_next", "kimi_linear", "mamba2", "falcon_h1"]
@@ -261,6 +261,25 @@ def test_a_layer_on_the_meta_device():
     model.backbone.layers[0].mixer.to("meta")
     with pytest.raises(hasten.UnsupportedModelError, match=r"layers.0.mixer.* meta device"):
         hasten.accelerate(model, PLAN, measure_speed=False)
+
+
+def test_a_quantised_layer():
+    model = linear_models.build("mamba2")
+    layer = model.backbone.layers[0].mixer
+    layer.in_proj.weight = torch.nn.Parameter(layer.in_proj.weight.to(torch.int8), requires_grad=False)
+    refusal = fast_linear_attention._refusal("mixer", layer)
+    assert refusal.reason == "its in_proj.weight is quantised (torch.int8)" and "quantisation" in refusal.remedy
+
+
+def test_a_layer_of_another_transformers(monkeypatch):
+    """Whose forward does not call what would be replaced: it would be left as slow as it is, and say nothing."""
+    model = linear_models.build("mamba2")
+    other = linear_attention_layers.Layer("Mamba-2", None, ("causal_conv1d_fn", "a_scan_of_the_future"))
+    monkeypatch.setitem(linear_attention_layers.LAYERS, "Mamba2Mixer", other)
+    fast_linear_attention._missing.cache_clear()
+    with pytest.raises(hasten.UnsupportedModelError, match="its forward does not call a_scan_of_the_future"):
+        hasten.accelerate(model, PLAN, measure_speed=False)
+    fast_linear_attention._missing.cache_clear()
 
 
 def test_packed_sequences_are_refused():

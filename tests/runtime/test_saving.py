@@ -267,6 +267,16 @@ def test_tensors_among_the_settings(tmp_path):
         hasten.load(tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), (1, 2), {3: 4}, {1.5}], ids=str)
+def test_settings_that_would_not_be_read_back_are_not_saved(tmp_path, value):
+    model = build("llama")
+    hasten.accelerate(model, Shift(), measure_speed=False)
+    model._hasten.settings["Shift"].values["more"] = value
+    with pytest.raises(ValueError, match="no plain JSON"):
+        hasten.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_would_not_be_read_back_is_not_saved(tmp_path):
     model = build("llama")
     hasten.accelerate(model, Shift(names=("a",)), measure_speed=False)
@@ -370,6 +380,25 @@ def test_plans_that_do_not_fit(tmp_path, change, words):
     saved(tmp_path)
     edit_plan(tmp_path, change)
     with pytest.raises(hasten.SavedPlanError, match=words):
+        hasten.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"sparsity": 0.6},
+        {"threshold": float("inf")},
+        {"threshold": -0.1},
+        {"threshold": 1},
+        {"threshold": [0.1]},
+        {"thresholds": 0.1},
+    ],
+    ids=str,
+)
+def test_settings_of_cats_that_do_not_fit(tmp_path, setting):
+    saved(tmp_path, plan="cats")
+    edit_plan(tmp_path, lambda plan: plan["settings"]["Cats"]["model.layers.1.mlp"].update(setting))
+    with pytest.raises(hasten.SavedPlanError, match=r"model\.layers\.1\.mlp: .*(sparsity|threshold)"):
         hasten.load(tmp_path)
 
 

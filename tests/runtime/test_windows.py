@@ -79,6 +79,11 @@ def test_padded_rows_with_pictures_are_told_apart():
 def test_a_tenth_is_held_out_and_a_single_picture_is_kept():
     text, held = split_heldout(windows(token_ids(20, 16), None, VOCABULARY))
     assert (len(text), len(held)) == (18, 2)
+    (window,) = windows(token_ids(1, 40), None, VOCABULARY)
+    text, held = split_heldout([window])
+    assert [piece.tolist() for piece in (*text, *held)] == [window[:30].tolist(), window[30:].tolist()]
+    short = [window[:20]]
+    assert split_heldout(short) == (short, []), "a quarter of it would be too short"
     picture = [{"input_ids": token_ids(1, 12), "pixel_values": torch.randn(1, 3, 8, 8)}]
     assert split_heldout(picture) == (picture, [])
 

@@ -12,12 +12,14 @@ from hasten.sparsity.union import largest_union
 from hasten.sparsity.wina import wina
 
 
-@pytest.mark.parametrize("shape", [(37, 11), (3, 37, 11)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 11), (3, 37, 11), (1000, 600), (1, 5), (5, 1)], ids=str)
 def test_factors(shape):
     weight = torch.randn(shape, dtype=torch.bfloat16)
     expected = weight.double().pow(2).sum(-2).sqrt()
     torch.testing.assert_close(wina(weight).double(), expected, rtol=1e-5, atol=0)
-    assert wina(weight).dtype == torch.float32
+    by_columns = wina(weight.mT.contiguous().mT)
+    torch.testing.assert_close(by_columns.double(), expected, rtol=1e-5, atol=0)
+    assert wina(weight).dtype == by_columns.dtype == torch.float32
     for ones in (teal(weight), cats(weight)):
         assert ones.dtype == torch.float32 and torch.equal(ones, torch.ones(ones.shape))
     assert teal(weight).shape == wina(weight).shape
