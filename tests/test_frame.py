@@ -19,6 +19,7 @@ import typer
 
 import hasten
 from hasten.acceleration.techniques import Technique
+from hasten.bench.cards import wrapped
 from hasten.cli.app import app
 from hasten.guidance.diffusion.guide import Guide
 from hasten.guidance.text.constraints import Constraint
@@ -303,6 +304,13 @@ def test_prose_in_readmes_is_wrapped():
     for path in readmes():
         for number, line in enumerate(text_of(path).splitlines(), 1):
             assert len(line) <= 120 or line.startswith("|") or " " not in line.strip(), f"{path}:{number}"
+
+
+def test_cards_of_models_are_wrapped_as_their_scripts_write_them():
+    cards = [path for path in tracked() if path.match("runtime/models/*/README.md")]
+    assert len(cards) == 2
+    for path in cards:
+        assert wrapped(text_of(path)) == text_of(path)
 
 
 def test_lines_of_the_kernels_sources_are_wrapped():

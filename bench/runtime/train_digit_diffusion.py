@@ -32,6 +32,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
+from hasten.bench.cards import wrapped
 from hasten.guidance.diffusion.classifier_free import ClassifierFreeGuidance
 from hasten.models.digit_diffusion import DigitClassifier, DigitDiffusion
 from hasten.models.digit_diffusion.classifier import contrast, saturation
@@ -219,7 +220,7 @@ training digit. Held-out digits have saturation {measured["heldout_saturation"]:
 | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 """
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(wrapped(card), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the run

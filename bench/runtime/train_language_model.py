@@ -55,6 +55,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hasten.bench.cards import wrapped
+
 ROOT = Path(__file__).resolve().parents[2]
 BOS, EOS = "<|bos|>", "<|eos|>"
 HELD_OUT_SHARE = 0.05
@@ -401,7 +403,7 @@ Temperature 0.7, top-k 40, seed 0, 80 new tokens.
 
 {sampled}
 """
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(wrapped(card), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the run

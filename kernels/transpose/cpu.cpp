@@ -1,7 +1,7 @@
 // y[c, r] = x[r, c] for matrices one after the other.
 //
-// A tile of x is copied together first, since rows of x that lie a power of two apart share few lines of the cache, then
-// transposed in registers, and written past the cache, which would read what it writes.
+// A tile of x is copied together first, since rows of x that lie a power of two apart share few lines of the cache,
+// then transposed in registers, and written past the cache, which would read what it writes.
 #include "../simd.h"
 
 namespace {

@@ -80,7 +80,7 @@ def demo(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
     quick: Annotated[bool, typer.Option(help="A rough try-out: fewer runs, no large model.")] = False,
 ) -> None:
-    """Shows what hasten does on embedded models, in about two minutes.
+    """Shows what hasten does on embedded models, in about two minutes on two free cores.
 
     \b
     sparsity: drift on the embedded model, decode speed of a 1.1 B model, and a sample.
