@@ -72,7 +72,8 @@ def check_float32(x: Tensor, name: str, tensor: Tensor) -> None:
     what says which columns or rows are active."""
     if tensor.dtype != torch.float32:
         raise TypeError(f"{name}: expected torch.float32, got {tensor.dtype}")
-    check_device(x, name, tensor)
+    if tensor.device != x.device:
+        check_device(x, name, tensor)
 
 
 def check_writable(name: str, tensor: Tensor) -> None:

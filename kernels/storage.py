@@ -18,7 +18,8 @@ from .checks import check_floating, check_like, check_shape
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Rows of x that the kernels of the linear operators are written for (with_rows() in simd.h, B in triton.py). With more,
-# torch's matrix product reads the weights as seldom, and the union of what the rows need is nearly everything.
+# the union of what the rows need is nearly everything, and torch's matrix product is as fast or faster: the ratios by
+# batch are in kernels/README.md.
 MAX_BATCH = 8
 
 

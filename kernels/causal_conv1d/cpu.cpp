@@ -163,7 +163,7 @@ HASTEN_EXPORT(causal_conv1d_update, CausalConv1dUpdateArguments)(const CausalCon
                     if (in.silu) out = silu(out);
                     for (int64_t c = 0; c < count; c++) from_float(out[c], y[(first + c) * T_new + t]);
                 }
-                for (int64_t c = 0; c < count; c++) {
+                for (int64_t c = 0; S && c < count; c++) {  // a state of no inputs has no address
                     const int64_t kept = T_new < S ? S - T_new : 0, added = S - kept;
                     memmove(states + c * S, states + c * S + S - kept, sizeof(T) * kept);
                     memcpy(states + c * S + kept, inputs + c * T_new + T_new - added, sizeof(T) * added);

@@ -38,7 +38,7 @@ def _check(x, weight, cutoff, bias):
     storage.check_linear(x, weight, bias)
     storage.check_column_major(weight)
     if cutoff is not None:
-        checks.check_shape("cutoff", cutoff, [x.size(-1)])
+        checks.check_shape("cutoff", cutoff, [x.shape[-1]])
         checks.check_float32(x, "cutoff", cutoff)
 
 

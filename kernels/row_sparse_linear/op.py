@@ -41,7 +41,7 @@ def _check(x, weight, gate, threshold, bias):
     storage.check_linear(x, weight, bias)
     storage.check_row_major(weight)
     checks.check_like(x, "gate", gate)
-    checks.check_shape("gate", gate, [*x.shape[:-1], weight.size(0)])
+    checks.check_shape("gate", gate, [*x.shape[:-1], weight.shape[0]])
     checks.check_shape("threshold", threshold, [])
     checks.check_float32(x, "threshold", threshold)
 
