@@ -273,8 +273,8 @@ class Inference:
             if reading.mask is not None:
                 positions = (reading.mask.long().cumsum(-1) - 1).clamp(min=0)
             else:
-                positions = torch.arange(reading.ids.shape[1], device=reading.ids.device).expand(reading.ids.shape)
-            arguments["position_ids"] = positions[:, -tokens:]
+                positions = torch.arange(reading.ids.shape[1], device=reading.ids.device).repeat(len(reading.ids), 1)
+            arguments["position_ids"] = positions[:, -tokens:].contiguous()
         return arguments
 
     def _for_each_step(self, arguments: dict[str, Any], output) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_a_batch_has_positions_of_its_own():
-    run, ids = Inference(build("image-text", "kosmos-2")), token_ids(3, 24)  # looks positions up row by row
+    ids = token_ids(3, 24)
+    run = Inference(build("image-text", "kosmos-2"), ids)  # looks positions up row by row
     assert distance(run.decode(ids, 9)[:1], run.decode(ids[:1], 9)) < TOLERANCE
 
 
