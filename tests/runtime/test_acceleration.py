@@ -177,6 +177,7 @@ def test_a_batch_uses_the_union_while_it_pays():
     for batch, expected in ((1, active[:1]), (2, active[:2].any(0)), (4, torch.ones(64, dtype=torch.bool))):
         rows = x[:batch]
         torch.testing.assert_close(projection(rows), (rows * expected) @ projection.weight.T, rtol=1e-4, atol=1e-5)
+        assert projection.forward.active(rows) == (None if expected.all() else (int(expected.sum()), 64))
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
@@ -188,8 +189,12 @@ def test_cats_is_exact_for_batches_whose_union_does_not_pay(name):
         accelerate(model, hasten.Cats(0.5))
         mlp = model.model.layers[0].mlp
         assert mlp.forward.max_union == 2
+        neurons = mlp.forward.gate(x).abs() > mlp.forward.threshold
+        counts = [mlp.forward.active(x[:batch]) for batch in (1, 2, 4)]
+        assert counts == [(int(neurons[:1].sum()), 176), (int(neurons[:2].any(0).sum()), 176), None]
         torch.testing.assert_close(mlp(x), dense, rtol=1e-4, atol=1e-5)
-        assert (mlp(x[:1]) - dense[:1]).norm() > 1e-3 * dense[:1].norm()
+        for batch in (1, 2):
+            assert (mlp(x[:batch]) - dense[:batch]).norm() > 1e-3 * dense[:batch].norm()
 
 
 def test_what_counts_as_decode():
