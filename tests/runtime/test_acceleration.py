@@ -354,6 +354,12 @@ def test_what_a_model_has_read_before_changes_nothing(model_type):
         text = token_ids(2, 40)
         report = hasten.accelerate(model, hasten.Wina(0.5), calibration=text, heldout=text, measure_speed=False)
         found.append((report.drift, report.self_check, report.techniques[0].settings))
+        remembered = [vars(module)["rope_deltas"] for module in model.modules() if "rope_deltas" in vars(module)]
+        hasten.revert(model)
+        pictured = {"calibration": [tiny_inputs.with_grid(model)], "measure_drift": False}
+        hasten.accelerate(model, hasten.Wina(0.5), **pictured)
+        after = [vars(module)["rope_deltas"] for module in model.modules() if "rope_deltas" in vars(module)]
+        assert remembered and all(one is other for one, other in zip(after, remembered, strict=True))
     assert found[0] == found[1] == found[2]
 
 
