@@ -344,6 +344,25 @@ def test_every_byte_of_a_file_counts(tmp_path, monkeypatch):
     assert len(digests) == 36
 
 
+def test_models_of_other_names_shapes_or_values_have_other_checksums():
+    values = torch.arange(12.0)
+    models = [
+        torch.nn.ParameterDict(parameters)
+        for parameters in (
+            {"a": values, "b": values},
+            {"a": values, "c": values},
+            {"a": values, "b": values.view(3, 4)},
+            {"a": values + 1, "b": values},
+            {"a": values, "b": values + 1},
+        )
+    ]
+    assert len({checksums.sampled(model) for model in models}) == 5
+    columns = torch.nn.ParameterDict({"a": values, "b": values.view(4, 3).t().contiguous().t()})
+    assert checksums.sampled(columns) == checksums.sampled(
+        torch.nn.ParameterDict({"a": values, "b": values.view(4, 3)})
+    )
+
+
 def edit_plan(folder, change):
     """Changes the plan and seals it anew, as a careless tool might."""
     plan = json.loads((folder / "hasten_plan.json").read_text())
