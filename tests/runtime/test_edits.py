@@ -17,6 +17,7 @@ class Weights(nn.Module):
         super().__init__()
         shapes = ((3, 5), (1, 5), (3, 1), (1, 1), (2, 3, 5), (2, 1, 5), (2, 3, 1), (1, 3, 5))
         self.all = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
+        self.all.append(nn.Parameter(torch.empty_strided((1, 3, 5), (99, 5, 1)).normal_()))
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])

@@ -304,6 +304,15 @@ def test_weights_that_changed_are_not_saved(tmp_path, plan, write):
     hasten.revert(model)
 
 
+def test_a_forward_that_was_replaced_is_not_saved(tmp_path):
+    model = build("llama")
+    accelerate(model, EVERYWHERE)
+    model.model.layers[0].mlp.up_proj.forward = print
+    with pytest.raises(hasten.StateError, match=r"the forward of model\.layers\.0\.mlp\.up_proj was replaced"):
+        hasten.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_what_is_not_accelerated(tmp_path):
     with pytest.raises(hasten.StateError, match="not accelerated"):
         hasten.save(build("llama"), tmp_path)
