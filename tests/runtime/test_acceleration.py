@@ -387,6 +387,9 @@ def test_hooks_inside_an_mlp_change_what_it_computes(name):
     handle = projection.register_forward_hook(lambda module, x, y: y * turned)
     torch.testing.assert_close(mlp(x), -dense, rtol=1e-2, atol=1e-2)
     handle.remove()
+    handle = mlp.down_proj.register_forward_pre_hook(lambda module, x: (-x[0],))
+    torch.testing.assert_close(mlp(x), -dense, rtol=1e-2, atol=1e-2)
+    handle.remove()
     torch.testing.assert_close(mlp(x), dense, rtol=1e-2, atol=1e-2)
 
 
