@@ -186,6 +186,7 @@ def test_a_batch_uses_the_union_while_it_pays():
     for batch, expected in ((1, active[:1]), (2, active[:2].any(0)), (4, torch.ones(64, dtype=torch.bool))):
         rows = x[:batch]
         torch.testing.assert_close(projection(rows), (rows * expected) @ projection.weight.T, rtol=1e-4, atol=1e-5)
+        assert projection.forward.active(rows) == (None if expected.all() else (int(expected.sum()), 64))
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
@@ -197,8 +198,12 @@ def test_cats_is_exact_for_batches_whose_union_does_not_pay(name):
         accelerate(model, hasten.Cats(0.5))
         mlp = model.model.layers[0].mlp
         assert mlp.forward.max_union == 2
+        neurons = mlp.forward.gate(x).abs() > mlp.forward.threshold
+        counts = [mlp.forward.active(x[:batch]) for batch in (1, 2, 4)]
+        assert counts == [(int(neurons[:1].sum()), 176), (int(neurons[:2].any(0).sum()), 176), None]
         torch.testing.assert_close(mlp(x), dense, rtol=1e-4, atol=1e-5)
-        assert (mlp(x[:1]) - dense[:1]).norm() > 1e-3 * dense[:1].norm()
+        for batch in (1, 2):
+            assert (mlp(x[:batch]) - dense[:batch]).norm() > 1e-3 * dense[:batch].norm()
 
 
 def test_what_counts_as_decode():
@@ -358,6 +363,12 @@ def test_what_a_model_has_read_before_changes_nothing(model_type):
         text = token_ids(2, 40)
         report = hasten.accelerate(model, hasten.Wina(0.5), calibration=text, heldout=text, measure_speed=False)
         found.append((report.drift, report.self_check, report.techniques[0].settings))
+        remembered = [vars(module)["rope_deltas"] for module in model.modules() if "rope_deltas" in vars(module)]
+        hasten.revert(model)
+        pictured = {"calibration": [tiny_inputs.with_grid(model)], "measure_drift": False}
+        hasten.accelerate(model, hasten.Wina(0.5), **pictured)
+        after = [vars(module)["rope_deltas"] for module in model.modules() if "rope_deltas" in vars(module)]
+        assert remembered and all(one is other for one, other in zip(after, remembered, strict=True))
     assert found[0] == found[1] == found[2]
 
 
@@ -383,6 +394,9 @@ def test_hooks_inside_an_mlp_change_what_it_computes(name):
     turned = torch.ones(projection.out_features)
     turned[-176:] = -1
     handle = projection.register_forward_hook(lambda module, x, y: y * turned)
+    torch.testing.assert_close(mlp(x), -dense, rtol=1e-2, atol=1e-2)
+    handle.remove()
+    handle = mlp.down_proj.register_forward_pre_hook(lambda module, x: (-x[0],))
     torch.testing.assert_close(mlp(x), -dense, rtol=1e-2, atol=1e-2)
     handle.remove()
     torch.testing.assert_close(mlp(x), dense, rtol=1e-2, atol=1e-2)

@@ -5,6 +5,7 @@ import torch
 from tiny_models import build, token_ids
 
 import hasten
+from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.experts import expert_inputs, layout_of
 
 SINK = 5  # a token that makes activations unlike those of all others
@@ -13,9 +14,13 @@ pytestmark = pytest.mark.usefixtures("no_contest")
 
 
 def with_sink(name):
-    """A model whose inputs after SINK have one large element, as first positions of trained models have."""
+    """A model whose inputs after SINK have one large element, as first positions of trained models have, and whose
+    gates are nearly shut there."""
     model = build(name)
     with torch.no_grad():
+        for parameter_name, weight in model.named_parameters():
+            if "gate" in parameter_name:
+                weight[..., 7] = 0
         embedding = model.get_input_embeddings().weight
         embedding[SINK] = 0
         embedding[SINK, 7] = 100
@@ -93,3 +98,38 @@ def test_the_share_that_was_asked_for_is_skipped(case, sparsity):
     shares = dict(skipped_shares(model, text, found))
     assert len(shares) == parts
     assert shares == pytest.approx(dict.fromkeys(shares, sparsity), abs=1.5e-3)
+
+
+@torch.no_grad()
+def test_greedy_allocation_weighs_the_error_of_the_block():
+    """The squared distance of its outputs from the dense ones, where every position but the first skips what decode
+    would: by thresholds that are quantiles in float64."""
+    model, text = with_sink("llama"), token_ids(2, 64, seed=1)
+    technique = hasten.Wina(0.5, "greedy")
+    gathered = hasten.calibrate(model, technique, text).of(technique)
+    block = Anatomy(model).blocks[1]
+    calls = gathered.calls[block.name]
+    assert len(calls) == 2
+    dense = [block.module(*arguments, **keywords) for arguments, keywords in calls]
+    sparsities = {p.name: 0.1 * (1 + number) for number, p in enumerate(block.projections)}
+    inputs = dense_inputs(model, text, sparsities)
+
+    def mask(projection):
+        norms = projection.weight.double().norm(dim=0)
+        seen = torch.cat([arguments[0][0, 1:].double().abs() * norms for arguments, _ in inputs[projection.name]])
+        threshold = seen.flatten().quantile(sparsities[projection.name])
+
+        def skip(module, arguments):
+            keep = arguments[0].double().abs() * norms > threshold
+            keep[:, 0] = True
+            return (arguments[0] * keep,)
+
+        return projection.module.register_forward_pre_hook(skip)
+
+    handles = [mask(projection) for projection in block.projections]
+    sparse = [block.module(*arguments, **keywords) for arguments, keywords in calls]
+    for handle in handles:
+        handle.remove()
+    expected = sum(float((one - other).double().pow(2).sum()) for one, other in zip(sparse, dense, strict=True))
+    assert technique._block_error(block, gathered)(sparsities) == pytest.approx(expected, rel=0.02)
+    assert technique._block_error(block, gathered)(dict.fromkeys(sparsities, 0.0)) == 0

@@ -109,6 +109,30 @@ def test_an_interrupted_run_leaves_what_the_model_remembers():
     assert model.model.rope_deltas is before
 
 
+class Remembering(torch.nn.Module):
+    """A model that keeps something of its inputs in every way."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(2))
+        self.calls, self.rope_deltas = 0, torch.ones(1)
+
+    def forward(self, x):
+        self.register_buffer("table", x)
+        self.calls, self.last, self.rope_deltas = self.calls + 1, x, x
+
+
+def test_all_that_a_model_remembers_comes_back():
+    model = Remembering()
+    before = dict(vars(model)), model.table
+    with undisturbed(model):
+        assert model.rope_deltas is None, "as if it had read nothing"
+        model(torch.rand(3))
+        assert model.calls == 1 and model.table is model.last
+    assert vars(model).keys() == before[0].keys() and all(vars(model)[name] is before[0][name] for name in before[0])
+    assert model.table is before[1]
+
+
 @torch.no_grad()
 def test_state_of_the_code_itself_stays():
     model = build("image-text", "llava")

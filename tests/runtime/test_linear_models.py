@@ -311,6 +311,18 @@ def test_adapters_refuse_what_they_do_not_compute(adapter):
             function(**arguments, **{name: torch.tensor([0, 2])})
 
 
+def test_a_state_in_half_precision_is_updated_in_place():
+    B, H, P, N = 2, 4, 16, 24
+    x, dt, b, c = torch.randn(B, H, P), torch.rand(B, H, 1).expand(B, H, P), torch.randn(B, H, N), torch.randn(B, H, N)
+    rates = -torch.rand(H, 1, 1).expand(H, P, N)
+    exact = torch.randn(B, H, P, N)
+    half = exact.bfloat16()
+    before = half.clone()
+    expected = linear_attention_layers.step_mamba2(exact, x, dt, rates, b, c)
+    assert distance(linear_attention_layers.step_mamba2(half, x, dt, rates, b, c), expected) < 0.02
+    assert half.dtype == torch.bfloat16 and distance(half.float(), exact) < 0.02 < distance(before.float(), exact)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arguments_that_a_model_is_called_with(family):
     """Flags of outputs change nothing; what transformers' kernels would be told besides is refused."""

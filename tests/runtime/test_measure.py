@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, token_ids
 
 from hasten.acceleration import measure
 from hasten.acceleration.inference import Inference
@@ -59,6 +59,20 @@ def test_the_largest_batch_up_to_which_ours_is_faster(ours, theirs, largest, rat
     firsts = [name for _, _, name in contest.order[::2]]
     assert firsts[:4] == ["theirs", "ours", "theirs", "ours"], "who comes first alternates"
     assert {turn for batch, turn, _ in contest.order if batch == 1} == set(range(11))
+
+
+@torch.no_grad()
+def test_heldout_logits_are_those_of_the_tokens_that_come_next():
+    model, ids = build("llama"), token_ids(2, 40)
+    found = measure.heldout_logits(Inference(model), list(ids))
+    for row, (targets, logits) in zip(ids, found, strict=True):
+        expected = model(input_ids=row[None]).logits[0, measure.DRIFT_PREFIX - 1 : -1]
+        assert torch.equal(targets, row[measure.DRIFT_PREFIX :])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    nll = torch.nn.functional.cross_entropy(torch.cat([logits for _, logits in found]), ids[:, 16:].flatten())
+    assert measure.drift(found, found).dense_perplexity == pytest.approx(float(nll.exp()), rel=1e-5)
+    few = measure.heldout_logits(Inference(model), list(ids), tokens=30)
+    assert [len(targets) for targets, _ in few] == [24, 6], "no more tokens than were asked for, and no less"
 
 
 def test_regimes_are_shortened_to_the_positions_of_a_model(monkeypatch):

@@ -90,6 +90,18 @@ def test_sparse_neurons_and_sparse_attention(name):
     assert torch.equal(decode_logits(model, token_ids(1, 24), 16), logits)
 
 
+def test_a_gate_that_is_stored_anew_after_its_neurons_were_made_sparse():
+    """Cats has run by then, with the gate as it was."""
+    model = build("llama")
+    before, logits = snapshot(model), decode_logits(model, token_ids(1, 24), 16)
+    report = accelerate(model, [hasten.Cats(0.5), hasten.Wina({"gate_proj": 0.5})])
+    assert changed(report)["Wina"] == {f"model.layers.{i}.mlp.gate_proj" for i in range(2)}
+    assert report.techniques[1].drift.kl > report.techniques[0].drift.kl > 0
+    assert distance(decode_logits(model, token_ids(1, 24), 16)[:, :16], logits[:, :16]) < 1e-5
+    hasten.revert(model)
+    assert_unchanged(model, before)
+
+
 def test_dense_decode_takes_what_sparsity_leaves():
     model = build("llama")
     report = accelerate(model, [hasten.Wina({"down_proj": 0.5, "model.layers.0.*": 0.3}), DENSE])

@@ -304,6 +304,15 @@ def test_weights_that_changed_are_not_saved(tmp_path, plan, write):
     hasten.revert(model)
 
 
+def test_a_forward_that_was_replaced_is_not_saved(tmp_path):
+    model = build("llama")
+    accelerate(model, EVERYWHERE)
+    model.model.layers[0].mlp.up_proj.forward = print
+    with pytest.raises(hasten.StateError, match=r"the forward of model\.layers\.0\.mlp\.up_proj was replaced"):
+        hasten.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_what_is_not_accelerated(tmp_path):
     with pytest.raises(hasten.StateError, match="not accelerated"):
         hasten.save(build("llama"), tmp_path)
@@ -342,6 +351,25 @@ def test_every_byte_of_a_file_counts(tmp_path, monkeypatch):
         path.write_bytes(data[:at] + b"x" + data[at + 1 :])
         digests |= set(checksums.of_files([path]).values())
     assert len(digests) == 36
+
+
+def test_models_of_other_names_shapes_or_values_have_other_checksums():
+    values = torch.arange(12.0)
+    models = [
+        torch.nn.ParameterDict(parameters)
+        for parameters in (
+            {"a": values, "b": values},
+            {"a": values, "c": values},
+            {"a": values, "b": values.view(3, 4)},
+            {"a": values + 1, "b": values},
+            {"a": values, "b": values + 1},
+        )
+    ]
+    assert len({checksums.sampled(model) for model in models}) == 5
+    columns = torch.nn.ParameterDict({"a": values, "b": values.view(4, 3).t().contiguous().t()})
+    assert checksums.sampled(columns) == checksums.sampled(
+        torch.nn.ParameterDict({"a": values, "b": values.view(4, 3)})
+    )
 
 
 def edit_plan(folder, change):

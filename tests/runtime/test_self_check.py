@@ -4,9 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, token_ids
 
-from hasten.acceleration.edits import Edit, Verification
+from hasten.acceleration.edits import Edit, ReplaceForward, Verification, apply_all, undo_all
+from hasten.acceleration.forwards import Forward
 from hasten.acceleration.inference import Inference
 from hasten.acceleration.self_check import LIMIT, TOKENS, self_check
 from hasten.errors import HastenError
@@ -28,6 +29,34 @@ class Seeing(Edit):
         handle.remove()
         for written, expected in self.pairs:
             seen.add(written, expected)
+
+
+class Outer(Forward):
+    def own(self, x):
+        return self.dense(x)
+
+
+class Inner(Outer):
+    calls = 0
+
+    def own(self, x):
+        type(self).calls += 1
+        return self.dense(x)
+
+
+def test_a_module_is_compared_without_what_is_changed_inside_it():
+    """Which decides by the last bit of its inputs what it skips, and is compared by itself."""
+    model = build("llama")
+    outer, inner = (
+        ReplaceForward(f"model.layers.0.mlp{name}", kind) for name, kind in (("", Outer), (".up_proj", Inner))
+    )
+    apply_all(model, [outer, inner], done := [])
+    for edit, calls in ((outer, 1), (inner, 3)):
+        Inner.calls = 0
+        with edit.verify(model) as seen:
+            model(token_ids(1, 5))
+        assert (seen.calls, seen.distance, Inner.calls) == (1, 0.0, calls)
+    undo_all(model, done)
 
 
 def check(*edits):
