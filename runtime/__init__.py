@@ -9,7 +9,8 @@ import importlib
 
 _WHERE = {
     "acceleration.install": ("accelerate", "accelerated", "revert"),
-    "acceleration.calibration": ("Statistics", "calibrate"),
+    "acceleration.calibration": ("calibrate",),
+    "acceleration.statistics": ("Statistics",),
     "embedded": ("embedded_model",),
     "errors": ("HastenError", "SavedPlanError", "StateError", "UnsupportedModelError"),
     "generation.generation": ("generate",),

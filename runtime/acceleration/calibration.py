@@ -3,8 +3,6 @@ which gathers what all techniques of a plan ask for."""
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -13,35 +11,10 @@ from hasten.acceleration.checksums import sampled
 from hasten.acceleration.inference import Inference, Inputs
 from hasten.acceleration.plan import Plan
 from hasten.acceleration.preflight import examine, refuse_unready
+from hasten.acceleration.statistics import Statistics
 from hasten.acceleration.techniques import Technique
 from hasten.acceleration.windows import Texts, windows
 from hasten.model_facts import longest_input, progress, vocabulary
-
-
-@dataclass(slots=True)
-class Statistics:
-    """What one calibration pass gathered; serves any number of accelerations of the same model, with any settings.
-
-    Attributes:
-        gathered: by the class names of techniques, whatever each gathered.
-        tokens: how many tokens were seen.
-        model: a checksum over samples of the model's weights.
-    """
-
-    gathered: dict[str, Any] = field(default_factory=dict)
-    tokens: int = 0
-    model: int | None = None
-
-    def of(self, technique: Technique) -> Any:
-        """What was gathered for techniques of this class.
-
-        Raises:
-            ValueError: nothing.
-        """
-        kind = type(technique).__name__
-        if kind not in self.gathered:
-            raise ValueError(f"the statistics hold nothing for {kind}: calibrate this model for it")
-        return self.gathered[kind]
 
 
 def calibrate(

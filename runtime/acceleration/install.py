@@ -9,7 +9,7 @@ from torch import nn
 
 from hasten.acceleration import measure
 from hasten.acceleration.arrangement import Assignment, arrange
-from hasten.acceleration.calibration import Statistics, gather
+from hasten.acceleration.calibration import gather
 from hasten.acceleration.checksums import sampled
 from hasten.acceleration.edits import Edit, Freeze, apply_all, undo_all
 from hasten.acceleration.inference import Inference, Inputs
@@ -17,6 +17,7 @@ from hasten.acceleration.plan import Plan
 from hasten.acceleration.preflight import examine, refuse_unready
 from hasten.acceleration.report import Report, TechniqueReport
 from hasten.acceleration.self_check import self_check
+from hasten.acceleration.statistics import Statistics
 from hasten.acceleration.techniques import Settings, Technique
 from hasten.acceleration.techniques.base import Skip
 from hasten.acceleration.windows import Texts, split_heldout, windows

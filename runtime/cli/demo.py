@@ -13,11 +13,11 @@ from torch import nn
 import hasten
 from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.inference import Inference
-from hasten.acceleration.measure import Drift
 from hasten.acceleration.preflight import examine
 from hasten.acceleration.report import TechniqueReport
 from hasten.acceleration.techniques import Cats, DenseDecode, Teal, Technique, Wina
 from hasten.cli import generate, loading, picture, tables
+from hasten.cli.picture import Point
 from hasten.model_facts import progress
 
 KINDS = (Wina, Teal, Cats)
@@ -32,22 +32,6 @@ PROMPT = '''class Reader:
 
     def __init__(self, path):
 '''
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One technique at one sparsity.
-
-    active_share: of the inputs that the technique chooses from, the share that was multiplied; counted on the held-out
-        text. 1 where nothing is skipped.
-    weights_read: the share of the layers' weights that a decode step reads, from `active_share`.
-    """
-
-    technique: str
-    sparsity: float
-    active_share: float
-    weights_read: float
-    drift: Drift
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import typer
 
 import hasten
 from hasten.cli import picture, picture_guidance, tables
+from hasten.cli.picture_guidance import Result
 from hasten.guidance.diffusion.adaptive import AdaptiveGuidance
 from hasten.guidance.diffusion.apg import AdaptiveProjectedGuidance
 from hasten.guidance.diffusion.cfg_plus_plus import CFGPlusPlus
@@ -36,26 +37,6 @@ METHODS: dict[str, Callable[[float], Guide]] = {
     "APG": lambda scale: AdaptiveProjectedGuidance(scale, eta=0.0, momentum=-0.5, max_norm=15 * (64 / 65536) ** 0.5),
     "CFG++": lambda scale: CFGPlusPlus(scale / 12.5),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One method at one scale.
-
-    evaluations: rows that the model computed, per digit. distance: to CFG at that scale from the same noise, if it ran,
-        root mean square over pixels.
-    """
-
-    method: str
-    scale: float
-    guide: str
-    evaluations: float
-    seconds: float
-    accuracy: float
-    saturation: float
-    contrast: float
-    distance: float | None
-    samples: torch.Tensor = field(repr=False)
 
 
 def run(plot: str, json_file: Path | None, quick: bool) -> None:

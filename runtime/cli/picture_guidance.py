@@ -1,17 +1,36 @@
 """The picture of `hasten demo guidance`: rows are methods, columns are seeds. Needs matplotlib, the extra `[plot]`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hasten.cli.demo_guidance import Result
+import torch
 
 DEFAULT = Path("hasten_guidance.png")
 COLUMNS = 10
 
 
-def draw(path: Path, results: Sequence["Result"]) -> None:
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One method at one scale.
+
+    evaluations: rows that the model computed, per digit. distance: to CFG at that scale from the same noise, if it ran,
+        root mean square over pixels.
+    """
+
+    method: str
+    scale: float
+    guide: str
+    evaluations: float
+    seconds: float
+    accuracy: float
+    saturation: float
+    contrast: float
+    distance: float | None
+    samples: torch.Tensor = field(repr=False)
+
+
+def draw(path: Path, results: Sequence[Result]) -> None:
     """Draws the first digits of each result, as dark ink on paper, under a caption with what the method cost and how
     good all its digits are.
     """

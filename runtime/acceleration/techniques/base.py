@@ -15,7 +15,7 @@ from hasten.errors import SavedPlanError
 
 if TYPE_CHECKING:
     from hasten.acceleration.anatomy import Anatomy
-    from hasten.acceleration.calibration import Statistics
+    from hasten.acceleration.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)
