@@ -99,7 +99,8 @@ class Inference:
         self.encodes = "decoder_input_ids" in parameters and self.target.config.is_encoder_decoder
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes_flag = anything or "use_cache" in parameters
-        self.example = example = self.cut(example, max(EXAMPLE_TOKENS, self.shortest_prefix(example)))
+        room = max(1, min(EXAMPLE_TOKENS, longest_input(self.model) - 1))  # a step follows
+        self.example = example = self.cut(example, max(room, self.shortest_prefix(example)))
         for makes_cache in (False, True) if self.takes_flag else ():
             self.has_cache, self.makes_cache = True, makes_cache
             # An AttributeError is a configuration's from which transformers cannot make a cache.

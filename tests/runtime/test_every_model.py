@@ -13,7 +13,6 @@ SAMPLE = {
     "Conv1D": ("causal", "gpt2"),
     "alibi": ("causal", "bloom"),
     "an encoder as decoder": ("causal", "bert"),
-    "no cache": ("causal", "openai-gpt"),
     "experts": ("causal", "mixtral"),
     "experts with biases, interleaved": ("causal", "gpt_oss"),
     "shared experts and latent attention": ("causal", "deepseek_v3"),

@@ -10,7 +10,7 @@ from hasten.acceleration.edits import Edit, ReplaceForward, Verification, apply_
 from hasten.acceleration.forwards import Forward
 from hasten.acceleration.inference import Inference
 from hasten.acceleration.self_check import LIMIT, TOKENS, self_check
-from hasten.errors import HastenError
+from hasten.errors import HastenError, UnsupportedModelError
 
 
 class Seeing(Edit):
@@ -60,7 +60,7 @@ def test_a_module_is_compared_without_what_is_changed_inside_it():
 
 
 def check(*edits):
-    return self_check(Inference(build("llama")), list(edits))
+    return self_check(Inference(build("llama")), {"Technique": edits})
 
 
 def away(distance, dtype=torch.float32, parts=3):
@@ -73,7 +73,7 @@ def away(distance, dtype=torch.float32, parts=3):
 
 
 def test_a_prefill_and_a_step_are_run():
-    edit = Seeing()
+    edit = Seeing(away(0.0))
     assert check(edit, Edit()) == 0.0
     assert edit.lengths == [TOKENS, 1]
 
@@ -89,6 +89,13 @@ def test_the_largest_distance_is_returned():
     assert check(Seeing(away(1e-5)), Seeing(away(3e-5), away(2e-5)), Seeing(away(1e-6))) == pytest.approx(
         3e-5, rel=0.01
     )
+
+
+def test_a_technique_of_which_nothing_runs_is_refused():
+    inference, idle = Inference(build("llama")), Seeing()
+    assert self_check(inference, {"Busy": [Seeing(away(1e-6)), idle], "Preparing": [Edit()]}) > 0
+    with pytest.raises(UnsupportedModelError, match="Idle would change nothing: no decode step runs what it installs;"):
+        self_check(inference, {"Busy": [Seeing(away(1e-6))], "Idle": [idle]})
 
 
 def test_everything_that_a_call_writes_counts():
