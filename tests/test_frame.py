@@ -120,6 +120,32 @@ def test_wings_do_not_import_each_other(package, wing):
             assert not inside(name, ("hasten",)) or inside(name, allowed), f"{path} imports {name}"
 
 
+def part_of(name: str) -> str | None:
+    """The part of the house that a module or an imported name belongs to, as the drawing in runtime/README.md calls it;
+    None for the files that a package's wings share, and for what is not ours."""
+    wings = {wing: wing.removeprefix("hasten.") for package in WINGS for wing in WINGS[package]}
+    parts = wings | {"hasten.models": "models", "hasten.cli": "cli"} | {floor: floor[7:] for floor in FOLDERS}
+    return next((part for prefix, part in parts.items() if prefix != "hasten" and inside(name, (prefix,))), None)
+
+
+def drawing() -> list[str]:
+    """Lines of a Mermaid graph: who imports whom, without what the files that wings share are imported by."""
+    arrows = set()
+    for package in FOLDERS:
+        for module, path in modules(package).items():
+            for name in imports(module, path):
+                arrow = part_of(module), part_of(name)
+                if None not in arrow and arrow[0] != arrow[1]:
+                    arrows.add(arrow)
+    return [f"    {one} --> {other}" for one, other in sorted(arrows)]
+
+
+def test_the_drawing_of_the_imports_is_that_of_the_code():
+    text = (ROOT / "runtime/README.md").read_text(encoding="utf-8")
+    drawn = re.search(r"```mermaid\ngraph TD\n(.*?)\n```", text, re.DOTALL).group(1).split("\n")
+    assert drawn == drawing(), "\n".join(drawing())
+
+
 @pytest.mark.parametrize("package", WINGS)
 def test_what_wings_share_imports_none_of_them(package):
     others = {module: path for module, path in modules(package).items() if inside(module, ("hasten.models",))}

@@ -31,6 +31,10 @@ def compare(rounds: int = ROUNDS) -> list[dict]:
                 hasten.accelerate(model, plan, calibration=statistics[-1] if plan is wina else None, measure_speed=on)
             )
             steps[f"revert {name}" + measured * ", again"] = lambda: hasten.revert(model)
+    steps[f"Wina(0.5), by default: calibrated on {CALIBRATION_TOKENS} tokens, speed and drift"] = lambda: (
+        hasten.accelerate(model, wina, calibration=ids)
+    )
+    steps["revert Wina(0.5), at last"] = lambda: hasten.revert(model)
     records = {case: {"case": case, "seconds": []} for case in steps}
     for _ in range(rounds):
         for case, step in steps.items():
@@ -45,6 +49,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     results = compare(arguments.rounds)
     for record in results:
-        print(f"{record['case']:40}" + "".join(f"{value:8.2f} s" for value in record["seconds"]))
+        print(f"{record['case']:75}" + "".join(f"{value:8.2f} s" for value in record["seconds"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
