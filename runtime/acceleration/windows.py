@@ -135,8 +135,8 @@ def _row(given: dict[str, Any], rows: list[torch.Tensor], i: int, keep: torch.Te
 
 
 def _own(key: str, given: dict[str, Any], i: int, rows: int, name: str) -> Any:
-    """What row i of so many has of an input: its own place in the first dimension; of the patches of all pictures, which
-    some processors pack one after the other, as many as its picture has by `*_grid_thw` [pictures, 3]."""
+    """What row i of so many has of an input: its own place in the first dimension; of the patches of all pictures,
+    which some processors pack one after the other, as many as its picture has by `*_grid_thw` [pictures, 3]."""
     value = given[key]
     if rows == 1 or isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0:
         return value
