@@ -344,13 +344,19 @@ class Inference:
         """The target's output, with logits."""
         output = self._call(self.target, arguments)
         logits = getattr(output, "logits", None)
-        if not isinstance(logits, torch.Tensor):
-            reason, remedy = "it has no language-model head: its output has no logits", "pass the ...ForCausalLM model"
+        found = "no logits" if not isinstance(logits, torch.Tensor) else f"logits {list(logits.shape)}"
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or self._classifies(logits):
+            reason, remedy = f"it has no language-model head: its output has {found}", "pass the ...ForCausalLM model"
             raise UnsupportedModelError("", type(self.target).__qualname__, reason, remedy)
         ids = arguments["decoder_input_ids" if self.encodes else "input_ids"]
         if not arguments.keys() - TEXT and logits.shape[1] not in (1, ids.shape[1]):
             raise self._refusal(arguments, f"its logits {list(logits.shape)} are not one row for each token")
         return output
+
+    def _classifies(self, logits: torch.Tensor) -> bool:
+        """Whether logits [B, T, labels] are of a head that classifies tokens."""
+        labels = getattr(self.target.config, "num_labels", None)
+        return logits.shape[-1] == labels and self.target.get_output_embeddings() is None
 
     def _call(self, module: nn.Module, arguments: dict[str, Any]):
         """The output of the target or of its encoder."""

@@ -14,7 +14,7 @@ from hasten.acceleration.checksums import sampled
 from hasten.acceleration.edits import Edit, Freeze, apply_all, undo_all
 from hasten.acceleration.inference import Inference, Inputs
 from hasten.acceleration.plan import Plan
-from hasten.acceleration.preflight import examine, refuse_unready
+from hasten.acceleration.preflight import check_flags, examine, refuse_unready
 from hasten.acceleration.report import Report, TechniqueReport
 from hasten.acceleration.self_check import self_check
 from hasten.acceleration.statistics import Statistics
@@ -81,6 +81,7 @@ def accelerate(
         StateError: the model is accelerated already, or in training mode.
     """
     plan = Plan(plan)
+    check_flags({"strict": strict, "measure_speed": measure_speed, "measure_drift": measure_drift})
     refuse_unready(model)
     statistics, pieces, heldout_pieces = _data(model, plan, calibration, tokenizer, heldout)
     example = next(iter([*pieces, *heldout_pieces]), None)
