@@ -10,7 +10,7 @@ from hasten.acceleration.arrangement import Assignment, arrange
 from hasten.acceleration.checksums import sampled
 from hasten.acceleration.inference import Inference, Inputs
 from hasten.acceleration.plan import Plan
-from hasten.acceleration.preflight import examine, refuse_unready
+from hasten.acceleration.preflight import check_flags, examine, refuse_unready
 from hasten.acceleration.statistics import Statistics
 from hasten.acceleration.techniques import Technique
 from hasten.acceleration.windows import Texts, windows
@@ -40,6 +40,7 @@ def calibrate(
         ValueError, TypeError: as `hasten.accelerate` on bad calibration data.
         UnsupportedModelError, StateError: as `hasten.accelerate`.
     """
+    check_flags({"strict": strict})
     refuse_unready(model)
     pieces = windows(calibration, tokenizer, vocabulary(model), longest=longest_input(model))
     inference = Inference(model, pieces[0])

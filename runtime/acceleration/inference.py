@@ -59,17 +59,18 @@ class Inference:
 
     A decoder-only model reads token ids. An encoder-decoder that is given ids alone reads them with its encoder and
     with its decoder, as a denoising pass does; of what a processor returns, the decoder gets `decoder_input_ids`, else
-    `labels`, else the ids that the encoder gets. A multimodal model whose forward needs more than token ids is run on
-    its inner language model where it has one. A model without a cache reads the whole text in every step.
+    `labels`, moved on by one as in training where the configuration names the token that begins, else the ids that the
+    encoder gets. A multimodal model whose forward needs more than token ids is run on its inner language model where it
+    has one. A model without a cache reads the whole text in every step.
 
     Args:
         model: a model of transformers, in eval mode.
-        example: inputs like those that it will be run on; by default a few token ids.
+        example: inputs like those that it will be run on, one row of them; by default a few token ids.
 
     Attributes:
         model: the model.
         target: what is run of it: the model itself, or its inner language model.
-        example: the first tokens of the example.
+        example: the example.
 
     Raises:
         UnsupportedModelError: the model cannot be run on such inputs; the message names what it was given.
@@ -100,7 +101,8 @@ class Inference:
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes_flag = anything or "use_cache" in parameters
         room = max(1, min(EXAMPLE_TOKENS, longest_input(self.model) - 1))  # a step follows
-        self.example = example = self.cut(example, max(room, self.shortest_prefix(example)))
+        self.example = example
+        example = self.cut(example, max(room, self.shortest_prefix(example)))
         for makes_cache in (False, True) if self.takes_flag else ():
             self.has_cache, self.makes_cache = True, makes_cache
             # An AttributeError is a configuration's from which transformers cannot make a cache.
@@ -228,9 +230,41 @@ class Inference:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(vocabulary(self.target), (batch, tokens), generator=generator)
 
+    def prompt_length(self, tokens: int) -> int:
+        """How many tokens `prompt` has where so many are asked for: a picture is not cut, and where no text follows the
+        last one, there is nothing to go on with."""
+        if not isinstance(self.example, Mapping):
+            return tokens
+        length, first = self.token_ids(self.example).shape[1], self.shortest_prefix(self.example)
+        return max(tokens if first < length else min(tokens, length), first)
+
     def prompt(self, tokens: int, batch: int = 1) -> Inputs:
-        """A prompt to measure on: random ids [batch, tokens]; the example where the model was given more than ids."""
-        return self.example if isinstance(self.example, Mapping) else self.random_ids(tokens, batch)
+        """A prompt of `prompt_length(tokens)` tokens to measure on, in `batch` rows: random ids; or the example where
+        the model was given more than ids, its text after the last picture repeated as often as it takes."""
+        if not isinstance(self.example, Mapping):
+            return self.random_ids(tokens, batch)
+        tokens, first = self.prompt_length(tokens), self.shortest_prefix(self.example)
+        inputs = self.cut(self.example, tokens)
+        ids = self.token_ids(inputs)
+        places, length = torch.arange(tokens, device=ids.device), ids.shape[1]
+        if tokens > length:
+            places[length:] = first + (places[length:] - length) % (length - first)
+            for name, value in inputs.items():
+                if name == "decoder_input_ids" if self.encodes else _is_of_tokens(name, value, ids):
+                    inputs[name] = value[:, places.to(value.device)]
+        return {name: _repeated(value, batch) for name, value in inputs.items()}
+
+    def _moved_on(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the decoder reads to say `labels` [B, T], as the model's own forward makes it of them."""
+        config, prepare = self.target.config, getattr(self.target, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is not None:
+            with contextlib.suppress(UnsupportedModelError):  # it needs tokens that not every configuration names
+                return self._call(prepare, {"labels": labels})
+        start, padding = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+        if start is None:
+            return labels.clamp(min=0)
+        moved = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+        return moved.masked_fill(moved < 0, start if padding is None else padding)  # labels are -100 at padding
 
     def _arguments(self, inputs: Inputs) -> tuple[dict[str, Any], Reading]:
         """The arguments of a pass over `inputs`, and the reading that starts with it."""
@@ -243,7 +277,8 @@ class Inference:
         if ids is None:
             raise self._refusal(given, f"no {' nor '.join(names)} among what it was given")
         ids = torch.atleast_2d(ids)
-        ids = ids[:, (ids >= 0).all(0)]  # labels are -100 at padding
+        if self.encodes and "decoder_input_ids" not in inputs and "labels" in inputs:
+            ids = self._moved_on(ids)
         mask = given.pop("decoder_attention_mask" if self.encodes else "attention_mask", None)
         mask = None if mask is None or mask.bool().all() else mask
         reading = Reading(ids, mask, text_only=not given.keys() - {"input_ids", "attention_mask", "decoder_input_ids"})
@@ -309,13 +344,19 @@ class Inference:
         """The target's output, with logits."""
         output = self._call(self.target, arguments)
         logits = getattr(output, "logits", None)
-        if not isinstance(logits, torch.Tensor):
-            reason, remedy = "it has no language-model head: its output has no logits", "pass the ...ForCausalLM model"
+        found = "no logits" if not isinstance(logits, torch.Tensor) else f"logits {list(logits.shape)}"
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or self._classifies(logits):
+            reason, remedy = f"it has no language-model head: its output has {found}", "pass the ...ForCausalLM model"
             raise UnsupportedModelError("", type(self.target).__qualname__, reason, remedy)
         ids = arguments["decoder_input_ids" if self.encodes else "input_ids"]
         if not arguments.keys() - TEXT and logits.shape[1] not in (1, ids.shape[1]):
             raise self._refusal(arguments, f"its logits {list(logits.shape)} are not one row for each token")
         return output
+
+    def _classifies(self, logits: torch.Tensor) -> bool:
+        """Whether logits [B, T, labels] are of a head that classifies tokens."""
+        labels = getattr(self.target.config, "num_labels", None)
+        return logits.shape[-1] == labels and self.target.get_output_embeddings() is None
 
     def _call(self, module: nn.Module, arguments: dict[str, Any]):
         """The output of the target or of its encoder."""
@@ -392,6 +433,13 @@ def _memory(module: nn.Module) -> dict[str, object]:
 
 def _on(value: object, device: torch.device) -> object:
     return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _repeated(value: object, batch: int) -> object:
+    """An input of one row for `batch` rows, packed or not: its first dimension again and again."""
+    if isinstance(value, torch.Tensor):
+        return torch.cat([value] * batch) if value.dim() else value
+    return value * batch if isinstance(value, list | tuple) else value
 
 
 def _is_of_tokens(name: str, value: object, ids: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from hasten.acceleration.checksums import sampled
 from hasten.acceleration.edits import Edit, Freeze, apply_all, undo_all
 from hasten.acceleration.inference import Inference, Inputs
 from hasten.acceleration.plan import Plan
-from hasten.acceleration.preflight import examine, refuse_unready
+from hasten.acceleration.preflight import check_flags, examine, refuse_unready
 from hasten.acceleration.report import Report, TechniqueReport
 from hasten.acceleration.self_check import self_check
 from hasten.acceleration.statistics import Statistics
@@ -81,17 +81,18 @@ def accelerate(
         StateError: the model is accelerated already, or in training mode.
     """
     plan = Plan(plan)
+    check_flags({"strict": strict, "measure_speed": measure_speed, "measure_drift": measure_drift})
     refuse_unready(model)
     statistics, pieces, heldout_pieces = _data(model, plan, calibration, tokenizer, heldout)
     example = next(iter([*pieces, *heldout_pieces]), None)
     inference = Inference(model, example)
     anatomy = examine(inference, example)
     assignments = arrange(plan, anatomy, strict)
-    if not measure_drift:
-        heldout_pieces = []
-    regimes = dict.fromkeys(regime for each in assignments for regime in each.technique.regimes(each.anatomy))
+    asked = [regime for each in assignments for regime in each.technique.regimes(each.anatomy)]
+    regimes = dict.fromkeys(measure.possible(inference, regime) for regime in asked) if measure_speed else {}
     before = measure.times(inference, regimes) if measure_speed else {}
-    dense_logits = measure.heldout_logits(inference, heldout_pieces)
+    dense_logits = measure.heldout_logits(inference, heldout_pieces) if measure_drift else []
+    no_drift = _why_no_drift(measure_drift, heldout_pieces, dense_logits)
     if statistics is None:
         statistics = gather(inference, assignments, pieces)
     settings = [each.technique.settle(each.anatomy, statistics) for each in assignments]
@@ -103,7 +104,8 @@ def accelerate(
                 after = measure.times(inference, regimes)
                 entry.timings = [measure.Timing(regime, before[regime], after[regime]) for regime in regimes]
                 before = after
-            if heldout_pieces and not (entry.technique.exact and report.drift):
+            entry.no_drift = no_drift
+            if dense_logits and not (entry.technique.exact and report.drift):
                 with measure.counted(edits) as activity:
                     entry.drift = measure.drift(dense_logits, measure.heldout_logits(inference, heldout_pieces))
                 entry.active_share = activity.share
@@ -191,6 +193,20 @@ def _installed(
         undo_all(model, installed.edits)
         raise
     model._hasten = installed
+
+
+def _why_no_drift(wanted: bool, pieces: list[Inputs], logits: list) -> str:
+    """Why drift is not measured; nothing where it is."""
+    if logits:
+        return ""
+    if not wanted:
+        return "measure_drift=False"
+    if not pieces:
+        return "there is no held-out text, and a tenth of calibration could not be set aside: give heldout="
+    return (
+        f"no held-out text has {measure.FEWEST_TARGETS} tokens after those of its prefill, which reaches to the end of "
+        "the last picture: give longer ones as heldout="
+    )
 
 
 def _data(model, plan, calibration, tokenizer, heldout) -> tuple[Statistics | None, list[Inputs], list[Inputs]]:

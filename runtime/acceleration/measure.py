@@ -20,6 +20,7 @@ from hasten.kernels.storage import MAX_BATCH
 from hasten.model_facts import device_of, longest_input, progress, synchronize
 
 DRIFT_PREFIX, DRIFT_TOKENS = 16, 256
+FEWEST_TARGETS = 4  # tokens to predict, of windows so long that a prefill of half of them leaves as many
 FEWEST, MOST = 4, 24  # repetitions of what is timed
 PRECISION = 0.05
 
@@ -56,13 +57,16 @@ def heldout_logits(
     inference: Inference, pieces: list[Inputs], tokens: int = DRIFT_TOKENS
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For windows of held-out text: (ids that come next [T - prefix], the model's decode logits for them
-    [T - prefix, V]), up to `tokens` in all."""
+    [T - prefix, V]), up to `tokens` in all. Left out are windows of which a prefill, that no picture may be cut by,
+    leaves fewer than FEWEST_TARGETS."""
     results, done = [], 0
     for piece in progress(pieces, "measuring drift", unit="window"):
         if done >= tokens:
             break
         ids = inference.token_ids(piece)[0]
         prefix = max(min(DRIFT_PREFIX, ids.numel() // 2), inference.shortest_prefix(piece))
+        if ids.numel() - prefix < max(1, min(FEWEST_TARGETS, ids.numel() // 2)):
+            continue
         ids = ids[: prefix + tokens - done]
         logits = inference.decode(inference.cut(piece, ids.numel() - 1), prefix)[0]
         results.append((ids[prefix:].cpu(), logits))
@@ -113,23 +117,30 @@ def counted(edits: Iterable[Edit]):
         yield activity
 
 
-def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float]:
-    """Median seconds of every regime, on random tokens after a warm-up. A regime that does not fit into the model's
-    positions is shortened, and timed under its own name."""
+def possible(inference: Inference, regime: Regime) -> Regime:
+    """The regime that is run where this one is asked for: shortened to the model's positions, and with as many tokens
+    as a prompt with a picture has."""
     longest = longest_input(inference.model)
+    spare = MOST + 1 if regime.tokens == 1 else 0
+    context = max(min(regime.context, longest - regime.tokens - spare), 1 if regime.context else 0)
+    context = inference.prompt_length(context) if context else 0
+    tokens = max(1, min(regime.tokens, longest - context))
+    return Regime(regime.batch, tokens if context else inference.prompt_length(tokens), context)
+
+
+def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float]:
+    """Median seconds of every `possible` regime, on tokens from a seed or the example, after a warm-up."""
     found = {}
     for regime in progress(list(regimes), "measuring speed", unit="regime"):
-        spare = MOST + 1 if regime.tokens == 1 else 0
-        context = max(min(regime.context, longest - regime.tokens - spare), 1 if regime.context else 0)
-        tokens = min(regime.tokens, longest - context)
         with undisturbed(inference.model):
-            found[regime] = _seconds_of(inference, tokens, context, regime.batch, longest)
+            found[regime] = _seconds_of(inference, regime)
     return found
 
 
-def _seconds_of(inference: Inference, tokens: int, context: int, batch: int, longest: int) -> float:
+def _seconds_of(inference: Inference, regime: Regime) -> float:
+    tokens, context, longest = regime.tokens, regime.context, longest_input(inference.model)
     device, reading = device_of(inference.model), None
-    prompt = inference.prompt(context or tokens, batch)
+    prompt = inference.prompt(context or tokens, regime.batch)
     if not context:
         return settled(lambda: seconds(lambda: inference.prefill(prompt, last=True), device), most=5)
 

@@ -22,6 +22,7 @@ class TechniqueReport:
         timings: speed in every regime that a technique of the plan names; before is the model with the techniques that
             came earlier.
         drift: of the model with this technique and the earlier ones, from the dense one. None if not measured.
+        no_drift: why drift was not measured.
         active_share: the share of inputs that was really multiplied, counted on the held-out text; None where nothing
             is skipped by design, or nothing was counted.
     """
@@ -32,6 +33,7 @@ class TechniqueReport:
     skipped: list[Skip] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     drift: Drift | None = None
+    no_drift: str = ""
     active_share: float | None = None
     implied: bool = False
 
@@ -51,7 +53,7 @@ class TechniqueReport:
         elif self.technique.exact:
             lines.append("  drift    by rounding only")
         else:
-            lines.append("  drift    not measured")
+            lines.append(f"  drift    not measured: {self.no_drift}")
         reasons: dict[str, list[str]] = {}
         for skip in self.skipped:
             reasons.setdefault(skip.reason, []).append(skip.name)
@@ -80,8 +82,12 @@ class Report:
 
     @property
     def speedup(self) -> float | None:
-        """Decode speed (batch 1) of the whole plan over the dense model's, None if it was not measured."""
-        ratios = [timing.ratio for entry in self.techniques for timing in entry.timings if timing.regime == DECODE]
+        """Decode speed (batch 1) of the whole plan over the dense model's, after 128 tokens or as many as can be read
+        (a prompt with a picture may have more). None if it was not measured."""
+        timings = [timing for entry in self.techniques for timing in entry.timings]
+        decoded = {timing.regime for timing in timings if timing.regime.batch == timing.regime.tokens == 1}
+        nearest = min(decoded, key=lambda regime: abs(regime.context - DECODE.context), default=None)
+        ratios = [timing.ratio for timing in timings if timing.regime == nearest]
         product = 1.0
         for ratio in ratios:
             product *= ratio
@@ -112,6 +118,7 @@ class Report:
                         for timing in entry.timings
                     ],
                     "drift": dataclasses.asdict(entry.drift) if entry.drift else None,
+                    "no_drift": entry.no_drift,
                     "active_share": entry.active_share,
                 }
             )

@@ -19,7 +19,7 @@ def windows(data: Texts, tokenizer, vocabulary: int, name: str = "calibration", 
     """Cuts texts, one after the other, or sequences of token ids into windows of at most WINDOW tokens.
 
     Padding that an attention mask marks is cut off. Tails shorter than SHORTEST are left out. A dictionary that holds
-    more than text, such as `pixel_values` or `input_features`, stays whole: one window a row where it was padded.
+    more than text, such as `pixel_values` or `input_features`, gives one window a row, each with what is its own.
 
     Args:
         data: texts (with a tokenizer); token ids: a tensor [T] or [B, T] or lists of them; a dictionary as a tokenizer
@@ -33,7 +33,7 @@ def windows(data: Texts, tokenizer, vocabulary: int, name: str = "calibration", 
 
     Raises:
         TypeError, ValueError: no data, texts without a tokenizer, ids that are no integers or outside the vocabulary,
-            padded rows whose other inputs cannot be told apart; the message names the value.
+            rows whose other inputs cannot be told apart; the message names the value.
     """
     items = list(_items(data, name))
     if not items:
@@ -112,7 +112,9 @@ def _of_dictionary(item: Mapping[str, Any], name: str) -> list[Window]:
     if "input_ids" not in given:
         if not more:
             raise ValueError(f"{name} holds a dictionary without input_ids: {sorted(map(str, item))}")
-        return [given]
+        first = next(given[key] for key in ("decoder_input_ids", "labels", *more) if key in given)
+        rows = 1 if getattr(first, "ndim", 2) < 2 or not hasattr(first, "__len__") else len(first)
+        return [_without_padded_labels({key: _own(key, given, i, rows, name) for key in given}) for i in range(rows)]
     rows = _token_lists(given["input_ids"], name)
     masks = _token_lists(given["attention_mask"], name) if "attention_mask" in given else map(torch.ones_like, rows)
     keep = [mask.bool() for mask in masks]
@@ -120,28 +122,54 @@ def _of_dictionary(item: Mapping[str, Any], name: str) -> list[Window]:
         raise ValueError(f"{name} holds an attention_mask of other lengths than its input_ids")
     if not more:
         return [row[mask] for row, mask in zip(rows, keep, strict=True)]
-    if all(mask.all() for mask in keep):
-        return [given | {"input_ids": torch.stack(rows)}]
     return [_row(given, rows, i, mask, name) for i, mask in enumerate(keep)]
 
 
 def _row(given: dict[str, Any], rows: list[torch.Tensor], i: int, keep: torch.Tensor, name: str) -> dict[str, Any]:
     """Row i of a dictionary, without its padding."""
-    row = {}
-    for key, value in given.items():
-        if not isinstance(value, torch.Tensor | list | tuple) or (len(rows) > 1 and len(value) != len(rows)):
-            raise ValueError(
-                f"{name} holds a padded dictionary whose {key} cannot be told apart by rows: give one dictionary a text"
-            )
-        own = value[i : i + 1] if len(rows) > 1 else value
+    row = {key: _own(key, given, i, len(rows), name) for key in given}
+    for key, own in row.items():
         if isinstance(own, torch.Tensor) and own.shape[:2] == (1, len(keep)) and key not in _OF_ENCODERS:
-            own = own[:, keep]
-        row[key] = own
-    return row | {"input_ids": rows[i][keep][None]}
+            row[key] = own[:, keep]
+    return _without_padded_labels(row) | {"input_ids": rows[i][keep][None]}
+
+
+def _own(key: str, given: dict[str, Any], i: int, rows: int, name: str) -> Any:
+    """What row i of so many has of an input: its own place in the first dimension; of the patches of all pictures,
+    which some processors pack one after the other, as many as its picture has by `*_grid_thw` [pictures, 3]."""
+    value = given[key]
+    if rows == 1 or isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0:
+        return value
+    if (grid := given.get(_GRIDS.get(key))) is not None and len(grid) == rows:
+        patches = torch.as_tensor(grid).prod(-1).tolist()
+        if sum(patches) == len(value):
+            return value[sum(patches[:i]) : sum(patches[: i + 1])]
+    elif not isinstance(value, Mapping) and len(value) == rows and not (key == "position_ids" and value.ndim == 3):
+        return value[i : i + 1]
+    shape = list(value.shape) if hasattr(value, "shape") else f"of length {len(value)}"
+    raise ValueError(
+        f"{name} holds a dictionary of {rows} rows whose {key} {shape} cannot be told apart by rows: "
+        "its first dimension must be the rows; else give one dictionary a text"
+    )
+
+
+def _without_padded_labels(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the padding of what its decoder reads or says, which a mask of its own or -100 marks."""
+    marks = row.get("decoder_attention_mask", row.get("labels"))
+    if not isinstance(marks, torch.Tensor) or marks.dim() != 2:
+        return row
+    keep = marks[0] > 0 if "decoder_attention_mask" in row else marks[0] >= 0
+    return row | {
+        key: row[key][:, keep]
+        for key in ("decoder_input_ids", "decoder_attention_mask", "labels")
+        if keep.any() and isinstance(row.get(key), torch.Tensor) and row[key].shape == marks.shape
+    }
 
 
 # Inputs with a second dimension of their own, of features, which may by chance be as long as the text.
 _OF_ENCODERS = ("pixel_values", "input_features", "input_values", "qformer_input_ids", "decoder_input_ids", "labels")
+# Patches that are packed one picture after the other, and the input that says how many each has.
+_GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 
 
 def _repeats_ids(key: str, given: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers as tf
 from running import decode_logits
 from snapshots import assert_unchanged, snapshot
 from tiny_models import build, token_ids
@@ -312,8 +313,37 @@ def test_wrapped_and_headless_models():
         hasten.accelerate(torch.nn.DataParallel(build("llama")), hasten.DenseDecode())
     with pytest.raises(hasten.UnsupportedModelError, match="accelerate the model itself, and compile"):
         hasten.accelerate(torch.compile(build("llama"), backend="eager"), hasten.DenseDecode())
-    with pytest.raises(hasten.UnsupportedModelError, match="no language-model head"):
-        hasten.accelerate(build("llama").model, hasten.DenseDecode())
+    config = build("llama").config
+    headless = (tf.LlamaModel, tf.LlamaForSequenceClassification, tf.LlamaForTokenClassification)
+    for kind in (*headless, tf.LlamaForQuestionAnswering):
+        with pytest.raises(hasten.UnsupportedModelError, match=r"no language-model head.*ForCausalLM"):
+            hasten.accelerate(kind(config).eval(), hasten.DenseDecode())
+
+
+NO_TEXT = {
+    "a linear map": lambda: torch.nn.Linear(3, 3),
+    "a diffusion transformer": lambda: hasten.DigitDiffusion(),
+    "a vision transformer": lambda: tf.ViTForImageClassification(
+        tf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=28)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+@pytest.mark.parametrize("call", ["accelerate", "calibrate"])
+def test_models_without_a_vocabulary(kind, call):
+    with pytest.raises(hasten.UnsupportedModelError, match=r"ForCausalLM"):
+        getattr(hasten, call)(NO_TEXT[kind]().eval(), hasten.Wina(0.5), calibration=token_ids())
+
+
+@pytest.mark.parametrize("name", ["strict", "measure_speed", "measure_drift"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_flags_of_a_wrong_type(model, name, value):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
+        hasten.accelerate(model, hasten.Wina(0.5), calibration=token_ids(), **{name: value})
+    if name == "strict":
+        with pytest.raises(TypeError, match="strict must be True or False"):
+            hasten.calibrate(model, hasten.Wina(0.5), token_ids(), strict=value)
 
 
 @pytest.mark.parametrize("share", ["module", "weight"])

@@ -220,3 +220,24 @@ def test_prompts_come_from_a_seed_or_are_the_example():
     picture = tiny_inputs.with_pixels(model, 16)
     run = Inference(model, picture)
     assert torch.equal(run.prompt(9)["input_ids"], picture["input_ids"][:, :20])
+    longer, ids = run.prompt(50, 3), picture["input_ids"][0]
+    assert all(torch.equal(row, torch.cat([ids, ids[20:30]])) for row in longer["input_ids"])
+    assert longer["attention_mask"].shape == (3, 50) and len(longer["pixel_values"]) == 3
+    assert run.prefill(longer)[0].shape[:2] == (3, 50)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart", "mbart", "whisper"])
+@torch.no_grad()
+def test_labels_are_read_as_the_models_own_forward_reads_them(model_type):
+    """Moved on by one, behind the token that begins."""
+    model = build("speech" if model_type == "whisper" else "encoder-decoder", model_type)
+    model.config.decoder_start_token_id = 1
+    if model_type == "whisper":
+        given = tiny_inputs.for_whisper(model, rows=2)
+    else:
+        given = {"input_ids": token_ids(2, 12) % 80, "labels": token_ids(2, 9, seed=1) % 80 + 3}
+        given["labels"][1, 6:] = -100
+    run = Inference(model, {name: value[:1] for name, value in given.items()})
+    expected = model(**given).logits[0]
+    assert distance(run.prefill(given)[0][0], expected) < TOLERANCE
+    assert distance(run.decode({name: value[:1] for name, value in given.items()}, 3)[0], expected[2:]) < 1e-4

@@ -7,6 +7,7 @@ from tiny_models import build, token_ids
 from hasten.acceleration import measure
 from hasten.acceleration.inference import Inference
 from hasten.acceleration.techniques.base import Regime
+from hasten.bench.runtime import tiny_inputs, tiny_zoo
 
 CPU = torch.device("cpu")
 
@@ -81,12 +82,40 @@ def test_regimes_are_shortened_to_the_positions_of_a_model(monkeypatch):
     run, shapes = Inference(type(build("opt"))(config).eval()), []
     run.model.get_input_embeddings().register_forward_pre_hook(lambda module, x: shapes.append(tuple(x[0].shape)))
     monkeypatch.setattr(measure, "settled", lambda once, most: once())
-    for regime, expected in {
-        Regime(context=128): [(1, 14), (1, 1)],  # and room for further steps
-        Regime(tokens=128): [(1, 40)],
-        Regime(batch=2, tokens=7, context=128): [(2, 33), (2, 7)],
-        Regime(context=9): [(1, 9), (1, 1)],
-    }.items():
+    for asked, expected, ran in [
+        (Regime(context=128), [(1, 14), (1, 1)], Regime(context=14)),  # and room for further steps
+        (Regime(tokens=128), [(1, 40)], Regime(tokens=40)),
+        (Regime(batch=2, tokens=7, context=128), [(2, 33), (2, 7)], Regime(batch=2, tokens=7, context=33)),
+        (Regime(context=9), [(1, 9), (1, 1)], Regime(context=9)),
+    ]:
         shapes.clear()
-        assert measure.times(run, [regime]).keys() == {regime}
-        assert shapes == expected, regime
+        assert measure.possible(run, asked) == ran
+        assert measure.times(run, [ran]).keys() == {ran}
+        assert shapes == expected, asked
+
+
+@pytest.mark.parametrize("at", [4, 24], ids=["text follows", "the picture is last"])
+def test_a_prompt_with_a_picture_is_timed_under_its_own_length(at, monkeypatch):
+    model = tiny_zoo.build("image-text", "llava")
+    run, shapes = Inference(model, tiny_inputs.with_pixels(model, 16, at=at)), []
+    inner = model.model.language_model
+    inner.register_forward_pre_hook(
+        lambda _, x, given: shapes.append(given["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    monkeypatch.setattr(measure, "settled", lambda once, most: once())
+    for asked in (Regime(batch=2, context=90), Regime(batch=2, tokens=90), Regime(tokens=30), Regime(context=3)):
+        shapes.clear()
+        ran = measure.possible(run, asked)
+        measure.times(run, [ran])
+        assert shapes == [(ran.batch, ran.context), (ran.batch, 1)] if ran.context else [(ran.batch, ran.tokens)]
+    assert measure.possible(run, Regime(context=90)) == Regime(context=90 if at == 4 else 40)
+    assert measure.possible(run, Regime(context=3)) == Regime(context=20 if at == 4 else 40)
+
+
+def test_a_picture_at_the_end_leaves_nothing_to_predict():
+    model = tiny_zoo.build("image-text", "llava")
+    last, before = (tiny_inputs.with_pixels(model, 16, at=at) for at in (24, 20))
+    run = Inference(model, before)
+    assert measure.heldout_logits(run, [last]) == []
+    ((targets, logits),) = measure.heldout_logits(run, [last, before])
+    assert len(targets) == len(logits) == 4

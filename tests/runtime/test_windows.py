@@ -54,7 +54,7 @@ def test_models_of_few_positions_get_short_windows(longest):
     assert {len(piece) for piece in found} == {longest} and torch.cat(found).numel() == 48
 
 
-def test_what_is_more_than_text_stays_whole():
+def test_a_picture_stays_with_its_text():
     ids = token_ids(1, 12)
     pixels = torch.randn(1, 3, 8, 8)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
@@ -74,6 +74,39 @@ def test_padded_rows_with_pictures_are_told_apart():
         assert torch.equal(window["input_ids"], row[None])
         assert window["attention_mask"].all() and window["token_type_ids"].shape == window["input_ids"].shape
         assert torch.equal(window["pixel_values"], given["pixel_values"][i : i + 1])
+
+
+def test_rows_that_need_no_padding_are_told_apart_too():
+    ids, pixels, sizes = token_ids(4, 12), torch.randn(4, 3, 8, 8), [[8, 8]] * 4
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "image_sizes": sizes}
+    found = windows(given | {"interpolate_pos_encoding": True}, None, VOCABULARY)
+    alone = [{name: value[i : i + 1] for name, value in given.items()} for i in range(4)]
+    assert len(found) == 4
+    for window, one in zip(found, windows(alone, None, VOCABULARY), strict=True):
+        assert window.pop("interpolate_pos_encoding") is True and window.keys() == one.keys()
+        assert all(torch.equal(torch.as_tensor(window[name]), torch.as_tensor(one[name])) for name in one)
+
+
+def test_packed_patches_are_told_apart_by_their_grid():
+    """Pictures of different sizes, whose patches lie one after the other as Qwen2-VL takes them."""
+    patches, grid = torch.randn(16 + 8 + 4, 12), torch.tensor([[1, 4, 4], [1, 2, 4], [1, 2, 2]])
+    given = padded("left") | {"pixel_values": patches, "image_grid_thw": grid}
+    found = windows(given, None, VOCABULARY)
+    for window, row, own, size in zip(found, ROWS, patches.split([16, 8, 4]), grid, strict=True):
+        assert torch.equal(window["input_ids"], row[None]) and torch.equal(window["pixel_values"], own)
+        assert torch.equal(window["image_grid_thw"], size[None])
+    with pytest.raises(ValueError, match=r"3 rows whose pixel_values \[27, 12\] cannot be told apart"):
+        windows(given | {"pixel_values": patches[1:]}, None, VOCABULARY)
+
+
+def test_labels_lose_their_own_padding_row_by_row():
+    features, labels = torch.randn(3, 8, 20), torch.full((3, 40), -100)
+    for i, row in enumerate(ROWS):
+        labels[i, : len(row)] = row
+    found = windows({"input_features": features, "labels": labels, "decoder_input_ids": labels.clamp(min=0)}, None, 300)
+    for i, (window, row) in enumerate(zip(found, ROWS, strict=True)):
+        assert torch.equal(window["labels"], row[None]) and torch.equal(window["decoder_input_ids"], row[None])
+        assert torch.equal(window["input_features"], features[i : i + 1])
 
 
 def test_a_tenth_is_held_out_and_a_single_picture_is_kept():
@@ -97,10 +130,12 @@ def test_a_tenth_is_held_out_and_a_single_picture_is_kept():
         (b"bytes of a text", TypeError, "int"),
         ({1, 2}, TypeError, "set"),
         (padded("left") | {"attention_mask": torch.ones(3, 7, dtype=torch.int64)}, ValueError, "other lengths"),
-        (padded("left") | {"pixel_values": torch.randn(16, 12)}, ValueError, "pixel_values cannot be told apart by rows"),
+        (padded("left") | {"pixel_values": torch.randn(16, 12)}, ValueError, "pixel_values .*cannot be told apart by rows"),
+        ({"input_ids": token_ids(3, 9), "pixel_values": torch.randn(4, 3, 8, 8)}, ValueError, r"pixel_values \[4, 3, 8, 8\]"),
+        ({"input_ids": token_ids(3, 9), "position_ids": torch.zeros(3, 3, 9), "bbox": ROWS}, ValueError, "position_ids"),
         ({"input_ids": token_ids(1, 30), "pixel_values": torch.randn(1, 3, 8, 8)}, ValueError, "30 tokens.*20"),
     ],
-    ids=["nothing", "no ids", "floats", "bytes", "set", "mask", "patches", "long"],
+    ids=["nothing", "no ids", "floats", "bytes", "set", "mask", "patches", "pictures", "positions", "long"],
 )  # fmt: skip
 def test_errors_name_the_value(data, error, words):
     with pytest.raises(error, match=words):
