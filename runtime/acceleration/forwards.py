@@ -4,10 +4,13 @@ The module stays the object that it was, with its class, parameters, hooks and n
 as its `forward`, and is copied and pickled with it.
 """
 
+import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from hasten.errors import StateError
@@ -60,14 +63,56 @@ class Forward:
 
     def beside_definition(self, *arguments, **keywords) -> tuple[Any, Any]:
         """What a call of `own` writes, and what it writes by the kernels' definitions in plain torch: outputs first, in
-        any containers of tensors. The arguments are not changed."""
-        output = self.own(*arguments, **keywords)
+        any containers of tensors, then what it leaves in caches. The arguments are not changed."""
+        layers = self.layers(keywords)
+
+        def call():
+            own = [_with_own_entries(value, layers) for value in arguments]
+            words = {name: _with_own_entries(value, layers) for name, value in keywords.items()}
+            output = self.own(*own, **words)
+            return output, [_entries(value, layers) for value in (*own, *words.values())]
+
+        written = call()
         with backend.use("reference"):
-            return output, self.own(*arguments, **keywords)
+            return written, call()
+
+    def layers(self, keywords: dict[str, Any]) -> set[int]:
+        """The layers whose entries of a cache a call may change, as the module, those inside it or the call name them.
+        Empty where none does: then it may change any."""
+        named = [getattr(module, "layer_idx", None) for module in self.module.modules()]
+        return {layer for layer in (*named, keywords.get("layer_idx")) if isinstance(layer, int) and layer >= 0}
 
     def active(self, *arguments, **keywords) -> tuple[int, int] | None:
         """How many inputs a call multiplies, and how many there are; None where a call skips nothing by design."""
         return None
+
+
+def _with_own_entries(value: object, layers: Collection[int]) -> object:
+    """A copy of a cache whose entries for `layers`, all if there are none, are copies, so that a call can be repeated;
+    anything else as it is."""
+    if not isinstance(value, Cache):
+        return value
+    other = copy.copy(value)
+    for name, held in vars(value).items():
+        if isinstance(held, list):
+            held = [copy.deepcopy(entry) if not layers or i in layers else entry for i, entry in enumerate(held)]
+        elif isinstance(held, dict):
+            held = dict(held)
+        setattr(other, name, _with_own_entries(held, layers))  # a cache of an encoder-decoder holds two
+    return other
+
+
+def _entries(value: object, layers: Collection[int]) -> list:
+    """What a cache keeps for `layers`, all if there are none; nothing of anything else."""
+    if not isinstance(value, Cache):
+        return []
+    found = []
+    for held in vars(value).values():
+        entries = held if isinstance(held, list) else []
+        entries = [entry for i, entry in enumerate(entries) if not layers or i in layers]
+        found += [entry if isinstance(entry, torch.Tensor) else getattr(entry, "__dict__", None) for entry in entries]
+        found += _entries(held, layers)
+    return found
 
 
 def decode_rows(x: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The laws that hold for every technique. One of them exists only here: nothing in hasten knows of it."""
+"""The laws that hold for every technique. Some exist only here: nothing in hasten knows of them."""
 
 import ast
 import copy
@@ -93,6 +93,33 @@ class Rounding(Technique):
         return (Regime(context=9), Regime(batch=3, tokens=5, context=7))
 
 
+class TurnedBack(Forward):
+    """Whole layers or attention, whose output is reversed and reversed back, by two products: the same but
+    for rounding."""
+
+    def own(self, *arguments, **keywords):
+        output = self.dense(*arguments, **keywords)
+        first, *others = output if isinstance(output, tuple) else (output,)
+        third = torch.eye(first.shape[-1], dtype=first.dtype).flip(0) / 3
+        first = linear(linear(first.contiguous(), third), 9 * third)
+        return (first, *others) if isinstance(output, tuple) else first
+
+
+@dataclass(frozen=True, slots=True)
+class TurningBack(Technique):
+    """Exact: changes the modules inside every layer that are called `inner`, or the layers themselves."""
+
+    inner: str = ""
+
+    exact: ClassVar[bool] = True
+
+    def targets(self, anatomy):
+        return tuple(f"{block.name}.{self.inner}".rstrip(".") for block in anatomy.blocks)
+
+    def edits(self, anatomy, settings):
+        return [ReplaceForward(name, TurnedBack) for name in self.targets(anatomy)]
+
+
 @dataclass(frozen=True)
 class Case:
     """A technique, and a tiny model on which it acts."""
@@ -128,6 +155,8 @@ CASES = [
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "mamba2")),
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "minimax")),
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "qwen3_next")),
+    Case(TurningBack("self_attn"), llama),
+    Case(TurningBack(), partial(linear_models.build, "bamba")),
     Case(Rounding(), llama),
 ]
 pytestmark = pytest.mark.usefixtures("no_contest")
