@@ -227,13 +227,19 @@ def _read(module: nn.Module) -> ExpertsLayout | str | None:
         found = _dbrx(module)
     else:
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
-        if not shapes or "expert" not in kind.lower():
+        if not shapes or not ("expert" in kind.lower() or _leads_and_back(shapes)):
             return None
         up = "gate_up_proj" if "gate_up_proj" in shapes else "up_proj"
         if shapes.keys() != {up, "down_proj"}:
             return f"its weights are {', '.join(shapes)}; expected gate_up_proj or up_proj, and down_proj"
         found = _fused(module, up, shapes[up], shapes["down_proj"])
     return found if isinstance(found, str) else _unreadable(module, found) or found
+
+
+def _leads_and_back(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether matrices [E, ., .] look like the maps of experts: as many of each, and not all of one shape, unlike the
+    gates of heads, filters and tables of positions."""
+    return len(set(shapes.values())) > 1 and len({count for count, *_ in shapes.values()} - {1}) == 1
 
 
 def _fused(module: nn.Module, up: str, up_shape: tuple[int, ...], down_shape: tuple[int, ...]) -> ExpertsLayout | str:

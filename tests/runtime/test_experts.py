@@ -4,10 +4,12 @@ forward."""
 import re
 
 import pytest
+import tiny_models
 import torch
 from experts_classes import CONFIG, EXPERTS, HIDDEN, INTERMEDIATE, build, names
 from torch import nn
 
+import hasten
 from hasten.acceleration import experts
 from hasten.acceleration.techniques.input_sparsity import SparseExperts
 from hasten.kernels import backend
@@ -61,6 +63,34 @@ def test_fused_experts_of_another_form_are_refused_with_the_reason(name):
     module = build(name)
     assert experts.layout_of(module) is None
     assert experts.why_not(module).startswith("its weights are ")
+
+
+def test_experts_are_known_whatever_their_class_is_called():
+    module = build("MixtralExperts")
+    layout = experts.layout_of(module)
+    module.__class__ = type("MoeBank", (type(module),), {})
+    assert experts.layout_of(module) == layout
+    for name, weight in (("w1", module.gate_up_proj), ("w2", module.down_proj)):
+        module.register_parameter(name, weight)
+    del module.gate_up_proj, module.down_proj
+    assert experts.why_not(module) == "its weights are w1, w2; expected gate_up_proj or up_proj, and down_proj"
+
+
+def test_other_parameters_of_three_dimensions_are_no_experts():
+    heads, filters, tables = nn.Module(), nn.Conv1d(24, 24, 4, groups=24), nn.Module()
+    heads.a, heads.b = (nn.Parameter(torch.zeros(4, 16, 16)) for _ in range(2))
+    tables.a, tables.b = nn.Parameter(torch.zeros(1, 16, 24)), nn.Parameter(torch.zeros(1, 8, 24))
+    for module in (heads, filters, tables):
+        assert experts.layout_of(module) is None and experts.why_not(module) is None
+
+
+def test_a_mixture_of_another_name_is_accelerated(no_contest):
+    model = tiny_models.build("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = type("MoeBank", (type(layer.mlp.experts),), {})
+    ids = tiny_models.token_ids(1, 64)
+    report = hasten.accelerate(model, hasten.Wina(0.5), calibration=ids, measure_speed=False, measure_drift=False)
+    assert "model.layers.1.mlp.experts" in report.techniques[0].edited
 
 
 @pytest.mark.parametrize("name", sorted(SEPARATE & names().keys()))
