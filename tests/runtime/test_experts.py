@@ -6,6 +6,7 @@ import re
 import pytest
 import tiny_models
 import torch
+import transformers
 from experts_classes import CONFIG, EXPERTS, HIDDEN, INTERMEDIATE, build, names
 from torch import nn
 
@@ -80,7 +81,8 @@ def test_other_parameters_of_three_dimensions_are_no_experts():
     heads, filters, tables = nn.Module(), nn.Conv1d(24, 24, 4, groups=24), nn.Module()
     heads.a, heads.b = (nn.Parameter(torch.zeros(4, 16, 16)) for _ in range(2))
     tables.a, tables.b = nn.Parameter(torch.zeros(1, 16, 24)), nn.Parameter(torch.zeros(1, 8, 24))
-    for module in (heads, filters, tables):
+    recurrence = transformers.models.zamba.modeling_zamba.ZambaMambaMixer(transformers.ZambaConfig(hidden_size=64), 0)
+    for module in (heads, filters, tables, recurrence):
         assert experts.layout_of(module) is None and experts.why_not(module) is None
 
 
