@@ -240,8 +240,10 @@ def _read(module: nn.Module) -> ExpertsLayout | str | None:
 def _leads_and_back(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether matrices [E, ., .] look like the maps of experts, between a hidden size and an intermediate size, once or
     twice: as many of each, and not all of one shape, unlike the gates of heads, filters and tables of positions."""
+    counts = {count for count, *_ in shapes.values()}
     return (
-        len({count for count, *_ in shapes.values()}) == 1
+        len(counts) == 1
+        and counts != {1}
         and len(set(shapes.values())) > 1
         and all(_between_same_sizes(a, b) for a, b in combinations(shapes.values(), 2))
     )
