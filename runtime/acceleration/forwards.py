@@ -5,7 +5,8 @@ as its `forward`, and is copied and pickled with it.
 """
 
 import copy
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from hasten.kernels import backend
 from hasten.kernels.column_sparse_linear import column_sparse_linear
 from hasten.kernels.linear import linear
 
+NO_GRADIENTS = (
+    "requires grad since hasten.accelerate, and hasten's kernels have no gradients: call "
+    "model.requires_grad_(False), run under torch.no_grad(), or train after hasten.revert(model)"
+)
+
 
 class Forward:
     """The forward of one module: `own` for the calls that hasten's kernels run, that of the module's class for others.
@@ -27,6 +33,7 @@ class Forward:
         name: the module's name in the model.
 
     Attributes:
+        renamed: how `own` calls arguments that the class's forward calls otherwise.
         watch: notices changes of `weights()`; None where nothing was derived from any.
     """
 
@@ -34,12 +41,26 @@ class Forward:
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
+        theirs, ours = _words(type(module).forward)[1:], _words(self.own)
+        self.renamed = {word: own for word, own in zip(theirs, ours, strict=False) if word not in ours}
 
     def __call__(self, *arguments, **keywords):
-        own = self.is_own(*arguments, **keywords)
+        words = self.words(keywords) if keywords else keywords
+        own = self.is_own(*arguments, **words)
         if self.watch is not None:
             self.watch.check(self.weights(), thorough=not own)
-        return (self.own if own else self.dense)(*arguments, **keywords)
+        if not own:
+            return self.dense(*arguments, **keywords)
+        try:
+            return self.own(*arguments, **words)
+        except NotImplementedError as error:
+            if not torch.is_grad_enabled():
+                raise
+            raise StateError(f"weights of {self.name}, or its inputs: something {NO_GRADIENTS}") from error
+
+    def words(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """Keywords that the class's forward takes, by the names that `own`, `is_own` and `active` give them."""
+        return {self.renamed.get(word, word): value for word, value in keywords.items()}
 
     def is_own(self, *arguments, **keywords) -> bool:
         """Whether a call runs `own`."""
@@ -85,6 +106,12 @@ class Forward:
     def active(self, *arguments, **keywords) -> tuple[int, int] | None:
         """How many inputs a call multiplies, and how many there are; None where a call skips nothing by design."""
         return None
+
+
+def _words(function: Callable) -> list[str]:
+    """The parameters of a function that can be given by position and by name, in order."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _with_own_entries(value: object, layers: Collection[int]) -> object:

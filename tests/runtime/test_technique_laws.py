@@ -489,6 +489,36 @@ def test_weights_that_are_thawed_are_refused(case):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.technique.exact], ids=str)
+def test_the_decoder_alone_refuses_what_was_thawed(case):
+    """Its forward has no hook of hasten: the kernels notice."""
+    model, ids = case.model(), token_ids(1, 1)
+    case.accelerate(model, measure_drift=False)
+    model.requires_grad_(True)
+    with pytest.raises(hasten.StateError, match=r"requires grad since .*requires_grad_\(False\).*revert"):
+        model.model(input_ids=ids)
+
+
+@every_case
+def test_what_is_changed_takes_the_keywords_of_its_class(case):
+    """As every module of the dense model does that is called with a few tensors: in decode and in prefill."""
+    model, calls = case.model(), []
+    names = case.accelerate(model, measure_drift=False).techniques[0].edited
+
+    def keep(name, module, arguments, keywords, output):
+        if isinstance(output, torch.Tensor) and not keywords:
+            calls.append((name, module, arguments, output))
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
+    decode_logits(model, token_ids(1, 18), 16)
+    with torch.no_grad():
+        for name, module, arguments, output in list(calls):
+            words = list(inspect.signature(type(module).forward).parameters)[1:]
+            again = module(**dict(zip(words, arguments, strict=False)))
+            assert torch.equal(again, output), name
+
+
 def test_the_report_counts_what_was_active():
     case = CASES[-1]
     model, counts = case.model(), []
