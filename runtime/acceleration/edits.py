@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from hasten.acceleration.forwards import Forward
+from hasten.acceleration.forwards import NO_GRADIENTS, Forward
 from hasten.errors import StateError, UnsupportedModelError
 from hasten.kernels.transpose import transpose
 
@@ -135,9 +135,10 @@ class ReplaceForward(Edit):
         seen = Verification(self.name)
 
         def both(*arguments, **keywords):
-            if self.forward.is_own(*arguments, **keywords):
+            words = self.forward.words(keywords)
+            if self.forward.is_own(*arguments, **words):
                 with _stock_inside(self.module):
-                    seen.add(*self.forward.beside_definition(*arguments, **keywords))
+                    seen.add(*self.forward.beside_definition(*arguments, **words))
             return self.forward(*arguments, **keywords)
 
         self.module.forward = both
@@ -149,7 +150,7 @@ class ReplaceForward(Edit):
     @contextlib.contextmanager
     def count(self, add: Callable[[tuple[int, int]], None]) -> Iterator[None]:
         def listen(module, arguments, keywords):
-            if found := self.forward.active(*arguments, **keywords):
+            if found := self.forward.active(*arguments, **self.forward.words(keywords)):
                 add(found)
 
         handle = self.module.register_forward_pre_hook(listen, with_kwargs=True)
@@ -211,7 +212,7 @@ class Freeze(Edit):
         self.handles.append(model.register_forward_pre_hook(refuse_thawed))
         head = model.get_output_embeddings()
         if isinstance(head, nn.Linear):
-            self.handles.append(head.register_forward_pre_hook(in_one_piece))
+            self.handles.append(head.register_forward_pre_hook(in_one_piece, with_kwargs=True))
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         for name in self.trained:
             model.get_parameter(name).requires_grad_(False)
@@ -223,10 +224,15 @@ class Freeze(Edit):
             handle.remove()
 
 
-def in_one_piece(module: nn.Linear, arguments: tuple) -> tuple:
+def in_one_piece(module: nn.Linear, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A forward pre-hook that gives the input the strides of a new tensor; a single row is contiguous with others."""
-    x, *others = arguments
-    return x.reshape(-1, x.shape[-1]).view(x.shape), *others
+    if arguments:
+        return (_reshaped(arguments[0]), *arguments[1:]), keywords
+    return arguments, {name: _reshaped(value) if name == "input" else value for name, value in keywords.items()}
+
+
+def _reshaped(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).view(x.shape)
 
 
 def refuse_thawed(model: nn.Module, arguments: tuple) -> None:
@@ -235,10 +241,7 @@ def refuse_thawed(model: nn.Module, arguments: tuple) -> None:
         return
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            raise StateError(
-                f"{name} requires grad since hasten.accelerate, and hasten's kernels have no gradients: call "
-                "model.requires_grad_(False), run under torch.no_grad(), or train after hasten.revert(model)"
-            )
+            raise StateError(f"{name} {NO_GRADIENTS}")
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ projections like any other.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from operator import attrgetter
 from typing import Literal
 
@@ -227,13 +228,32 @@ def _read(module: nn.Module) -> ExpertsLayout | str | None:
         found = _dbrx(module)
     else:
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
-        if not shapes or "expert" not in kind.lower():
+        if not shapes or not ("expert" in kind.lower() or _leads_and_back(shapes)):
             return None
         up = "gate_up_proj" if "gate_up_proj" in shapes else "up_proj"
         if shapes.keys() != {up, "down_proj"}:
             return f"its weights are {', '.join(shapes)}; expected gate_up_proj or up_proj, and down_proj"
         found = _fused(module, up, shapes[up], shapes["down_proj"])
     return found if isinstance(found, str) else _unreadable(module, found) or found
+
+
+def _leads_and_back(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether matrices [E, ., .] look like the maps of experts, between a hidden size and an intermediate size, once or
+    twice: as many of each, and not all of one shape, unlike the gates of heads, filters and tables of positions."""
+    counts = {count for count, *_ in shapes.values()}
+    return (
+        len(counts) == 1
+        and counts != {1}
+        and len(set(shapes.values())) > 1
+        and all(_between_same_sizes(a, b) for a, b in combinations(shapes.values(), 2))
+    )
+
+
+def _between_same_sizes(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether [E, N, K] and [E, N, K] have a size in common, and of the others one is the other or twice that."""
+    return any(
+        a[1 + i] == b[1 + j] and a[2 - i] in (b[2 - j], 2 * b[2 - j], b[2 - j] / 2) for i in (0, 1) for j in (0, 1)
+    )
 
 
 def _fused(module: nn.Module, up: str, up_shape: tuple[int, ...], down_shape: tuple[int, ...]) -> ExpertsLayout | str:

@@ -99,5 +99,9 @@ NEVER_CALLED = {
 # Classes of fused experts that every token goes through, none of which is picked.
 NOT_PICKED = ("InklingSharedExperts",)
 
+# Fields of configurations that say how many experts a token picks, and parts of configurations that hold such a field.
+PICKS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+CONFIGS_OF_EXPERTS = ("ffn_config",)
+
 # Attributes of modules whose weight is quantised, in the libraries that transformers loads them with.
 QUANTISED_MARKS = ("quant_state", "qweight", "weight_scale", "weight_scale_inv", "qtype", "weight_qtype", "ggml_type")

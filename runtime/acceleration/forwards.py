@@ -4,16 +4,25 @@ The module stays the object that it was, with its class, parameters, hooks and n
 as its `forward`, and is copied and pickled with it.
 """
 
+import copy
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from hasten.errors import StateError
 from hasten.kernels import backend
 from hasten.kernels.column_sparse_linear import column_sparse_linear
 from hasten.kernels.linear import linear
+
+NO_GRADIENTS = (
+    "requires grad since hasten.accelerate, and hasten's kernels have no gradients: call "
+    "model.requires_grad_(False), run under torch.no_grad(), or train after hasten.revert(model)"
+)
 
 
 class Forward:
@@ -24,6 +33,7 @@ class Forward:
         name: the module's name in the model.
 
     Attributes:
+        renamed: how `own` calls arguments that the class's forward calls otherwise.
         watch: notices changes of `weights()`; None where nothing was derived from any.
     """
 
@@ -31,12 +41,26 @@ class Forward:
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
+        theirs, ours = _words(type(module).forward)[1:], _words(self.own)
+        self.renamed = {word: own for word, own in zip(theirs, ours, strict=False) if word not in ours}
 
     def __call__(self, *arguments, **keywords):
-        own = self.is_own(*arguments, **keywords)
+        words = self.words(keywords) if keywords else keywords
+        own = self.is_own(*arguments, **words)
         if self.watch is not None:
             self.watch.check(self.weights(), thorough=not own)
-        return (self.own if own else self.dense)(*arguments, **keywords)
+        if not own:
+            return self.dense(*arguments, **keywords)
+        try:
+            return self.own(*arguments, **words)
+        except NotImplementedError as error:
+            if not torch.is_grad_enabled():
+                raise
+            raise StateError(f"weights of {self.name}, or its inputs: something {NO_GRADIENTS}") from error
+
+    def words(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """Keywords that the class's forward takes, by the names that `own`, `is_own` and `active` give them."""
+        return {self.renamed.get(word, word): value for word, value in keywords.items()}
 
     def is_own(self, *arguments, **keywords) -> bool:
         """Whether a call runs `own`."""
@@ -60,14 +84,62 @@ class Forward:
 
     def beside_definition(self, *arguments, **keywords) -> tuple[Any, Any]:
         """What a call of `own` writes, and what it writes by the kernels' definitions in plain torch: outputs first, in
-        any containers of tensors. The arguments are not changed."""
-        output = self.own(*arguments, **keywords)
+        any containers of tensors, then what it leaves in caches. The arguments are not changed."""
+        layers = self.layers(keywords)
+
+        def call():
+            own = [_with_own_entries(value, layers) for value in arguments]
+            words = {name: _with_own_entries(value, layers) for name, value in keywords.items()}
+            output = self.own(*own, **words)
+            return output, [_entries(value, layers) for value in (*own, *words.values())]
+
+        written = call()
         with backend.use("reference"):
-            return output, self.own(*arguments, **keywords)
+            return written, call()
+
+    def layers(self, keywords: dict[str, Any]) -> set[int]:
+        """The layers whose entries of a cache a call may change, as the module, those inside it or the call name them.
+        Empty where none does: then it may change any."""
+        named = [getattr(module, "layer_idx", None) for module in self.module.modules()]
+        return {layer for layer in (*named, keywords.get("layer_idx")) if isinstance(layer, int) and layer >= 0}
 
     def active(self, *arguments, **keywords) -> tuple[int, int] | None:
         """How many inputs a call multiplies, and how many there are; None where a call skips nothing by design."""
         return None
+
+
+def _words(function: Callable) -> list[str]:
+    """The parameters of a function that can be given by position and by name, in order."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+
+def _with_own_entries(value: object, layers: Collection[int]) -> object:
+    """A copy of a cache whose entries for `layers`, all if there are none, are copies, so that a call can be repeated;
+    anything else as it is."""
+    if not isinstance(value, Cache):
+        return value
+    other = copy.copy(value)
+    for name, held in vars(value).items():
+        if isinstance(held, list):
+            held = [copy.deepcopy(entry) if not layers or i in layers else entry for i, entry in enumerate(held)]
+        elif isinstance(held, dict):
+            held = dict(held)
+        setattr(other, name, _with_own_entries(held, layers))  # a cache of an encoder-decoder holds two
+    return other
+
+
+def _entries(value: object, layers: Collection[int]) -> list:
+    """What a cache keeps for `layers`, all if there are none; nothing of anything else."""
+    if not isinstance(value, Cache):
+        return []
+    found = []
+    for held in vars(value).values():
+        entries = held if isinstance(held, list) else []
+        entries = [entry for i, entry in enumerate(entries) if not layers or i in layers]
+        found += [entry if isinstance(entry, torch.Tensor) else getattr(entry, "__dict__", None) for entry in entries]
+        found += _entries(held, layers)
+    return found
 
 
 def decode_rows(x: torch.Tensor) -> int:

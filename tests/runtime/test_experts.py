@@ -4,11 +4,16 @@ forward."""
 import re
 
 import pytest
+import tiny_models
 import torch
+import transformers
 from experts_classes import CONFIG, EXPERTS, HIDDEN, INTERMEDIATE, build, names
 from torch import nn
 
-from hasten.acceleration import experts
+import hasten
+from hasten.acceleration import experts, measure
+from hasten.acceleration.anatomy import Anatomy
+from hasten.acceleration.techniques import dense_decode
 from hasten.acceleration.techniques.input_sparsity import SparseExperts
 from hasten.kernels import backend
 from hasten.sparsity.wina import wina
@@ -61,6 +66,74 @@ def test_fused_experts_of_another_form_are_refused_with_the_reason(name):
     module = build(name)
     assert experts.layout_of(module) is None
     assert experts.why_not(module).startswith("its weights are ")
+
+
+def test_experts_are_known_whatever_their_class_is_called():
+    module = build("MixtralExperts")
+    layout = experts.layout_of(module)
+    module.__class__ = type("MoeBank", (type(module),), {})
+    assert experts.layout_of(module) == layout
+    for name, weight in (("w1", module.gate_up_proj), ("w2", module.down_proj)):
+        module.register_parameter(name, weight)
+    del module.gate_up_proj, module.down_proj
+    assert experts.why_not(module) == "its weights are w1, w2; expected gate_up_proj or up_proj, and down_proj"
+
+
+def test_other_parameters_of_three_dimensions_are_no_experts():
+    heads, filters, tables = nn.Module(), nn.Conv1d(24, 24, 4, groups=24), nn.Module()
+    heads.a, heads.b = (nn.Parameter(torch.zeros(4, 16, 16)) for _ in range(2))
+    tables.a, tables.b = nn.Parameter(torch.zeros(1, 16, 24)), nn.Parameter(torch.zeros(1, 8, 24))
+    recurrence = transformers.models.zamba.modeling_zamba.ZambaMambaMixer(transformers.ZambaConfig(hidden_size=64), 0)
+    for module in (heads, filters, tables, recurrence):
+        assert experts.layout_of(module) is None and experts.why_not(module) is None
+
+
+def test_a_mixture_of_another_name_is_accelerated(no_contest):
+    model = tiny_models.build("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = type("MoeBank", (type(layer.mlp.experts),), {})
+    ids = tiny_models.token_ids(1, 64)
+    report = hasten.accelerate(model, hasten.Wina(0.5), calibration=ids, measure_speed=False, measure_drift=False)
+    assert "model.layers.1.mlp.experts" in report.techniques[0].edited
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+PICKING = {
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SMALL, num_experts=6, num_experts_per_tok=5, moe_intermediate_size=16),
+    "dbrx": transformers.DbrxConfig(
+        d_model=32,
+        n_heads=2,
+        n_layers=1,
+        vocab_size=40,
+        attn_config={"kv_n_heads": 1, "rope_theta": 10000.0},
+        ffn_config={"moe_top_k": 5, "moe_num_experts": 6, "ffn_hidden_size": 16},
+    ),
+    "hunyuan_v1_moe": transformers.HunYuanMoEV1Config(
+        **SMALL, num_key_value_heads=2, head_dim=16, intermediate_size=16, num_experts=6, moe_topk=[5]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICKING)
+def test_the_contest_picks_as_many_experts_as_the_model(name, monkeypatch):
+    """And what it finds is kept for that number, on that GPU."""
+    model = transformers.AutoModelForCausalLM.from_config(PICKING[name]).eval()
+    picked, keys = set(), []
+
+    def contend(contest, device):
+        theirs, _ = contest(2, 0)
+        if len(theirs.args) > 1:
+            picked.add(theirs.args[1].shape)
+        return 8, 1.5
+
+    monkeypatch.setattr(measure, "faster_up_to", contend)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(dense_decode, "device_of", lambda module: torch.device("cuda", 3))
+    monkeypatch.setattr(dense_decode, "remembered", lambda key, work: (keys.append(key), work())[1])
+    hasten.DenseDecode().settle(Anatomy(model), hasten.Statistics())
+    assert picked == {(2, 5)}
+    assert all("on GPU 3:" in key for key in keys)
+    assert [key.endswith(", 5 picked") for key in keys if "Experts" in key] == [True]
 
 
 @pytest.mark.parametrize("name", sorted(SEPARATE & names().keys()))

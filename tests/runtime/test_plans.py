@@ -8,6 +8,34 @@ from snapshots import assert_unchanged, snapshot
 from tiny_models import build, token_ids
 
 import hasten
+from hasten.acceleration.techniques import Technique
+
+SOURCE = """
+from dataclasses import dataclass
+from hasten.acceleration.techniques import Technique
+def inside():
+    @dataclass(frozen=True, slots=True)
+    class {name}(Technique):
+        def targets(self, anatomy): return ()
+        def edits(self, anatomy, settings): return []
+    return {name}
+made = inside()
+"""
+
+
+def test_a_technique_that_is_called_like_another_is_refused(monkeypatch):
+    monkeypatch.setattr(Technique, "known", dict(Technique.known))
+    known = dict(Technique.known)
+    with pytest.raises(TypeError, match=r"a_module\.inside\.<locals>\.Wina .* hasten\.acceleration\..*\.wina\.Wina: "):
+        exec(SOURCE.format(name="Wina"), {"__name__": "a_module"})
+    assert Technique.known == known
+    assert list(hasten.Plan.from_json(hasten.Plan(hasten.Wina(0.5)).to_json())) == [hasten.Wina(0.5)]
+    for _ in range(2):  # as a notebook's cell runs again
+        exec(SOURCE.format(name="Fresh"), space := {"__name__": "a_module"})
+        assert Technique.known["Fresh"] is space["made"]
+    with pytest.raises(TypeError, match=r"another_module.* a_module"):
+        exec(SOURCE.format(name="Fresh"), {"__name__": "another_module"})
+
 
 HYBRIDS = ["mamba2", "bamba", "qwen3_next", "falcon_h1", "kimi_linear"]
 DENSE = hasten.DenseDecode(always=True)

@@ -1,16 +1,21 @@
 """What the self-check makes of what edits saw of themselves."""
 
 import contextlib
+from functools import partial
 
+import linear_models
 import pytest
 import torch
-from tiny_models import build, token_ids
+import transformers as tf
+from tiny_models import GROUPED, build, token_ids
 
+from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import Edit, ReplaceForward, Verification, apply_all, undo_all
 from hasten.acceleration.forwards import Forward
 from hasten.acceleration.inference import Inference
 from hasten.acceleration.self_check import LIMIT, TOKENS, self_check
 from hasten.errors import HastenError, UnsupportedModelError
+from hasten.kernels import backend
 
 
 class Seeing(Edit):
@@ -57,6 +62,76 @@ def test_a_module_is_compared_without_what_is_changed_inside_it():
             model(token_ids(1, 5))
         assert (seen.calls, seen.distance, Inner.calls) == (1, 0.0, calls)
     undo_all(model, done)
+
+
+CACHES = {
+    "dynamic": partial(build, "llama"),
+    "sliding": lambda: tf.MistralForCausalLM(tf.MistralConfig(**GROUPED, sliding_window=8)).eval(),
+    "states": partial(linear_models.build, "mamba2"),
+    "both": partial(linear_models.build, "bamba"),
+    "encoder-decoder": lambda: tf.BartForConditionalGeneration(
+        tf.BartConfig(
+            d_model=32,
+            vocab_size=300,
+            **dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads"), 2),
+            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
+            decoder_attention_heads=2,
+        )
+    ).eval(),
+}
+
+
+class Same(Forward):
+    def own(self, *arguments, **keywords):
+        return self.dense(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_reads_and_writes_a_cache_is_called_twice_on_the_same(cache):
+    model = CACHES[cache]().requires_grad_(False)
+    layers = [block.name for block in Anatomy(model).blocks]
+    attention = [
+        name
+        for name, module in model.named_modules()
+        if "Attention" in type(module).__name__ and name.startswith(tuple(layers))
+    ]
+    for names in (layers, attention):
+        edits = [ReplaceForward(name, Same) for name in names]
+        apply_all(model, edits, done := [])
+        if edits:
+            assert self_check(Inference(model), {"Same": edits}) == 0.0
+        undo_all(model, done)
+
+
+def test_the_self_check_of_a_layer_leaves_a_static_cache_as_it_was():
+    model, ids = build("llama"), token_ids(1, 8)
+    edits = [ReplaceForward(f"model.layers.{i}", Same) for i in range(2)]
+    caches = [tf.StaticCache(model.config, max_cache_len=16) for _ in range(2)]
+    expected = model(ids, past_key_values=caches[0]).logits
+    apply_all(model, edits, [])
+    with contextlib.ExitStack() as stack:
+        seen = [stack.enter_context(edit.verify(model)) for edit in edits]
+        assert torch.equal(model(ids, past_key_values=caches[1]).logits, expected)
+    assert [verification.distance for verification in seen] == [0.0, 0.0]
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(*(layer.keys for layer in layers))
+        assert [int(layer.get_seq_length()) for layer in layers] == [8, 8]
+
+
+class Adding(Same):
+    """Writes other keys than its definition does."""
+
+    def own(self, *arguments, **keywords):
+        output = self.dense(*arguments, **keywords)
+        keywords["past_key_values"].layers[self.module.layer_idx].keys += 0 if backend.is_reference() else 1
+        return output
+
+
+def test_what_a_call_leaves_in_a_cache_is_compared():
+    model = build("llama")
+    apply_all(model, edits := [ReplaceForward("model.layers.0.self_attn", Adding)], [])
+    with pytest.raises(HastenError, match=r"model\.layers\.0\.self_attn differs from its definition"):
+        self_check(Inference(model), {"Adding": edits})
 
 
 def check(*edits):

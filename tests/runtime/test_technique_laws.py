@@ -1,4 +1,4 @@
-"""The laws that hold for every technique. One of them exists only here: nothing in hasten knows of it."""
+"""The laws that hold for every technique. Some exist only here: nothing in hasten knows of them."""
 
 import ast
 import copy
@@ -93,6 +93,33 @@ class Rounding(Technique):
         return (Regime(context=9), Regime(batch=3, tokens=5, context=7))
 
 
+class TurnedBack(Forward):
+    """Whole layers or attention, whose output is reversed and reversed back, by two products: the same but
+    for rounding."""
+
+    def own(self, *arguments, **keywords):
+        output = self.dense(*arguments, **keywords)
+        first, *others = output if isinstance(output, tuple) else (output,)
+        third = torch.eye(first.shape[-1], dtype=first.dtype).flip(0) / 3
+        first = linear(linear(first.contiguous(), third), 9 * third)
+        return (first, *others) if isinstance(output, tuple) else first
+
+
+@dataclass(frozen=True, slots=True)
+class TurningBack(Technique):
+    """Exact: changes the modules inside every layer that are called `inner`, or the layers themselves."""
+
+    inner: str = ""
+
+    exact: ClassVar[bool] = True
+
+    def targets(self, anatomy):
+        return tuple(f"{block.name}.{self.inner}".rstrip(".") for block in anatomy.blocks)
+
+    def edits(self, anatomy, settings):
+        return [ReplaceForward(name, TurnedBack) for name in self.targets(anatomy)]
+
+
 @dataclass(frozen=True)
 class Case:
     """A technique, and a tiny model on which it acts."""
@@ -128,6 +155,8 @@ CASES = [
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "mamba2")),
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "minimax")),
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "qwen3_next")),
+    Case(TurningBack("self_attn"), llama),
+    Case(TurningBack(), partial(linear_models.build, "bamba")),
     Case(Rounding(), llama),
 ]
 pytestmark = pytest.mark.usefixtures("no_contest")
@@ -458,6 +487,36 @@ def test_weights_that_are_thawed_are_refused(case):
         model.requires_grad_(False)
     hasten.revert(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.technique.exact], ids=str)
+def test_the_decoder_alone_refuses_what_was_thawed(case):
+    """Its forward has no hook of hasten: the kernels notice."""
+    model, ids = case.model(), token_ids(1, 1)
+    case.accelerate(model, measure_drift=False)
+    model.requires_grad_(True)
+    with pytest.raises(hasten.StateError, match=r"requires grad since .*requires_grad_\(False\).*revert"):
+        model.model(input_ids=ids)
+
+
+@every_case
+def test_what_is_changed_takes_the_keywords_of_its_class(case):
+    """As every module of the dense model does that is called with a few tensors: in decode and in prefill."""
+    model, calls = case.model(), []
+    names = case.accelerate(model, measure_drift=False).techniques[0].edited
+
+    def keep(name, module, arguments, keywords, output):
+        if isinstance(output, torch.Tensor) and not keywords:
+            calls.append((name, module, arguments, output))
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
+    decode_logits(model, token_ids(1, 18), 16)
+    with torch.no_grad():
+        for name, module, arguments, output in list(calls):
+            words = list(inspect.signature(type(module).forward).parameters)[1:]
+            again = module(**dict(zip(words, arguments, strict=False)))
+            assert torch.equal(again, output), name
 
 
 def test_the_report_counts_what_was_active():

@@ -78,6 +78,15 @@ class Technique(ABC):
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
+        other = Technique.known.get(cls.__name__, cls)
+        places = [f"{kind.__module__}.{kind.__qualname__}" for kind in (cls, other)]
+        # A notebook's cell that runs again has the same place; `dataclass(slots=True)` makes the class anew, and names
+        # its place afterwards.
+        if places[0] != places[1] and "__dataclass_fields__" not in vars(cls):
+            raise TypeError(
+                f"{places[0]} has the name of another technique, {places[1]}: plans tell techniques by their names, so "
+                "give it another"
+            )
         Technique.known[cls.__name__] = cls
 
     @property

@@ -12,6 +12,7 @@ from hasten.acceleration import measure
 from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import Edit, ReplaceForward
 from hasten.acceleration.experts import ExpertsLayout, decode_experts, layout_of
+from hasten.acceleration.families import CONFIGS_OF_EXPERTS, PICKS
 from hasten.acceleration.forwards import Forward, decode_rows, matrix, product
 from hasten.acceleration.parts import Experts, Projection
 from hasten.acceleration.techniques.base import Settings, Skip, Technique
@@ -74,7 +75,7 @@ class DenseDecode(Technique):
     def settle(self, anatomy, statistics):
         """The largest batch of every part's kernel, 0 where torch is as fast; and the ratio at batch 1,
         by which that was found."""
-        parts = _parts(anatomy)
+        parts, picks = _parts(anatomy), _picks(anatomy)
         if self.always:
             return Settings({"max_batch": dict.fromkeys(parts, MAX_BATCH), "ratio": {}})
         alike: dict[tuple, list] = {}
@@ -82,8 +83,10 @@ class DenseDecode(Technique):
             alike.setdefault(_shape(part), []).append(part)
         max_batch, ratio = {}, {}
         for same in alike.values():
-            contest, device = partial(_contest, same), device_of(same[0].module)
-            key = f"dense decode on {device.type}: {_shape(same[0])}, {'one' if len(same) == 1 else 'several'}"
+            contest, device = partial(_contest, same, picks), device_of(same[0].module)
+            key = f"dense decode on {_processor(device)}: {_shape(same[0])}, {'one' if len(same) == 1 else 'several'}"
+            if isinstance(same[0], Experts):
+                key += f", {picks} picked"
             largest, at_one = remembered(key, partial(measure.faster_up_to, contest, device))
             max_batch |= dict.fromkeys((part.name for part in same), largest)
             ratio |= dict.fromkeys((part.name for part in same), at_one)
@@ -112,6 +115,23 @@ def _parts(anatomy: Anatomy) -> dict[str, Projection | Experts]:
     return {part.name: part for part in (*anatomy.with_shared, *anatomy.experts, *head)}
 
 
+def _picks(anatomy: Anatomy) -> int:
+    """How many experts a token picks; 2 where the configuration does not tell."""
+    config = anatomy.model.config.get_text_config(decoder=True)
+    for place in (config, *(getattr(config, name, None) for name in CONFIGS_OF_EXPERTS)):
+        for name in PICKS:
+            value = getattr(place, name, None)
+            value = max(value, default=0) if isinstance(value, list) else value  # one for each layer
+            if isinstance(value, int) and value > 0:
+                return value
+    return 2
+
+
+def _processor(device: torch.device) -> str:
+    """The GPU's model; of CPUs the type alone, for what is remembered is kept by their model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _shape(part: Projection | Experts) -> tuple:
     """What the speed of a part depends on."""
     weights = [
@@ -120,25 +140,25 @@ def _shape(part: Projection | Experts) -> tuple:
     return type(part).__name__, *weights
 
 
-def _contest(parts: list, batch: int, turn: int) -> tuple[Callable, Callable]:
+def _contest(parts: list, picks: int, batch: int, turn: int) -> tuple[Callable, Callable]:
     """A product as torch computes it and one as hasten does, for `batch` rows, on different parts of one shape in turn,
     so that weights are as cold as in decode."""
     theirs, ours = (parts[(turn + shift) % len(parts)].module for shift in (0, len(parts) // 2))
     if isinstance(parts[0], Experts):
         layout = layout_of(ours)
-        call = _example(ours, layout, batch)
+        call = _example(ours, layout, picks, batch)
         return partial(theirs, *call), partial(decode_experts, ours, layout, *call)
     x = torch.randn(batch, 1, matrix(ours).shape[1], dtype=ours.weight.dtype, device=ours.weight.device)
     return partial(theirs, x), partial(product, x, matrix(ours), ours.bias)
 
 
-def _example(module: nn.Module, layout: ExpertsLayout, tokens: int) -> tuple[torch.Tensor, ...]:
-    """The arguments of a call for `tokens` tokens, each of which picks two experts (or the only one) at random."""
+def _example(module: nn.Module, layout: ExpertsLayout, picks: int, tokens: int) -> tuple[torch.Tensor, ...]:
+    """The arguments of a call for `tokens` tokens, each of which picks `picks` experts at random."""
     weight = layout.down.parameter(module)
     hidden = torch.randn(tokens, layout.hidden, dtype=weight.dtype, device=weight.device)
-    index = torch.rand(tokens, layout.experts, device=weight.device).topk(min(2, layout.experts)).indices
+    index = torch.rand(tokens, layout.experts, device=weight.device).topk(min(picks, layout.experts)).indices
     if layout.dispatch == "every":
         picked = torch.zeros(layout.experts, tokens, 1, dtype=weight.dtype, device=weight.device)
-        picked[index.t(), torch.arange(tokens)] = 1
+        picked[index.t(), torch.arange(tokens, device=index.device)] = 1
         return ((hidden * picked).view(-1, layout.hidden),)
     return hidden, index, torch.full_like(index, 0.5, dtype=weight.dtype)

@@ -1,22 +1,18 @@
 """Linear-attention layers on hasten's kernels."""
 
-import copy
 import inspect
 import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
-import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
 from hasten.acceleration.edits import MarkStateful, ReplaceForward
 from hasten.acceleration.forwards import Forward
 from hasten.acceleration.techniques.base import DECODE, PREFILL, Regime, Skip, Technique
 from hasten.acceleration.techniques.linear_attention_layers import LAYERS
 from hasten.errors import Refusal, UnsupportedModelError
-from hasten.kernels import backend
 
 
 class LinearAttentionLayer(Forward):
@@ -33,42 +29,6 @@ class LinearAttentionLayer(Forward):
 
     def __getstate__(self):
         return vars(self) | {"function": None}
-
-    def beside_definition(self, *arguments, **keywords):
-        """Each call gets a cache of its own, and what it leaves there is compared too."""
-        layer = getattr(self.module, "layer_idx", None)
-
-        def call():
-            own = [_with_own_entry(value, layer) for value in arguments]
-            words = {name: _with_own_entry(value, layer) for name, value in keywords.items()}
-            output = self.own(*own, **words)
-            return output, [_entry(value, layer) for value in (*own, *words.values())]
-
-        written = call()
-        with backend.use("reference"):
-            return written, call()
-
-
-def _with_own_entry(value: object, layer: int) -> object:
-    """A copy of a cache whose entry for this layer is a copy, so that a call can be repeated;
-    anything else as it is."""
-    if not isinstance(value, Cache):
-        return value
-    other = copy.copy(value)
-    for name, entries in vars(value).items():
-        if isinstance(entries, list):
-            copies = [copy.deepcopy(entry) if i == layer else entry for i, entry in enumerate(entries)]
-            setattr(other, name, copies)
-    return other
-
-
-def _entry(value: object, layer: int) -> list:
-    """What a cache keeps for this layer; nothing of anything else."""
-    lists = (
-        [entries for entries in vars(value).values() if isinstance(entries, list)] if isinstance(value, Cache) else []
-    )
-    entries = [entries[layer] for entries in lists if layer < len(entries)]
-    return [entry if isinstance(entry, torch.Tensor) else getattr(entry, "__dict__", None) for entry in entries]
 
 
 @dataclass(frozen=True, slots=True)
