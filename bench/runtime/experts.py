@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hasten.acceleration.experts import ExpertsLayout, decode_experts, expert_inputs, layout_of
 from hasten.bench.runner import bandwidth
-from hasten.kernels import backend
+from hasten.kernels import backend, storage
 
 logger = logging.getLogger("hasten.bench")
 
@@ -86,7 +86,12 @@ def by_columns(module: nn.Module, layout: ExpertsLayout) -> nn.Module:
     copy = object.__new__(type(module))
     copy.__dict__ = module.__dict__ | {"_parameters": dict(module._parameters)}
     for weight in layout.weights:
-        copy._parameters[weight.name] = nn.Parameter(weight.by_columns(module), requires_grad=False)
+        tensor = weight.parameter(module).detach()
+        if weight.transposed:
+            tensor = tensor.contiguous()
+        elif not storage.is_column_major(tensor):
+            tensor = storage.to_column_major(tensor)
+        copy._parameters[weight.name] = nn.Parameter(tensor, requires_grad=False)
     return copy
 
 

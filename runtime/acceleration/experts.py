@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hasten.kernels import storage
 from hasten.kernels.expert_linear import expert_linear
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,18 +45,6 @@ class ExpertWeight:
         elif len(weight) > experts:  # identities have no weights
             weight = weight[:experts]
         return weight.mT if self.transposed else weight
-
-    def by_columns(self, module: nn.Module) -> torch.Tensor | None:
-        """A tensor for the parameter's place, of its shape, with column-major experts; the same if they already are.
-
-        None for a flat parameter of rows, which cannot hold columns.
-        """
-        tensor = self.parameter(module).detach()
-        if self.flat:
-            return tensor if self.transposed else None
-        if self.transposed:
-            return tensor.contiguous()
-        return tensor if storage.is_column_major(tensor) else storage.to_column_major(tensor)
 
     def bias_of(self, module: nn.Module) -> torch.Tensor | None:
         """The bias [E, N], or None."""

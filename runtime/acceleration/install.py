@@ -34,7 +34,7 @@ class Installed:
     edits: list[Edit] = field(default_factory=list)
     strict: bool = True  # whether nothing was left out
     example: Mapping[str, Any] | None = None  # what a processor returned, if the model was examined on that
-    self_check: float = 0.0
+    self_check: float | None = None
 
 
 def installed_on(model: nn.Module) -> Installed | None:
@@ -97,7 +97,7 @@ def accelerate(
         statistics = gather(inference, assignments, pieces)
     settings = [each.technique.settle(each.anatomy, statistics) for each in assignments]
 
-    report = Report(plan, [], measure.memory(model), 0, 0.0, statistics.tokens)
+    report = Report(plan, [], measure.memory(model), 0, None, statistics.tokens)
     with contextlib.closing(_installed(inference, plan, assignments, settings)) as entries:
         for entry, edits in entries:
             if measure_speed:

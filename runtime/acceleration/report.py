@@ -66,13 +66,16 @@ class TechniqueReport:
 
 @dataclass(slots=True)
 class Report:
-    """The outcome of `hasten.accelerate`; printing it shows everything that was measured."""
+    """The outcome of `hasten.accelerate`; printing it shows everything that was measured.
+
+    `self_check` is the largest relative distance of a part from its definition; None where no edit verifies itself.
+    """
 
     plan: Plan
     techniques: list[TechniqueReport]
     memory_before: int
     memory_after: int
-    self_check: float
+    self_check: float | None
     calibration_tokens: int = 0
 
     @property
@@ -136,13 +139,18 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
+        check = "nothing to check: no edit verifies itself"
+        if self.self_check is not None:
+            check = (
+                f"kernels agree with their definition to {self.self_check:.1e} "
+                "(largest relative distance of a module in a prefill and a decode step)"
+            )
         growth = self.memory_after / self.memory_before - 1
         return "\n".join(
             [str(technique) for technique in self.techniques]
             + [
                 f"memory   {self.memory_before / 1e6:.1f} -> {self.memory_after / 1e6:.1f} MB ({growth:+.1%})",
-                f"check    kernels agree with their definition to {self.self_check:.1e} "
-                "(largest relative distance of a module in a prefill and a decode step)",
+                f"check    {check}",
             ]
         )
 

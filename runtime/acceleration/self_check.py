@@ -17,11 +17,11 @@ TOKENS = 17
 
 
 @torch.no_grad()
-def self_check(inference: Inference, techniques: Mapping[str, Sequence[Edit]]) -> float:
+def self_check(inference: Inference, techniques: Mapping[str, Sequence[Edit]]) -> float | None:
     """Runs the model with every edit of every technique, by the technique's name, verifying itself.
 
     Returns:
-        the largest relative distance of an output from its definition.
+        the largest relative distance of an output from its definition; None where no edit verifies itself.
 
     Raises:
         HastenError: it is over LIMIT, so that a kernel is wrong on this machine; or the definition overflows.
@@ -35,7 +35,7 @@ def self_check(inference: Inference, techniques: Mapping[str, Sequence[Edit]]) -
         stack.enter_context(undisturbed(model))
         _, reading = inference.prefill(prompt)
         inference.step(reading, reading.ids[:, -1:])
-    worst = 0.0
+    distances = []
     for name, verifications in seen.items():
         verifications = [verification for verification in verifications if verification is not None]
         if verifications and not any(verification.calls for verification in verifications):
@@ -43,8 +43,8 @@ def self_check(inference: Inference, techniques: Mapping[str, Sequence[Edit]]) -
                 "" if inference.has_cache else ", since a model without a cache reads its whole text in every step"
             )
             raise UnsupportedModelError("", type(model).__qualname__, reason, f"leave {name} out of the plan")
-        worst = max([worst, *(_distance(verification) for verification in verifications if verification.calls)])
-    return worst
+        distances += [_distance(verification) for verification in verifications if verification.calls]
+    return max(distances, default=None)
 
 
 def _distance(verification: Verification) -> float:

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from tiny_models import GROUPED, build, token_ids
 
+import hasten
 from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import Edit, ReplaceForward, Verification, apply_all, undo_all
 from hasten.acceleration.forwards import Forward
@@ -151,6 +152,19 @@ def test_a_prefill_and_a_step_are_run():
     edit = Seeing(away(0.0))
     assert check(edit, Edit()) == 0.0
     assert edit.lengths == [TOKENS, 1]
+    assert check(Edit()) is None
+
+
+def test_a_report_of_what_does_not_verify_itself_says_so():
+    report = hasten.Report(hasten.Plan(hasten.DenseDecode()), [], 1, 1, None)
+    assert "check    nothing to check: no edit verifies itself" in str(report)
+    report.self_check = 1e-6
+    assert "check    kernels agree with their definition to 1.0e-06" in str(report)
+
+
+def test_cats_says_that_experts_are_fused():
+    with pytest.raises(UnsupportedModelError, match=r"are fused experts \(model.layers.0.mlp.experts\).*hasten.Wina"):
+        hasten.Cats(0.5).targets(Anatomy(build("mixtral")))
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)

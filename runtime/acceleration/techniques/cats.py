@@ -188,8 +188,12 @@ class Cats(SparseDecode):
     def _mlps(self, anatomy) -> dict[str, GatedMLP]:
         mlps = {mlp.name: mlp for mlp in anatomy.gated_mlps}
         if not mlps:
-            reason = f"its MLPs have no gate that hasten knows (family {anatomy.model_type}), which Cats needs"
-            remedy = "use hasten.Wina or hasten.Teal"
+            if anatomy.experts:
+                reason = f"its MLPs are fused experts ({anatomy.experts[0].name}), and Cats needs gated MLPs"
+                remedy = "use hasten.Wina or hasten.Teal, which take fused experts"
+            else:
+                reason = f"its MLPs have no gate that hasten knows (family {anatomy.model_type}), which Cats needs"
+                remedy = "use hasten.Wina or hasten.Teal"
             raise UnsupportedModelError("", type(anatomy.model).__qualname__, reason, remedy)
         return mlps
 
