@@ -29,7 +29,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hasten
-from hasten.acceleration.inference import Inference, Inputs, undisturbed
+from hasten.acceleration.inference import Inference, Inputs
+from hasten.acceleration.undisturbed import undisturbed
 from hasten.bench.runtime import tiny_inputs, tiny_zoo
 from hasten.errors import UnsupportedModelError
 

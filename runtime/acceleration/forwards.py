@@ -4,16 +4,15 @@ The module stays the object that it was, with its class, parameters, hooks and n
 as its `forward`, and is copied and pickled with it.
 """
 
-import copy
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
+from hasten.acceleration.caches import entries, with_own_entries
 from hasten.errors import StateError
 from hasten.kernels import backend
 from hasten.kernels.column_sparse_linear import column_sparse_linear
@@ -88,10 +87,10 @@ class Forward:
         layers = self.layers(keywords)
 
         def call():
-            own = [_with_own_entries(value, layers) for value in arguments]
-            words = {name: _with_own_entries(value, layers) for name, value in keywords.items()}
+            own = [with_own_entries(value, layers) for value in arguments]
+            words = {name: with_own_entries(value, layers) for name, value in keywords.items()}
             output = self.own(*own, **words)
-            return output, [_entries(value, layers) for value in (*own, *words.values())]
+            return output, [entries(value, layers) for value in (*own, *words.values())]
 
         written = call()
         with backend.use("reference"):
@@ -112,34 +111,6 @@ def _words(function: Callable) -> list[str]:
     """The parameters of a function that can be given by position and by name, in order."""
     parameters = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-
-
-def _with_own_entries(value: object, layers: Collection[int]) -> object:
-    """A copy of a cache whose entries for `layers`, all if there are none, are copies, so that a call can be repeated;
-    anything else as it is."""
-    if not isinstance(value, Cache):
-        return value
-    other = copy.copy(value)
-    for name, held in vars(value).items():
-        if isinstance(held, list):
-            held = [copy.deepcopy(entry) if not layers or i in layers else entry for i, entry in enumerate(held)]
-        elif isinstance(held, dict):
-            held = dict(held)
-        setattr(other, name, _with_own_entries(held, layers))  # a cache of an encoder-decoder holds two
-    return other
-
-
-def _entries(value: object, layers: Collection[int]) -> list:
-    """What a cache keeps for `layers`, all if there are none; nothing of anything else."""
-    if not isinstance(value, Cache):
-        return []
-    found = []
-    for held in vars(value).values():
-        entries = held if isinstance(held, list) else []
-        entries = [entry for i, entry in enumerate(entries) if not layers or i in layers]
-        found += [entry if isinstance(entry, torch.Tensor) else getattr(entry, "__dict__", None) for entry in entries]
-        found += _entries(held, layers)
-    return found
 
 
 def decode_rows(x: torch.Tensor) -> int:

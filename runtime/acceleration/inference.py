@@ -6,7 +6,7 @@ comes out as an `UnsupportedModelError` that names what the model was given.
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,13 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from hasten.acceleration.caches import CACHES, caches, is_filled
+from hasten.acceleration.undisturbed import undisturbed
 from hasten.errors import HastenError, UnsupportedModelError
 from hasten.model_facts import device_of, longest_input, vocabulary
 
 Inputs = torch.Tensor | Mapping[str, Any]
 
-# Arguments that take a cache; an output carries it under the same name.
-CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-# Attributes in which models remember something of their last inputs, with what stands there before the first.
-REMEMBERED = {"rope_deltas": None}
 # Inputs that have a value for each token, besides those of the ids' own shape: masks over images.
 ROWS = ("cross_attention_mask", "image_attention_mask")
 # Inputs that a step needs again, by model type.
@@ -36,6 +34,10 @@ PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
 KINDS_OF_TOKENS = {"mm_token_type_ids", "image_embeds_position_mask"}
 # What a processor returns besides, and no forward takes.
 NOT_FORWARDED = ("labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
+# Arguments of a run on text alone.
+TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHES}
+# Parts of the names of modules that attend to something else than the text.
+CROSS_ATTENTION = ("cross", "encoder_attn", "encoder_decoder")
 EXAMPLE_TOKENS = 4
 
 
@@ -108,7 +110,7 @@ class Inference:
             # An AttributeError is a configuration's from which transformers cannot make a cache.
             with contextlib.suppress(UnsupportedModelError, AttributeError), undisturbed(self.model):
                 _, reading = self.prefill(example)
-                if any(map(_is_filled, reading.cache.values())):
+                if any(map(is_filled, reading.cache.values())):
                     self.step(reading, reading.ids[:, -1:])
                     return
         self.has_cache = self.makes_cache = False
@@ -154,7 +156,7 @@ class Inference:
             arguments["past_key_values"] = self._new_cache()
         output = self._run(arguments)
         if self.has_cache:
-            reading.cache = _caches(output) or _caches(arguments)
+            reading.cache = caches(output) or caches(arguments)
         if reading.cache:
             reading.along = self._for_each_step(arguments, output)
         return output.logits, reading
@@ -178,7 +180,7 @@ class Inference:
         if self.takes_flag:
             arguments["use_cache"] = bool(reading.cache)
         output = self._run(arguments)
-        reading.cache |= _caches(output) if reading.cache else {}
+        reading.cache |= caches(output) if reading.cache else {}
         return output.logits[:, -ids.shape[1] :]
 
     @torch.no_grad()
@@ -380,10 +382,6 @@ class Inference:
         )
 
 
-CROSS_ATTENTION = ("cross", "encoder_attn", "encoder_decoder")
-TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHES}
-
-
 def inner_language_model(model: nn.Module) -> nn.Module | None:
     """The language model with a head of its own that a multimodal model is built around, or None.
 
@@ -396,39 +394,6 @@ def inner_language_model(model: nn.Module) -> nn.Module | None:
         if module.main_input_name == "input_ids" and (module.config.is_encoder_decoder or not crosses):
             return module
     return None
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A block in which the model is run as if it had read nothing before, and after which it remembers what it did.
-
-    Put back are buffers and submodules that a run replaces, and attributes that are tensors, numbers or words, such as
-    `rope_deltas` of multimodal rotary positions or BigBird's kind of attention. Not for blocks that change the model.
-    """
-    kept = [(module, _memory(module), dict(module._buffers), dict(module._modules)) for module in model.modules()]
-    try:
-        for module, attributes, _, _ in kept:
-            for name in REMEMBERED.keys() & attributes.keys():
-                setattr(module, name, REMEMBERED[name])
-        yield
-    finally:
-        for module, attributes, buffers, modules in kept:
-            for name in _memory(module).keys() - attributes.keys():
-                delattr(module, name)
-            vars(module).update(attributes)
-            for now, before in ((module._buffers, buffers), (module._modules, modules)):
-                now.clear()
-                now.update(before)
-
-
-def _memory(module: nn.Module) -> dict[str, object]:
-    """The attributes of a module that may hold something of its last inputs;
-    flags and private ones are its own state."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and (value is None or type(value) in (int, float, str, torch.Tensor))
-    }
 
 
 def _on(value: object, device: torch.device) -> object:
@@ -447,15 +412,3 @@ def _is_of_tokens(name: str, value: object, ids: torch.Tensor) -> bool:
     if name.startswith("qformer"):  # the tokens of another model, which reads the prompt alone
         return False
     return name in ROWS or (isinstance(value, torch.Tensor) and value.shape == ids.shape)
-
-
-def _caches(output) -> dict[str, object]:
-    """The caches among an output's values, or among arguments."""
-    found = {name: output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in CACHES}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _is_filled(cache: object) -> bool:
-    """Whether a model has written into a cache; caches that are no lists of layers are the model's own."""
-    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
-    return layers is None or any(getattr(layer, "is_initialized", True) for layer in layers)

@@ -14,8 +14,9 @@ from torch import nn
 
 from hasten.acceleration.edits import Edit
 from hasten.acceleration.forwards import Forward
-from hasten.acceleration.inference import Inference, Inputs, undisturbed
+from hasten.acceleration.inference import Inference, Inputs
 from hasten.acceleration.techniques.base import Regime
+from hasten.acceleration.undisturbed import undisturbed
 from hasten.kernels.storage import MAX_BATCH
 from hasten.model_facts import device_of, longest_input, progress, synchronize
 

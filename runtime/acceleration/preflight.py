@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hasten.acceleration.anatomy import Anatomy
-from hasten.acceleration.inference import Inference, Inputs, undisturbed
+from hasten.acceleration.inference import Inference, Inputs
+from hasten.acceleration.undisturbed import undisturbed
 from hasten.acceleration.uses import watched
 from hasten.errors import StateError, UnsupportedModelError
 from hasten.model_facts import longest_input, vocabulary

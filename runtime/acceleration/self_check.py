@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hasten.acceleration.edits import Edit, Verification
-from hasten.acceleration.inference import Inference, undisturbed
+from hasten.acceleration.inference import Inference
+from hasten.acceleration.undisturbed import undisturbed
 from hasten.errors import HastenError, UnsupportedModelError
 from hasten.model_facts import device_of, longest_input
 

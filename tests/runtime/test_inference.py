@@ -5,7 +5,8 @@ import pytest
 import torch
 from tiny_models import token_ids
 
-from hasten.acceleration.inference import Inference, undisturbed
+from hasten.acceleration.inference import Inference
+from hasten.acceleration.undisturbed import undisturbed
 from hasten.bench.runtime import tiny_inputs
 from hasten.bench.runtime.tiny_zoo import build
 from hasten.errors import HastenError, UnsupportedModelError
