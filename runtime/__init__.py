@@ -35,7 +35,8 @@ _WHERE = {
     "acceleration.report": ("Report",),
     "pipelines.record": ("Run",),
     "acceleration.saving": ("load", "save"),
-    "acceleration.techniques": ("Cats", "DenseDecode", "FastLinearAttention", "Teal", "Wina"),
+    "acceleration.techniques": ("Cats", "DenseDecode", "FastLinearAttention", "Teal", "VisionTokens", "Wina"),
+    "sparsity.vision_tokens": ("FastV", "PSigmoid", "Pyramid", "Stages"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

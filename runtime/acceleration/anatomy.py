@@ -10,6 +10,7 @@ from torch import nn
 from hasten.acceleration.experts import layout_of, why_not
 from hasten.acceleration.families import NOT_PICKED, ROLES
 from hasten.acceleration.gated_mlps import gated_mlp, gated_names, is_gated, unlike_gated
+from hasten.acceleration.image_tokens import ImageTokens, image_tokens
 from hasten.acceleration.linear_maps import elsewhere, is_linear, linear_maps, poses_as_linear, unfit
 from hasten.acceleration.parts import Block, Experts, GatedMLP, Projection, is_stock, join, kind_of
 from hasten.acceleration.uses import Use
@@ -117,6 +118,24 @@ class Anatomy:
         head = self._found.head
         return None if head is None or head.name in self._left_out else head
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The module that holds the decoder layers.
+
+        Raises:
+            UnsupportedModelError: the model has none.
+        """
+        return self._found.decoder[1]
+
+    @property
+    def images(self) -> ImageTokens:
+        """The tokens of a prompt that stand for images, and the decoder layers that they pass.
+
+        Raises:
+            UnsupportedModelError: the model has none.
+        """
+        return self._found.images
+
     def modules(self, classes: Collection[str]) -> dict[str, nn.Module]:
         """The modules of transformers' own `classes` (of names without their module), by their paths, in order."""
         return {
@@ -182,6 +201,10 @@ class _Found:
             for below, layers in _layer_lists(decoder).items()
             for i, layer in enumerate(layers)
         }
+
+    @cached_property
+    def images(self) -> ImageTokens:
+        return image_tokens(self.model, self.layers)
 
     @cached_property
     def linears(self) -> dict[str, tuple[Projection, ...]]:

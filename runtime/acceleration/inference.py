@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from hasten.acceleration.caches import CACHES, caches, is_filled
+from hasten.acceleration.image_tokens import IMAGES, image_token_ids
 from hasten.acceleration.undisturbed import undisturbed
 from hasten.errors import HastenError, UnsupportedModelError
 from hasten.model_facts import device_of, longest_input, vocabulary
@@ -29,7 +30,8 @@ EVERY_STEP = {"idefics": ("pixel_values",), "kosmos-2": ("pixel_values", "image_
 # Model types that make positions of their own, of other lengths than their input.
 OWN_POSITIONS = ("reformer", "xlnet")
 # Beginnings of the names of tokens that stand for something else than text, in configurations.
-PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
+PLACEHOLDERS = (*IMAGES, "audio_token")
+BEFORE_IMAGE = 4  # tokens of text before an image that a prompt to measure on has
 # Inputs that are not 0 at such tokens.
 KINDS_OF_TOKENS = {"mm_token_type_ids", "image_embeds_position_mask"}
 # What a processor returns besides, and no forward takes.
@@ -240,11 +242,26 @@ class Inference:
         length, first = self.token_ids(self.example).shape[1], self.shortest_prefix(self.example)
         return max(tokens if first < length else min(tokens, length), first)
 
-    def prompt(self, tokens: int, batch: int = 1) -> Inputs:
-        """A prompt of `prompt_length(tokens)` tokens to measure on, in `batch` rows: random ids; or the example where
-        the model was given more than ids, its text after the last picture repeated as often as it takes."""
+    def image_length(self, tokens: int, image: int) -> int:
+        """How many of the tokens of `prompt` stand for an image where so many are asked for: those that the example
+        has, or as many as leave some of the `tokens` for text; none of a model that knows no token for images."""
+        known = [token for token in image_token_ids(self.target.config) if token < vocabulary(self.target)]
+        if isinstance(self.example, Mapping):
+            ids = self.token_ids(self.cut(self.example, self.prompt_length(tokens)))
+            return int(torch.isin(ids, torch.tensor(known, device=ids.device)).sum(1).max())
+        return max(0, min(image, tokens - 2 * BEFORE_IMAGE)) if known else 0
+
+    def prompt(self, tokens: int, batch: int = 1, image: int = 0) -> Inputs:
+        """A prompt of `prompt_length(tokens)` tokens to measure on, in `batch` rows: random ids, `image` of which stand
+        for an image; or the example where the model was given more than ids, its text after the last picture repeated
+        as often as it takes."""
         if not isinstance(self.example, Mapping):
-            return self.random_ids(tokens, batch)
+            ids = self.random_ids(tokens, batch)
+            for token in image_token_ids(self.target.config):
+                ids[ids == token] = 0
+            if image := self.image_length(tokens, image):
+                ids[:, BEFORE_IMAGE : BEFORE_IMAGE + image] = image_token_ids(self.target.config)[0]
+            return ids
         tokens, first = self.prompt_length(tokens), self.shortest_prefix(self.example)
         inputs = self.cut(self.example, tokens)
         ids = self.token_ids(inputs)

@@ -188,7 +188,8 @@ def _installed(
             entry = TechniqueReport(technique, edited, own, technique.skips(anatomy, own), implied=assignment.implied)
             edits_of[type(technique).__name__] = edits
             yield entry, edits
-        installed.self_check = self_check(inference, edits_of)
+        image = any(regime.image for each in assignments for regime in each.technique.regimes(each.anatomy))
+        installed.self_check = self_check(inference, edits_of, image)
     except BaseException:
         undo_all(model, installed.edits)
         raise

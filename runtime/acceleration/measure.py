@@ -126,7 +126,8 @@ def possible(inference: Inference, regime: Regime) -> Regime:
     context = max(min(regime.context, longest - regime.tokens - spare), 1 if regime.context else 0)
     context = inference.prompt_length(context) if context else 0
     tokens = max(1, min(regime.tokens, longest - context))
-    return Regime(regime.batch, tokens if context else inference.prompt_length(tokens), context)
+    tokens = tokens if context else inference.prompt_length(tokens)
+    return Regime(regime.batch, tokens, context, inference.image_length(context or tokens, regime.image))
 
 
 def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float]:
@@ -141,7 +142,7 @@ def times(inference: Inference, regimes: Iterable[Regime]) -> dict[Regime, float
 def _seconds_of(inference: Inference, regime: Regime) -> float:
     tokens, context, longest = regime.tokens, regime.context, longest_input(inference.model)
     device, reading = device_of(inference.model), None
-    prompt = inference.prompt(context or tokens, regime.batch)
+    prompt = inference.prompt(context or tokens, regime.batch, regime.image)
     if not context:
         return settled(lambda: seconds(lambda: inference.prefill(prompt, last=True), device), most=5)
 

@@ -14,12 +14,13 @@ from hasten.model_facts import device_of, longest_input
 
 # Relative distance of a module's output by kernel from its output by definition, on the same input.
 LIMIT = {torch.float64: 1e-5, torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-TOKENS = 17
+TOKENS, TOKENS_WITH_IMAGE = 17, 40
 
 
 @torch.no_grad()
-def self_check(inference: Inference, techniques: Mapping[str, Sequence[Edit]]) -> float | None:
-    """Runs the model with every edit of every technique, by the technique's name, verifying itself.
+def self_check(inference: Inference, techniques: Mapping[str, Sequence[Edit]], image: bool = False) -> float | None:
+    """Runs the model with every edit of every technique, by the technique's name, verifying itself; with `image`, on a
+    prompt with one, where the model can be given one.
 
     Returns:
         the largest relative distance of an output from its definition; None where no edit verifies itself.
@@ -29,7 +30,8 @@ def self_check(inference: Inference, techniques: Mapping[str, Sequence[Edit]]) -
         UnsupportedModelError: nothing that a technique installed was run, neither in the prefill nor in the step.
     """
     model = inference.model
-    prompt = inference.prompt(max(1, min(TOKENS, longest_input(model) - 1)))
+    tokens = max(1, min(TOKENS_WITH_IMAGE if image else TOKENS, longest_input(model) - 1))
+    prompt = inference.prompt(tokens, image=tokens if image else 0)
     with contextlib.ExitStack() as stack:
         seen = {name: [stack.enter_context(edit.verify(model)) for edit in edits] for name, edits in techniques.items()}
         stack.enter_context(torch.autocast(device_of(model).type, enabled=False))

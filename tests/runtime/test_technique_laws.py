@@ -143,7 +143,7 @@ class Case:
         return f"{type(self.technique).__name__}-{self.build.args[0]}"
 
 
-llama, phi3, mixtral = (partial(tiny_models.build, name) for name in ("llama", "phi3", "mixtral"))
+llama, phi3, mixtral, llava = (partial(tiny_models.build, name) for name in ("llama", "phi3", "mixtral", "llava"))
 CASES = [
     Case(hasten.DenseDecode(always=True), llama),
     Case(hasten.DenseDecode(always=True), mixtral),
@@ -155,6 +155,7 @@ CASES = [
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "mamba2")),
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "minimax")),
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "qwen3_next")),
+    Case(hasten.VisionTokens({1: 0.5}), llava),
     Case(TurningBack("self_attn"), llama),
     Case(TurningBack(), partial(linear_models.build, "bamba")),
     Case(Rounding(), llama),

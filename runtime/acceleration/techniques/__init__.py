@@ -5,6 +5,7 @@ from hasten.acceleration.techniques.cats import Cats
 from hasten.acceleration.techniques.dense_decode import DenseDecode
 from hasten.acceleration.techniques.fast_linear_attention import FastLinearAttention
 from hasten.acceleration.techniques.teal import Teal
+from hasten.acceleration.techniques.vision_tokens import VisionTokens
 from hasten.acceleration.techniques.wina import Wina
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "Settings",
     "Teal",
     "Technique",
+    "VisionTokens",
     "Wina",
 ]

@@ -33,18 +33,20 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """A condition under which a model is timed: a prefill of `tokens` tokens,
-    or one decode step (`tokens` 1) after `context` tokens."""
+    """A condition under which a model is timed: a prefill of `tokens` tokens, or one decode step (`tokens` 1) after
+    `context` tokens. Of the prompt, `image` tokens stand for an image."""
 
     batch: int = 1
     tokens: int = 1
     context: int = 0
+    image: int = 0
 
     def __str__(self) -> str:
         rows = f", batch {self.batch}" if self.batch > 1 else ""
+        image = f", {self.image} of an image" if self.image else ""
         if self.tokens == 1:
-            return f"decode{rows}, after {self.context} tokens"
-        return f"prefill of {self.tokens} tokens{rows}" + (f", after {self.context}" if self.context else "")
+            return f"decode{rows}, after {self.context} tokens{image}"
+        return f"prefill of {self.tokens} tokens{image}{rows}" + (f", after {self.context}" if self.context else "")
 
 
 DECODE, PREFILL = Regime(context=128), Regime(tokens=128)

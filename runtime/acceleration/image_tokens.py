@@ -1,0 +1,94 @@
+"""Which tokens of a prompt stand for images and videos, and how a model passes them through its decoder."""
+
+import inspect
+from dataclasses import dataclass
+
+from torch import nn
+
+from hasten.acceleration.parts import is_stock, kind_of
+from hasten.errors import Refusal, UnsupportedModelError
+
+# Beginnings and ends of the fields of configurations that hold the id of the token in place of which an image stands.
+IMAGES, ENDS = ("image_token", "video_token", "image_patch"), ("_id", "_index", "_token")
+# Fields of configurations that list the places from which features of the image are added to the first decoder layers.
+DEEP_STACKS = ("deepstack_visual_indexes", "deepstack_layer_map")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """The image-token span of a model's prompts, and the decoder layers that it passes.
+
+    Attributes:
+        ids: the tokens that stand for a piece of an image or video.
+        layers: the decoder layers by their paths, in order.
+        attentions: for each layer, the path of its self-attention, which calls the attention function that the
+            configuration names; None where it has none.
+        deep_stack: how many of the first layers get features of the image added to what they return.
+    """
+
+    ids: tuple[int, ...]
+    layers: dict[str, nn.Module]
+    attentions: tuple[str | None, ...]
+    deep_stack: int
+
+
+def image_token_ids(config) -> tuple[int, ...]:
+    """The ids of the tokens in place of which images and videos stand, as a configuration names them."""
+    named = {
+        name: value
+        for name, value in vars(config).items()
+        if name.startswith(IMAGES) and name.endswith(ENDS) and type(value) is int and value >= 0
+    }
+    return tuple(dict.fromkeys(named.values()))
+
+
+def deep_stack(config) -> int:
+    """How many of the first decoder layers get features of the image."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    lists = [value for part in parts for name in DEEP_STACKS if (value := getattr(part, name, None))]
+    return max((_depth(value) for value in lists), default=0)
+
+
+def _depth(places: list) -> int:
+    """Of a list of places in the vision tower, its length; of pairs (place, layer), the layers up to the last one."""
+    if isinstance(places[0], list | tuple):
+        return max(layer for _, layer in places) + 1
+    return len(places)
+
+
+def attention_of(layer: nn.Module) -> str | None:
+    """The path below a decoder layer of its self-attention, if that calls the function that its configuration names."""
+    found = [
+        name
+        for name, module in layer.named_modules()
+        if getattr(module, "layer_idx", None) is not None
+        and hasattr(module, "config")
+        and "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
+        and "cross" not in name
+    ]
+    return found[0] if found else None
+
+
+def image_tokens(model: nn.Module, layers: dict[str, nn.Module]) -> ImageTokens:
+    """The image tokens of a model with these decoder layers.
+
+    Raises:
+        UnsupportedModelError: its configuration names no token for images.
+    """
+    ids = image_token_ids(model.config)
+    if not ids:
+        kind = getattr(model.config, "model_type", None)
+        reason = f"its configuration names no token in place of which an image stands (its model_type is {kind!r})"
+        raise UnsupportedModelError("", type(model).__qualname__, reason, "pass a model that reads images as tokens")
+    attentions = tuple(
+        None if (below := attention_of(layer)) is None else f"{name}.{below}" for name, layer in layers.items()
+    )
+    return ImageTokens(ids, layers, attentions, deep_stack(model.config))
+
+
+def refusal(name: str, layer: nn.Module, attention: str | None) -> Refusal | None:
+    """Why tokens cannot be dropped before this decoder layer."""
+    if attention is None or not is_stock(layer):
+        reason = "it has no self-attention that takes the tokens it is given and the cache of these"
+        return Refusal(name, kind_of(layer), reason, "leave its model as it is")
+    return None

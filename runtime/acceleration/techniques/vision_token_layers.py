@@ -1,0 +1,412 @@
+"""Decoder layers that run on fewer image tokens, inside the unmodified forward of a multimodal model.
+
+One pass of the model reads some tokens: a prompt, a part of one, or one token of an answer. `VisionTokenPruning` finds
+the image tokens among them when the pass begins. Before a stage, a layer drops those that score least; it and the
+layers after it get hidden states, rotary tables, positions and masks of the tokens that are left, and store no others.
+After the last layer every token has its old place again; one that was dropped has no prediction, its values are NaN.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hasten.acceleration.caches import CACHES, caches, with_own_entries
+from hasten.acceleration.edits import Edit
+from hasten.acceleration.forwards import Forward
+from hasten.acceleration.shortened_cache import Entries, ShortenedLayer
+from hasten.acceleration.shortened_masks import along_tokens, cut_mask
+
+if TYPE_CHECKING:
+    from hasten.acceleration.techniques.vision_token_scores import Score
+
+ROUNDING = 1e-6  # of a share times a number of tokens
+
+TAKEN = (DynamicLayer, DynamicSlidingWindowLayer, ShortenedLayer)  # layers of a cache that can be shortened
+
+
+def token_scores(query, key, mask=None, *, scale=None):
+    B, Q, H, D = query.shape
+    G = key.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    q = query.permute(0, 2, 1, 3).reshape(B, G, H // G * Q, D)
+    logits = (q @ key.transpose(-1, -2)).float().mul(scale).view(B, H, Q, -1)
+    if mask is not None:
+        m = mask if mask.dim() == 3 else mask[:, None]
+        logits = logits.masked_fill(~m[:, None], -torch.inf)
+    p = logits.softmax(-1).nan_to_num(0)
+    n = (p.sum(-1) > 0).float().sum((1, 2)).clamp(min=1)
+    return p.sum((1, 2)) / n[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What was left out before a layer: the entries of the pass before and after it, and the places [B, n] of those
+    after among those before."""
+
+    before: Entries
+    after: Entries
+    places: torch.Tensor
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one pass of the model reads.
+
+    Attributes:
+        count: the number of tokens T.
+        ids: int64 [B, T].
+        images: bool [B, T], which of them stand for an image and may be dropped: not the last of a row, whose
+            prediction is the next token; None where none does.
+        real: bool [B, R + T], which of the tokens in the cache, and then of these, are no padding; None if all are.
+        entries: which of these tokens the present layer sees; None for all.
+        scores: float32 [B, n] of these, from the attention of the layer before.
+        keys: which tokens the keys of the present layer are, those in the cache first; None for all.
+        drops: by layer.
+    """
+
+    count: int
+    ids: torch.Tensor | None
+    images: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    entries: Entries | None = None
+    scores: torch.Tensor | None = None
+    keys: Entries | None = None
+    drops: dict[int, Drop] = field(default_factory=dict)
+    _made: dict[tuple, tuple] = field(default_factory=dict)
+
+    def once(self, make: Callable, *of) -> Any:
+        """make(*of), made once for the same objects: layers of one stage share masks and rotary tables."""
+        key = (make, *map(id, of))
+        if key not in self._made:
+            self._made[key] = (make(*of), of)  # kept with `of`, so that no other object gets its id
+        return self._made[key][0]
+
+    def all_entries(self, like: torch.Tensor) -> Entries:
+        """Those of all T tokens, for hidden states [B, T, D]."""
+        return Entries.all_of(self.count, len(like), like.device)
+
+
+class VisionTokenPruning:
+    """What the changes share that carry out `VisionTokens` on one model.
+
+    Args:
+        stages: the layers before which tokens are dropped, with the share of the image tokens that is then left.
+        score: what ranks image tokens.
+        ids: the tokens that stand for images.
+        model: the model whose passes begin with tokens and pictures.
+        config: that of the decoder, which names its attention function.
+    """
+
+    def __init__(self, stages: Mapping[int, float], score: "Score", ids: tuple[int, ...], model: nn.Module, config):
+        self.stages, self.score, self.ids, self.config = dict(stages), score, torch.tensor(ids), config
+        self.parameters = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        self._local = threading.local()
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_local"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._local = threading.local()
+
+    @property
+    def present(self) -> Pass | None:
+        """The pass that runs in this thread; None outside of one."""
+        return getattr(self._local, "present", None)
+
+    @property
+    def flash(self) -> bool:
+        """Whether the decoder's attention takes no masks but [B, T]."""
+        return "flash" in (self.config._attn_implementation or "")
+
+    def begin(self, model: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+        """A forward pre-hook of the model.
+
+        Raises:
+            ValueError: an argument with which image tokens cannot be found or dropped.
+        """
+        given = dict(zip(self.parameters, arguments, strict=False)) | keywords
+        ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+        if ids is None:
+            if embeddings is not None and embeddings.shape[1] > 1:
+                raise ValueError(
+                    f"image tokens cannot be found in inputs_embeds {list(embeddings.shape)}: give input_ids, or call "
+                    "hasten.revert(model) first"
+                )
+            self._local.present = Pass(1, ids)
+            return
+        images = torch.isin(ids, self.ids.to(ids.device)) if ids.shape[1] > 1 else None
+        if images is not None and not bool(images.any()):
+            images = None
+        cache = next(iter(caches(given).values()), None)
+        if images is not None:
+            _refuse_cache(cache)
+        if images is not None or is_shortened(cache):
+            _refuse_outputs(given, model.config)
+        real = _real(given.get("attention_mask"))
+        if images is not None:
+            images = images & ~_last(images, real)
+        self._local.present = Pass(ids.shape[1], ids, images, real)
+
+    def end(self, model: nn.Module, arguments: tuple, output: Any) -> None:
+        """A forward hook of the model, called after errors too."""
+        self._local.present = None
+
+    def drop(self, layer: int) -> Drop:
+        """What this layer leaves out of the pass, decided once."""
+        present = self.present
+        if layer not in present.drops:
+            present.drops[layer] = self._decide(present, layer)
+        return present.drops[layer]
+
+    def listen(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
+        """Scores the tokens of the pass by the attention of a layer: query [B, H, n, D] and key [B, G, N, D], rotated;
+        the last n of the keys are those of the queries."""
+        present = self.present
+        if present is None or present.images is None or layer + 1 not in self.stages:
+            return
+        entries = present.entries or present.all_entries(query)
+        places = self.score.queries(present, entries)
+        count, first = query.shape[2], key.shape[2] - query.shape[2]
+        keys = present.keys or Entries.all_of(key.shape[2], len(key), key.device)
+        rows = torch.arange(len(query), device=query.device)[:, None]
+        chosen = query.transpose(1, 2)[rows, places.clamp(min=0)]  # [B, Q, H, D]
+        mask = None
+        if present.real is not None or keys.bias is not None or bool((places != count - 1).any()):
+            order = torch.arange(key.shape[2], device=key.device)
+            mask = (order <= first + places[..., None]) & (places[..., None] >= 0)  # [B, Q, N]
+            if present.real is not None:
+                mask &= present.real.gather(1, keys.tokens)[:, None]
+            if keys.bias is not None:
+                mask &= (keys.bias > -torch.inf)[:, None]
+        present.scores = token_scores(chosen, key, mask, scale=scale)[:, first:]
+
+    def _decide(self, present: Pass, layer: int) -> Drop:
+        """Each row keeps its text and the best of its image tokens, whatever other rows keep. Rows that keep fewer are
+        filled with padding, then with dropped tokens, which no query sees."""
+        before = present.entries or present.all_entries(present.images)
+        images = present.images.gather(1, before.tokens)
+        unseen = torch.zeros_like(images) if before.bias is None else before.bias == -torch.inf
+        images &= ~unseen
+        text = ~images & ~unseen
+        if present.real is not None:
+            text &= present.real[:, -present.count :].gather(1, before.tokens)
+        wanted = (present.images.sum(1, keepdim=True) * self.stages[layer] - ROUNDING).ceil()
+        scores = self.score(present, layer, before).masked_fill(~images, -torch.inf)
+        kept = images & (scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < wanted)
+        order = 3 * text + 2 * kept + (~text & ~images & ~unseen)  # text, image tokens, padding, the rest
+        count = int((order > 1).sum(1).max())
+        places = order.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
+        bias, fills = before.bias, order.gather(1, places) == 0
+        bias = None if bias is None else bias.gather(1, places)
+        if bool(fills.any()):
+            bias = torch.zeros(places.shape, device=places.device) if bias is None else bias
+            bias = bias.masked_fill(fills, -torch.inf)
+        return Drop(before, Entries(before.tokens.gather(1, places), bias, present.count), places)
+
+
+class PrunedLayer(Forward):
+    """The forward of one decoder layer, on the tokens that are left.
+
+    Args:
+        pruning: of the model.
+        index: the number of the layer, and of its entries in a cache.
+        last: whether it is the last one.
+    """
+
+    def __init__(self, module: nn.Module, name: str, pruning: VisionTokenPruning, index: int, last: bool):
+        super().__init__(module, name)
+        self.pruning, self.index, self.last = pruning, index, last
+        self.parameters = [word for word in inspect.signature(type(module).forward).parameters if word != "self"]
+
+    def is_own(self, hidden_states, *arguments, **keywords) -> bool:
+        present = self.pruning.present
+        if present is None:
+            return False
+        return present.images is not None or is_shortened(_cache(keywords), self.index)
+
+    def own(self, hidden_states, *arguments, **keywords):
+        keywords = dict(zip(self.parameters[1:], arguments, strict=False)) | keywords
+        output = self._run(hidden_states, keywords)
+        if not self.last:
+            return output
+        hidden_states = self._restored(self.pruning.present, _first(output))
+        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+    def _run(self, hidden_states: torch.Tensor, keywords: dict[str, Any]):
+        """What the layer of the model's class returns for the tokens that are left."""
+        present = self.pruning.present
+        if present.images is not None and self.index in self.pruning.stages:
+            drop = self.pruning.drop(self.index)
+            hidden_states = along_tokens(hidden_states, drop.places, 1)
+            present.entries = drop.after
+        keywords = self._shortened(present, hidden_states, keywords)
+        return type(self.module).forward(self.module, hidden_states, **keywords)
+
+    def _shortened(self, present: Pass, hidden_states: torch.Tensor, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The other arguments of a call for the tokens that are left; the cache is told which these are."""
+        cache, entries = _cache(keywords), present.entries
+        queries = keys = entries or present.once(present.all_entries, hidden_states)
+        if cache is not None:
+            layer = _shortened_layer(cache, self.index)
+            layer.next = keys = present.once(_following, layer.entries, queries)
+        present.keys = keys
+        keywords = dict(keywords)
+        for name, value in keywords.items():
+            if name == "attention_mask":
+                keywords[name] = present.once(self._mask, value, queries, keys, hidden_states.dtype)
+            elif entries is not None and name not in CACHES:
+                keywords[name] = present.once(self._of_tokens, value, entries)
+        return keywords
+
+    def _mask(self, given, queries: Entries, keys: Entries, dtype: torch.dtype):
+        return cut_mask(given, queries, keys, dtype, self.pruning.flash)
+
+    def _of_tokens(self, value: Any, entries: Entries) -> Any:
+        """An argument for some of the tokens it is for: rotary tables [..., T, D], positions and others [.., T, ..]."""
+        if isinstance(value, tuple | list):
+            return type(value)(self._of_tokens(part, entries) for part in value)
+        if not isinstance(value, torch.Tensor) or entries.read not in value.shape[1:]:
+            return value
+        if value.is_floating_point() and value.dim() >= 3 and value.shape[-2] == entries.read:
+            return along_tokens(value, entries.tokens, -2)
+        return along_tokens(value, entries.tokens, 1 if value.shape[1] == entries.read else -1)
+
+    def _restored(self, present: Pass, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, D] with every token in its place."""
+        if present.entries is None:
+            return hidden_states
+        rows, _, width = hidden_states.shape
+        full = hidden_states.new_full((rows, present.count, width), torch.nan)
+        entries = present.entries
+        if entries.bias is not None:
+            hidden_states = hidden_states.masked_fill((entries.bias == -torch.inf)[..., None], torch.nan)
+        return full.scatter_(1, entries.tokens[..., None].expand(-1, -1, width), hidden_states)
+
+    def beside_definition(self, hidden_states, *arguments, **keywords):
+        """A call on an empty cache, and the layer of the model's class on all tokens, with the dropped ones masked."""
+        keywords = dict(zip(self.parameters[1:], arguments, strict=False)) | keywords
+        present = self.pruning.present
+        own = {name: with_own_entries(value, {self.index}) for name, value in keywords.items()}
+        if present.images is None or _length(_cache(keywords), self.index):
+            return super().beside_definition(hidden_states, **keywords)
+        before = present.entries
+        written = self._run(hidden_states, own)
+        after, present.entries = present.entries, before
+        return _first(written), along_tokens(
+            self._masked(present, hidden_states, before, after, keywords), after.tokens, 1
+        )
+
+    def _masked(self, present, hidden_states, before: Entries | None, after: Entries, keywords):
+        """The hidden states [B, T, D] that the layer returns for all tokens, of which those not in `after` are seen by
+        none."""
+        if before is not None:
+            full = hidden_states.new_zeros(len(hidden_states), present.count, hidden_states.shape[2])
+            hidden_states = full.scatter_(1, before.tokens[..., None].expand_as(hidden_states), hidden_states)
+        seen = torch.full(present.images.shape, -torch.inf, device=hidden_states.device)
+        seen.scatter_(1, after.tokens, torch.zeros_like(seen) if after.bias is None else after.bias)
+        everything = present.all_entries(hidden_states)
+        masked = Entries(everything.tokens, seen, present.count)
+        mask = self._mask(keywords.get("attention_mask"), everything, masked, hidden_states.dtype)
+        keywords = {name: value for name, value in keywords.items() if name not in CACHES} | {"attention_mask": mask}
+        return _first(type(self.module).forward(self.module, hidden_states, **keywords))
+
+
+@dataclass(slots=True)
+class WatchPasses(Edit):
+    """Lets `pruning` know what every pass of the model reads."""
+
+    pruning: VisionTokenPruning
+    name: str = ""
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def apply(self, model: nn.Module) -> None:
+        self.handles.append(model.register_forward_pre_hook(self.pruning.begin, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(self.pruning.end, always_call=True))
+
+    def undo(self, model: nn.Module) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _cache(keywords: Mapping[str, Any]) -> Cache | None:
+    return next(iter(caches(keywords).values()), None)
+
+
+def _length(cache: Cache | None, index: int) -> int:
+    return 0 if cache is None else cache.get_seq_length(index)
+
+
+def _following(before: Entries | None, entries: Entries) -> Entries:
+    return entries if before is None else before.followed_by(entries)
+
+
+def is_shortened(cache: Cache | None, index: int | None = None) -> bool:
+    """Whether this layer of a cache, or any, holds fewer entries than tokens were read."""
+    layers = getattr(cache, "layers", ())
+    return any(isinstance(layer, ShortenedLayer) for layer in (layers if index is None else layers[index : index + 1]))
+
+
+def _shortened_layer(cache: Cache, index: int) -> ShortenedLayer:
+    """A layer of a cache, made one that can be shortened."""
+    while len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if not isinstance(cache.layers[index], ShortenedLayer):
+        cache.layers[index] = ShortenedLayer.taking_over(cache.layers[index])
+    return cache.layers[index]
+
+
+def _refuse_cache(cache: Cache | None) -> None:
+    for layer in getattr(cache, "layers", ()):
+        if type(layer) not in TAKEN:
+            raise ValueError(
+                f"image tokens can be dropped from a DynamicCache, got a {type(cache).__name__} with a "
+                f"{type(layer).__name__}: give another cache_implementation, or call hasten.revert(model) first"
+            )
+
+
+def _refuse_outputs(given: Mapping[str, Any], config) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if given.get(name) or (given.get(name) is None and getattr(config, name, False)):
+            raise ValueError(
+                f"{name}: layers after a drop have no such values for tokens that were dropped; leave it out, or call "
+                "hasten.revert(model) first"
+            )
+    if given.get("labels") is not None:
+        raise ValueError(
+            "labels: tokens that were dropped have no predictions, and so no loss; leave them out, or call "
+            "hasten.revert(model) first"
+        )
+
+
+def _last(tokens: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """bool [B, T]: the last of the tokens [B, T] of each row that is no padding."""
+    count = tokens.shape[1]
+    if real is None:
+        return torch.arange(count, device=tokens.device) == count - 1
+    order = torch.arange(1, count + 1, device=tokens.device) * real[:, -count:]
+    return order == order.max(1, keepdim=True).values
+
+
+def _real(mask: Any) -> torch.Tensor | None:
+    """Which tokens are no padding, bool [B, R + T], by the attention mask of a pass; None if all are."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None:
+        return None
+    if mask.dim() == 4:  # the last query sees all that is no padding
+        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+    real = mask.bool()
+    return None if bool(real.all()) else real
