@@ -1,5 +1,5 @@
 """Vision-token pruning: which image tokens of a prompt the layers of a decoder see."""
 
-from hasten.sparsity.vision_tokens.schedules import FastV, PSigmoid, Pyramid, Schedule, Stages, schedule
+from hasten.sparsity.vision_tokens.schedules import FastV, PSigmoid, Pyramid, Schedule, Stages, kept, schedule
 
-__all__ = ["FastV", "PSigmoid", "Pyramid", "Schedule", "Stages", "schedule"]
+__all__ = ["FastV", "PSigmoid", "Pyramid", "Schedule", "Stages", "kept", "schedule"]
