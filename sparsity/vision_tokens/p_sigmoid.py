@@ -153,6 +153,7 @@ def _gaussian_process(points: list[Point], history: list, evaluations: int, seed
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+    from threadpoolctl import threadpool_limits
 
     engine = _spread(seed)
     while len(points) < min(INITIAL, evaluations):
@@ -161,7 +162,8 @@ def _gaussian_process(points: list[Point], history: list, evaluations: int, seed
     while True:
         metrics = np.array([metric for _, metric in history])
         process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=2, random_state=seed)
-        with warnings.catch_warnings():  # a length scale at its bound says only that the metric does not depend on it
+        with threadpool_limits(1, "blas"), warnings.catch_warnings():  # threads cost more than matrices this small
+            # A length scale at its bound says only that the metric does not depend on that axis.
             warnings.simplefilter("ignore", ConvergenceWarning)
             process.fit(np.array(points), metrics)
         process.kernel_ = process.kernel_.k1  # so that deviations are those of the metric without its noise
