@@ -151,6 +151,7 @@ setup(
     extras_require={
         "diffusers": [DIFFUSERS],
         "plot": ["matplotlib"],
+        "search": ["scikit-learn"],
         "test": [
             *("pytest", "pytest-xdist", "pytest-benchmark", "ruff", "accelerate", "matplotlib", "setuptools>=77"),
             *(DIFFUSERS, "jsonschema", "pydantic", "scikit-learn"),

@@ -228,39 +228,60 @@ class PSigmoid(Schedule):
 
     @classmethod
     def within(
-        cls, budget: float, steepness: float, floor: float, layers: int, levels: int = 6, first: int = FIRST
+        cls,
+        budget: float,
+        steepness: float,
+        floor: float,
+        layers: int,
+        levels: int = 6,
+        first: int = FIRST,
+        cost: Callable[[tuple[float, ...]], float] | None = None,
     ) -> "PSigmoid":
-        """The sigmoid whose mean share over `layers` layers is `budget`: `middle` by bisection, which the mean rises
-        with.
+        """The sigmoid that costs `budget`: `middle` by bisection, since what it costs rises with it.
+
+        Args:
+            budget: the mean share over all layers, or what `cost` may come to, in (0, 1]. It is not exceeded.
+            steepness, floor, levels, first: as in the class.
+            layers: of the model.
+            cost: what shares of all layers cost, as a fraction of what it costs to drop nothing; rising with every
+                share. The mean of the shares where it is None.
 
         Raises:
-            ValueError: no `middle` gives this mean, since the layers before `first` see all tokens and the others at
-                least `floor` of them.
+            ValueError: no `middle` is within the budget, since the layers before `first` see all tokens and the others
+                at least `floor` of them.
         """
         budget = _share("budget", budget)
         lowest = cls(steepness, 0.0, floor, levels, first)
         _check_depth(lowest.first, layers)
-        least = (lowest.first + (layers - lowest.first) * max(LEAST, lowest.floor)) / layers
-        if not least < budget < 1:
+
+        def at(middle: float) -> float:
+            given = dataclasses.replace(lowest, middle=middle)
+            if cost is None:
+                return (lowest.first + math.fsum(given._curve(layers))) / layers
+            return cost(given.shares(layers))
+
+        reach = 1 + 750 / lowest.steepness  # the exponential of -750 is zero: the sigmoid is flat beyond
+        if at(-reach) > budget:
             raise ValueError(
-                f"the budget must be between {least:.4g} and 1, the mean shares that {layers} layers can have of which "
-                f"{lowest.first} see all tokens and the others at least {lowest.floor} of them, got {budget}"
+                f"the budget must be at least {at(-reach):.4g}, which {layers} layers cost of which {lowest.first} see "
+                f"all tokens and the others {lowest.floor} of them, got {budget}"
             )
-
-        def mean(middle: float) -> float:
-            curve = dataclasses.replace(lowest, middle=middle)._curve(layers)
-            return (lowest.first + math.fsum(curve)) / layers
-
-        reach = 1 + 750 / lowest.steepness  # exp(-750) is zero: the sigmoid is flat at both ends
-        return dataclasses.replace(lowest, middle=crossing(mean, budget, -reach, reach))
+        return dataclasses.replace(lowest, middle=crossing(at, budget, -reach, reach))
 
 
 def crossing(function: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Where `function`, which never falls, reaches `target` between `low` and `high`: by bisection, from above."""
-    for _ in range(100):
+    """The greatest argument between `low` and `high` at which `function`, which never falls, is at most `target`: by
+    bisection. `low` where there is none."""
+    for _ in range(64):
         middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < target else (low, middle)
-    return high
+        low, high = (middle, high) if function(middle) <= target else (low, middle)
+    return low
+
+
+def kept(share: float, tokens: int) -> int:
+    """How many of `tokens` tokens a share keeps: rounded up, so at least one of any. A product that is a whole number
+    but for rounding is that number."""
+    return min(tokens, math.ceil(share * tokens * (1 - 1e-12)))
 
 
 def _sigmoid(logit: float) -> float:

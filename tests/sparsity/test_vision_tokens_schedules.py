@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from hasten.sparsity.vision_tokens import FastV, PSigmoid, Pyramid, Schedule, Stages, schedule
+from hasten.sparsity.vision_tokens import FastV, PSigmoid, Pyramid, Schedule, Stages, kept, schedule
 
 SCHEDULES = [
     FastV(),
@@ -112,10 +112,34 @@ def test_the_budget_is_met(budget, steepness, layers):
     assert (given.steepness, given.floor, given.levels) == (steepness, 0.004, 4)
 
 
-@pytest.mark.parametrize(("budget", "floor", "first"), [(0.125, 0, 1), (0.3, 0.3, 1), (0.3, 0, 3), (1, 0, 1)])
+@pytest.mark.parametrize("budget", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("tokens", [10, 576])
+def test_a_budget_of_the_callers_own_is_met_from_below(budget, tokens):
+    """A cost in whole tokens rises in steps: the last step within the budget is taken."""
+    layers = 12
+
+    def cost(shares):
+        return sum(kept(share, tokens) ** 2 for share in shares) / (layers * tokens**2)
+
+    given = PSigmoid.within(budget, 9, 0.05, layers, cost=cost)
+    wider = dataclasses.replace(given, middle=given.middle + 1e-9)
+    assert cost(given.shares(layers)) <= budget < cost(wider.shares(layers))
+    whole = PSigmoid.within(1, 9, 0.05, layers, cost=cost)
+    assert [kept(share, tokens) for share in whole.shares(layers)] == [tokens] * layers
+
+
+@pytest.mark.parametrize(("budget", "floor", "first"), [(0.125, 0, 1), (0.3, 0.3, 1), (0.3, 0, 3)])
 def test_a_budget_that_cannot_be_met_is_refused(budget, floor, first):
-    with pytest.raises(ValueError, match=f"the budget must be between .* and 1, .* got {budget}"):
+    with pytest.raises(ValueError, match=rf"the budget must be at least 0\.\d+, .* {first} see all .* got {budget}"):
         PSigmoid.within(budget, 10, floor, 8, first=first)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 30, 576, 2880])
+def test_how_many_tokens_a_share_keeps(tokens):
+    for count in range(1, tokens + 1):
+        assert kept(count / tokens, tokens) == count
+    assert kept(1e-6, tokens) == 1 and kept(1.0, tokens) == tokens
+    assert [kept(0.1, 30), kept(0.101, 30), kept(0.5, 0)] == [3, 4, 0]
 
 
 @pytest.mark.parametrize(
