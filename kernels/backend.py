@@ -47,9 +47,14 @@ def is_reference() -> bool:
 def choose(x: torch.Tensor, fallback: str = "reference") -> str:
     """The implementation that an operator on x runs as: "reference", "cpu", "triton", or `fallback` where none was
     asked for and no kernel can run."""
-    name = _chosen.get()
     if x.dtype not in storage.DTYPE_CODES:
-        return name if name == "reference" else fallback
+        return "reference" if _chosen.get() == "reference" else fallback
+    return choose_by_device(x, fallback)
+
+
+def choose_by_device(x: torch.Tensor, fallback: str = "reference") -> str:
+    """The same for an operator that takes every dtype."""
+    name = _chosen.get()
     if name != "auto":
         return name
     if x.is_cpu:
