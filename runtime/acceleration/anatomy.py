@@ -14,6 +14,7 @@ from hasten.acceleration.image_tokens import ImageTokens, image_tokens
 from hasten.acceleration.linear_maps import elsewhere, is_linear, linear_maps, poses_as_linear, unfit
 from hasten.acceleration.parts import Block, Experts, GatedMLP, Projection, is_stock, join, kind_of
 from hasten.acceleration.uses import Use
+from hasten.acceleration.vision_tower import VisionTower, vision_tower
 from hasten.errors import Refusal, UnsupportedModelError
 
 PARTS = ("linears", "shared", "gated_mlps", "experts", "head")
@@ -136,6 +137,15 @@ class Anatomy:
         """
         return self._found.images
 
+    @property
+    def vision_tower(self) -> VisionTower:
+        """What sees the pictures.
+
+        Raises:
+            UnsupportedModelError: the model has none whose attention can be listened to.
+        """
+        return self._found.vision_tower
+
     def modules(self, classes: Collection[str]) -> dict[str, nn.Module]:
         """The modules of transformers' own `classes` (of names without their module), by their paths, in order."""
         return {
@@ -205,6 +215,10 @@ class _Found:
     @cached_property
     def images(self) -> ImageTokens:
         return image_tokens(self.model, self.layers)
+
+    @cached_property
+    def vision_tower(self) -> VisionTower:
+        return vision_tower(self.model)
 
     @cached_property
     def linears(self) -> dict[str, tuple[Projection, ...]]:

@@ -105,3 +105,6 @@ CONFIGS_OF_EXPERTS = ("ffn_config",)
 
 # Attributes of modules whose weight is quantised, in the libraries that transformers loads them with.
 QUANTISED_MARKS = ("quant_state", "qweight", "weight_scale", "weight_scale_inv", "qtype", "weight_qtype", "ggml_type")
+
+# Names of the modules that see pictures, below the model that holds them.
+VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "vision_backbone", "image_encoder")

@@ -56,17 +56,15 @@ def _depth(places: list) -> int:
     return len(places)
 
 
-def attention_of(layer: nn.Module) -> str | None:
-    """The path below a decoder layer of its self-attention, if that calls the function that its configuration names."""
-    found = [
+def attentions_below(module: nn.Module) -> list[str]:
+    """The paths below a module of self-attentions that call the function that their configuration names."""
+    return [
         name
-        for name, module in layer.named_modules()
-        if getattr(module, "layer_idx", None) is not None
-        and hasattr(module, "config")
-        and "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
+        for name, below in module.named_modules()
+        if hasattr(below, "config")
+        and "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(below).forward).__code__.co_names
         and "cross" not in name
     ]
-    return found[0] if found else None
 
 
 def image_tokens(model: nn.Module, layers: dict[str, nn.Module]) -> ImageTokens:
@@ -81,7 +79,7 @@ def image_tokens(model: nn.Module, layers: dict[str, nn.Module]) -> ImageTokens:
         reason = f"its configuration names no token in place of which an image stands (its model_type is {kind!r})"
         raise UnsupportedModelError("", type(model).__qualname__, reason, "pass a model that reads images as tokens")
     attentions = tuple(
-        None if (below := attention_of(layer)) is None else f"{name}.{below}" for name, layer in layers.items()
+        f"{name}.{below[0]}" if (below := attentions_below(layer)) else None for name, layer in layers.items()
     )
     return ImageTokens(ids, layers, attentions, deep_stack(model.config))
 

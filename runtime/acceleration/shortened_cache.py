@@ -30,6 +30,15 @@ class Entries:
         """Those of `tokens` tokens, none of them dropped."""
         return cls(torch.arange(tokens, device=device).expand(rows, -1), None, tokens)
 
+    def seen(self) -> torch.Tensor:
+        """bool [B, n]: False for those that only fill a row."""
+        return torch.ones_like(self.tokens, dtype=torch.bool) if self.bias is None else self.bias > -torch.inf
+
+    def sizes(self) -> torch.Tensor:
+        """float32 [B, n]: of how many tokens each was merged; 1 for those that were not."""
+        sizes = torch.ones(self.tokens.shape, device=self.tokens.device)
+        return sizes if self.bias is None else torch.where(self.seen(), self.bias.exp().round(), sizes)
+
     def followed_by(self, other: "Entries") -> "Entries":
         """These, and then those of the tokens that were read next, which `other` counts from 0."""
         bias = None

@@ -3,6 +3,7 @@
 import torch
 
 from hasten.acceleration.shortened_cache import Entries
+from hasten.kernels.token_scores import gather_tokens
 
 
 def along_tokens(x: torch.Tensor, tokens: torch.Tensor, dim: int) -> torch.Tensor:
@@ -10,13 +11,13 @@ def along_tokens(x: torch.Tensor, tokens: torch.Tensor, dim: int) -> torch.Tenso
     what has as many dimensions more as [3, B, T] has than [B, T], the one before `dim`.
     """
     dim %= x.dim()
+    if dim == 1:
+        return gather_tokens([x], tokens)[0]
     if len(tokens) == 1:
         return x.index_select(dim, tokens[0])
-    rows = 0 if dim == 1 else dim - 1
-    shape = [1] * x.dim()
-    shape[rows], shape[dim] = tokens.shape
-    sizes = list(x.shape)
-    sizes[rows] = len(tokens)
+    shape, sizes = [1] * x.dim(), list(x.shape)
+    shape[dim - 1], shape[dim] = tokens.shape
+    sizes[dim - 1] = len(tokens)
     return torch.take_along_dim(x.expand(sizes), tokens.view(shape), dim)
 
 

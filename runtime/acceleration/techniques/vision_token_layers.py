@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hasten.acceleration.caches import CACHES, caches, with_own_entries
@@ -23,6 +23,8 @@ from hasten.acceleration.edits import Edit
 from hasten.acceleration.forwards import Forward
 from hasten.acceleration.shortened_cache import Entries, ShortenedLayer
 from hasten.acceleration.shortened_masks import along_tokens, cut_mask
+from hasten.kernels.token_scores import token_scores
+from hasten.sparsity.vision_tokens import bipartite_merging
 
 if TYPE_CHECKING:
     from hasten.acceleration.techniques.vision_token_scores import Score
@@ -32,28 +34,32 @@ ROUNDING = 1e-6  # of a share times a number of tokens
 TAKEN = (DynamicLayer, DynamicSlidingWindowLayer, ShortenedLayer)  # layers of a cache that can be shortened
 
 
-def token_scores(query, key, mask=None, *, scale=None):
-    B, Q, H, D = query.shape
-    G = key.shape[1]
-    scale = D**-0.5 if scale is None else scale
-    q = query.permute(0, 2, 1, 3).reshape(B, G, H // G * Q, D)
-    logits = (q @ key.transpose(-1, -2)).float().mul(scale).view(B, H, Q, -1)
-    if mask is not None:
-        m = mask if mask.dim() == 3 else mask[:, None]
-        logits = logits.masked_fill(~m[:, None], -torch.inf)
-    p = logits.softmax(-1).nan_to_num(0)
-    n = (p.sum(-1) > 0).float().sum((1, 2)).clamp(min=1)
-    return p.sum((1, 2)) / n[:, None]
-
-
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """What was left out before a layer: the entries of the pass before and after it, and the places [B, n] of those
-    after among those before."""
+    """What was left out before a layer.
+
+    Attributes:
+        before, after: the entries of the pass before and after it.
+        places: int64 [B, n] of those after among those before.
+        into: int64 [B, m]: among those before, the token that each was merged into, its own place where it remains;
+            None where tokens are dropped.
+    """
 
     before: Entries
     after: Entries
     places: torch.Tensor
+    into: torch.Tensor | None = None
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The hidden states [B, m, D] of the entries before, for those after: [B, n, D]."""
+        if self.into is not None:
+            sizes = self.before.sizes()
+            weighted = hidden_states.float() * sizes[..., None]
+            into = self.into[..., None].expand_as(weighted)
+            total = torch.zeros_like(weighted).scatter_add_(1, into, weighted)
+            size = torch.zeros_like(sizes).scatter_add_(1, self.into, sizes)
+            hidden_states = (total / size.clamp(min=1)[..., None]).to(hidden_states.dtype)
+        return along_tokens(hidden_states, self.places, 1)
 
 
 @dataclass(slots=True)
@@ -63,8 +69,11 @@ class Pass:
     Attributes:
         count: the number of tokens T.
         ids: int64 [B, T].
-        images: bool [B, T], which of them stand for an image and may be dropped: not the last of a row, whose
-            prediction is the next token; None where none does.
+        given: the arguments of the pass.
+        embeddings: [B, T, D], what the first layer gets, where a score asks for it.
+        attended: scores of the tower's patches, float32 [tiles, P], one tensor for each call of its attention.
+        placeholders: bool [B, T], which of them stand for an image; None where none does.
+        images: bool [B, T], those of them that may be dropped: not the last token of a row, which predicts the next.
         real: bool [B, R + T], which of the tokens in the cache, and then of these, are no padding; None if all are.
         entries: which of these tokens the present layer sees; None for all.
         scores: float32 [B, n] of these, from the attention of the layer before.
@@ -74,6 +83,10 @@ class Pass:
 
     count: int
     ids: torch.Tensor | None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    embeddings: torch.Tensor | None = None
+    attended: list[torch.Tensor] = field(default_factory=list)
+    placeholders: torch.Tensor | None = None
     images: torch.Tensor | None = None
     real: torch.Tensor | None = None
     entries: Entries | None = None
@@ -100,13 +113,23 @@ class VisionTokenPruning:
     Args:
         stages: the layers before which tokens are dropped, with the share of the image tokens that is then left.
         score: what ranks image tokens.
+        merges: whether those that are alike become one, instead.
         ids: the tokens that stand for images.
         model: the model whose passes begin with tokens and pictures.
         config: that of the decoder, which names its attention function.
     """
 
-    def __init__(self, stages: Mapping[int, float], score: "Score", ids: tuple[int, ...], model: nn.Module, config):
-        self.stages, self.score, self.ids, self.config = dict(stages), score, torch.tensor(ids), config
+    def __init__(
+        self,
+        stages: Mapping[int, float],
+        score: "Score",
+        merges: bool,
+        ids: tuple[int, ...],
+        model: nn.Module,
+        config: PreTrainedConfig,
+    ):
+        self.stages, self.score, self.merges, self.config = dict(stages), score, merges, config
+        self.ids = torch.tensor(ids)
         self.parameters = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._local = threading.local()
 
@@ -152,19 +175,18 @@ class VisionTokenPruning:
         if images is not None or is_shortened(cache):
             _refuse_outputs(given, model.config)
         real = _real(given.get("attention_mask"))
-        if images is not None:
-            images = images & ~_last(images, real)
-        self._local.present = Pass(ids.shape[1], ids, images, real)
+        dropping = None if images is None else images & ~_last(images, real)
+        self._local.present = Pass(ids.shape[1], ids, given, placeholders=images, images=dropping, real=real)
 
     def end(self, model: nn.Module, arguments: tuple, output: Any) -> None:
         """A forward hook of the model, called after errors too."""
         self._local.present = None
 
-    def drop(self, layer: int) -> Drop:
-        """What this layer leaves out of the pass, decided once."""
+    def drop(self, layer: int, hidden_states: torch.Tensor) -> Drop:
+        """What this layer leaves out of the pass, whose hidden states before it are [B, n, D]; decided once."""
         present = self.present
         if layer not in present.drops:
-            present.drops[layer] = self._decide(present, layer)
+            present.drops[layer] = self._decide(present, layer, hidden_states)
         return present.drops[layer]
 
     def listen(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
@@ -185,32 +207,46 @@ class VisionTokenPruning:
             mask = (order <= first + places[..., None]) & (places[..., None] >= 0)  # [B, Q, N]
             if present.real is not None:
                 mask &= present.real.gather(1, keys.tokens)[:, None]
-            if keys.bias is not None:
-                mask &= (keys.bias > -torch.inf)[:, None]
+            mask &= keys.seen()[:, None]
         present.scores = token_scores(chosen, key, mask, scale=scale)[:, first:]
 
-    def _decide(self, present: Pass, layer: int) -> Drop:
-        """Each row keeps its text and the best of its image tokens, whatever other rows keep. Rows that keep fewer are
-        filled with padding, then with dropped tokens, which no query sees."""
+    def _decide(self, present: Pass, layer: int, hidden_states: torch.Tensor) -> Drop:
+        """Each row keeps its text and as many of its image tokens as the share says, whatever other rows keep. Rows
+        that keep fewer are filled with padding, then with dropped tokens, which no query sees."""
         before = present.entries or present.all_entries(present.images)
         images = present.images.gather(1, before.tokens)
-        unseen = torch.zeros_like(images) if before.bias is None else before.bias == -torch.inf
-        images &= ~unseen
-        text = ~images & ~unseen
+        seen = before.seen()
+        images &= seen
+        text = ~images & seen
         if present.real is not None:
             text &= present.real[:, -present.count :].gather(1, before.tokens)
-        wanted = (present.images.sum(1, keepdim=True) * self.stages[layer] - ROUNDING).ceil()
-        scores = self.score(present, layer, before).masked_fill(~images, -torch.inf)
-        kept = images & (scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < wanted)
-        order = 3 * text + 2 * kept + (~text & ~images & ~unseen)  # text, image tokens, padding, the rest
+        wanted = (present.images.sum(1) * self.stages[layer] - ROUNDING).ceil().long()
+        into, sizes = None, before.sizes()
+        if self.merges:
+            into, kept = merge(hidden_states, wanted, images, sizes)
+            sizes = torch.zeros_like(sizes).scatter_add_(1, into, sizes)
+        else:
+            scores = self.score(present, layer, before).masked_fill(~images, -torch.inf)
+            rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            kept = images & (rank < wanted[:, None])
+        order = 3 * text + 2 * kept + (~text & ~images & seen)  # text, image tokens, padding, the rest
         count = int((order > 1).sum(1).max())
         places = order.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
-        bias, fills = before.bias, order.gather(1, places) == 0
-        bias = None if bias is None else bias.gather(1, places)
-        if bool(fills.any()):
-            bias = torch.zeros(places.shape, device=places.device) if bias is None else bias
-            bias = bias.masked_fill(fills, -torch.inf)
-        return Drop(before, Entries(before.tokens.gather(1, places), bias, present.count), places)
+        bias = sizes.log().gather(1, places).masked_fill(order.gather(1, places) == 0, -torch.inf)
+        after = Entries(before.tokens.gather(1, places), bias if bool((bias != 0).any()) else None, present.count)
+        return Drop(before, after, places, into)
+
+
+def merge(x: torch.Tensor, wanted: torch.Tensor, images: torch.Tensor, sizes: torch.Tensor):
+    """Merges image tokens that are alike: x [B, n, D], wanted [B], images bool [B, n], sizes [B, n] -> the place of the
+    token that each was merged into [B, n], and bool [B, n]: the image tokens that remain."""
+    into = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+    kept = torch.zeros_like(images)
+    merged = bipartite_merging(x, wanted.clamp(min=1), images, sizes.long())
+    for row, merging in enumerate(merged):
+        into[row] = merging.columns[merging.into]
+        kept[row, merging.columns] = True
+    return into, kept & images
 
 
 class PrunedLayer(Forward):
@@ -245,8 +281,8 @@ class PrunedLayer(Forward):
         """What the layer of the model's class returns for the tokens that are left."""
         present = self.pruning.present
         if present.images is not None and self.index in self.pruning.stages:
-            drop = self.pruning.drop(self.index)
-            hidden_states = along_tokens(hidden_states, drop.places, 1)
+            drop = self.pruning.drop(self.index, hidden_states)
+            hidden_states = drop(hidden_states)
             present.entries = drop.after
         keywords = self._shortened(present, hidden_states, keywords)
         return type(self.module).forward(self.module, hidden_states, **keywords)
@@ -288,7 +324,7 @@ class PrunedLayer(Forward):
         full = hidden_states.new_full((rows, present.count, width), torch.nan)
         entries = present.entries
         if entries.bias is not None:
-            hidden_states = hidden_states.masked_fill((entries.bias == -torch.inf)[..., None], torch.nan)
+            hidden_states = hidden_states.masked_fill(~entries.seen()[..., None], torch.nan)
         return full.scatter_(1, entries.tokens[..., None].expand(-1, -1, width), hidden_states)
 
     def beside_definition(self, hidden_states, *arguments, **keywords):
@@ -296,7 +332,7 @@ class PrunedLayer(Forward):
         keywords = dict(zip(self.parameters[1:], arguments, strict=False)) | keywords
         present = self.pruning.present
         own = {name: with_own_entries(value, {self.index}) for name, value in keywords.items()}
-        if present.images is None or _length(_cache(keywords), self.index):
+        if present.images is None or self.pruning.merges or _length(_cache(keywords), self.index):
             return super().beside_definition(hidden_states, **keywords)
         before = present.entries
         written = self._run(hidden_states, own)

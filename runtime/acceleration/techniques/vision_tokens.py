@@ -8,12 +8,12 @@ from hasten.acceleration.edits import ReplaceForward
 from hasten.acceleration.image_tokens import ImageTokens
 from hasten.acceleration.techniques.base import DECODE, Regime, Settings, Technique
 from hasten.acceleration.techniques.vision_token_layers import PrunedLayer, VisionTokenPruning, WatchPasses
-from hasten.acceleration.techniques.vision_token_scores import LastToken, ListenToAttention, Random, Score
+from hasten.acceleration.techniques.vision_token_scores import LastToken, Random, Score, TextRaters, VisionSide
 from hasten.errors import SavedPlanError
 from hasten.sparsity.vision_tokens import FastV, Schedule, schedule
 
-SCORES = ("last_token", "random")
-MODES = ("drop",)
+SCORES = ("last_token", "text_raters", "vision", "random")
+MODES = ("drop", "merge")
 TURNS = ("prompt", "per_turn")
 IMAGE, PROMPT = 576, 640  # tokens of an image, and of a prompt with it: LLaVA-1.5's, with a question
 
@@ -26,11 +26,17 @@ class VisionTokens(Technique):
         schedule: which layer sees which share of them: a `Schedule`, or a mapping from layers to shares, as in
             {2: 0.5, 8: 0.25}.
         score: "last_token", the attention of the prompt's last token in the layer before (FastV, arXiv 2403.06764);
-            "random", the baseline.
-        mode: "drop".
-        when: "prompt" ranks by the prompt with its question; "per_turn" by the image alone, so that a later question
-            finds its tokens.
+            "text_raters", that of the text tokens that are most alike to the image (SparseVLM, arXiv 2410.04417);
+            "vision", the attention in the vision tower, of its class token where it has one (VisionZip, arXiv
+            2412.04467); "random", the baseline.
+        mode: "drop"; or "merge": tokens that are most alike become one (ToMe, arXiv 2210.09461), whatever they score,
+            and later tokens attend to it as to all that it was made of.
+        when: "prompt" ranks by the whole prompt; "per_turn" by what the image alone says, so that later questions on
+            the same cache find their tokens: of "last_token", by the last image token.
         seed: of random scores.
+
+    Raises:
+        ValueError: a value that is none of these.
     """
 
     schedule: Schedule = field(default_factory=FastV)
@@ -45,6 +51,8 @@ class VisionTokens(Technique):
         for name, known in (("score", SCORES), ("mode", MODES), ("when", TURNS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        if self.when == "per_turn" and self.score == "text_raters":
+            raise ValueError("when='per_turn' ranks without the text, and score='text_raters' by the text: use another")
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
 
@@ -62,17 +70,21 @@ class VisionTokens(Technique):
         return saved
 
     def edits(self, anatomy, settings):
-        images, config = anatomy.images, anatomy.decoder.config
-        stages, score = self._stages(images), self._score()
-        pruning = VisionTokenPruning(stages, score, images.ids, anatomy.model, config)
+        images, stages, score = anatomy.images, self._stages(anatomy.images), self._score(anatomy)
+        merges = self.mode == "merge"
+        pruning = VisionTokenPruning(stages, score, merges, images.ids, anatomy.model, anatomy.decoder.config)
         names = list(images.layers)
-        edits = [WatchPasses(pruning)]
-        if score.attends:
-            edits += [ListenToAttention(images.attentions[layer - 1], layer - 1, pruning) for layer in stages]
+        edits = [WatchPasses(pruning), *([] if merges else score.edits(pruning, images))]
         for index in range(min(stages, default=len(names)), len(names)):
             make = partial(PrunedLayer, pruning=pruning, index=index, last=index == len(names) - 1)
             edits.append(ReplaceForward(names[index], make))
         return edits
+
+    def summary(self, settings):
+        shares = settings.values["shares"]
+        changes = [(layer, share) for layer, share in enumerate(shares) if layer and share < shares[layer - 1]]
+        kept = ", ".join(f"{share:.3g} of the image tokens from layer {layer} on" for layer, share in changes)
+        return kept + (", merged by likeness whatever they score" if self.mode == "merge" else "")
 
     def regimes(self, anatomy):
         return (Regime(tokens=PROMPT, image=IMAGE), Regime(context=PROMPT, image=IMAGE), DECODE)
@@ -80,7 +92,9 @@ class VisionTokens(Technique):
     def _stages(self, images: ImageTokens) -> dict[int, float]:
         return self.schedule.stages(len(images.layers))
 
-    def _score(self) -> Score:
+    def _score(self, anatomy) -> Score:
+        if self.score == "vision":
+            return VisionSide(anatomy.vision_tower)
         if self.score == "random":
             return Random(self.seed)
-        return LastToken(self.when == "per_turn")
+        return TextRaters() if self.score == "text_raters" else LastToken(self.when == "per_turn")
