@@ -269,7 +269,7 @@ PRINTED = {
     "README.md": ["drift    KL", "\n1000\n810\n"],
     "runtime/README.md": ["drift    KL", "DropMLPs(count=1): 1 modules"],
     "guidance/README.md": ["1000\n810\n750\n144\n"],
-    "sparsity/README.md": [" of the inputs are skipped\n", "\n2 4\n"],
+    "sparsity/README.md": [" of the inputs are skipped\n", "\n2 4\n", "\n{2: 0.5} Stages(", "\nmean share 0.25\n"],
 }
 
 

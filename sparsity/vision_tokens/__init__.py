@@ -3,7 +3,7 @@
 from hasten.sparsity.vision_tokens.baseline import random_scores
 from hasten.sparsity.vision_tokens.cost import Cost, LayerShape, prefill_cost
 from hasten.sparsity.vision_tokens.duplicates import identical_rows
-from hasten.sparsity.vision_tokens.g_search import Searched, g_search, grid
+from hasten.sparsity.vision_tokens.greedy import Searched, g_search, grid
 from hasten.sparsity.vision_tokens.merging import Merging, bipartite_merging
 from hasten.sparsity.vision_tokens.p_sigmoid import Fitted, p_sigmoid_search
 from hasten.sparsity.vision_tokens.raters import text_raters

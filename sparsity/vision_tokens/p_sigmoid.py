@@ -88,7 +88,7 @@ def p_sigmoid_search(
     method = ("gp" if available else "sobol") if method == "auto" else method
 
     PSigmoid.within(budget, STEEPEST, 0.0, layers, levels, start, cost)  # the budget is one that can be met
-    highest_floor = _highest_floor(budget, layers, levels, start, cost)
+    highest_floor = _highest_floor(budget, layers, start, cost)
     memory = Evaluations(evaluate, known, on_evaluation)
     points: list[Point] = []
     history: list[tuple[PSigmoid, float]] = []
@@ -105,9 +105,8 @@ def p_sigmoid_search(
     return Fitted(best, best.shares(layers), metric, method, memory.made, tuple(history))
 
 
-def _highest_floor(budget, layers, levels, start, cost) -> float:
-    """The highest floor, up to HIGHEST_FLOOR, at which the budget can be met: at it, layers from `start` on see no
-    more."""
+def _highest_floor(budget: float, layers: int, start: int, cost: Callable[[Shares], float] | None) -> float:
+    """The highest floor, up to HIGHEST_FLOOR, at which the budget can be met, if only by layers that see no more."""
 
     def least(floor: float) -> float:
         shares = (1.0,) * start + (max(LEAST, floor),) * (layers - start)
@@ -117,8 +116,8 @@ def _highest_floor(budget, layers, levels, start, cost) -> float:
 
 
 def _nearest(shares: Shares, start: int, highest_floor: float) -> Point:
-    """The sigmoid at the least squared distance from `shares`, whatever it costs: over a grid of steepness and middle,
-    with the best floor of each, which is linear in the shares."""
+    """Steepness and floor of the sigmoid at the least squared distance from `shares`, whatever it costs: over a grid of
+    steepness and middle, with the best floor of each, in which a sigmoid is linear."""
     depth = np.arange(start, len(shares)) / len(shares)
     wanted = np.asarray(shares[start:])
     axis, middle = np.linspace(0, 1, 65), np.linspace(-0.5, 1.5, 129)
@@ -135,7 +134,8 @@ def _spread(seed: int) -> torch.quasirandom.SobolEngine:
     return torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
 
 
-def _sobol(points: list[Point], history: list, evaluations: int, seed: int) -> Iterator[Point]:
+def _sobol(points: list[Point], history: list[tuple[PSigmoid, float]], evaluations: int, seed: int) -> Iterator[Point]:
+    """The next point, again and again, given `points` and `history`, which the caller adds to in between."""
     engine = _spread(seed)
     while 2 * len(points) < evaluations:
         yield tuple(engine.draw(1)[0].tolist())
@@ -149,7 +149,10 @@ def _sobol(points: list[Point], history: list, evaluations: int, seed: int) -> I
             radius *= 0.8
 
 
-def _gaussian_process(points: list[Point], history: list, evaluations: int, seed: int) -> Iterator[Point]:
+def _gaussian_process(
+    points: list[Point], history: list[tuple[PSigmoid, float]], evaluations: int, seed: int
+) -> Iterator[Point]:
+    """As `_sobol`, by the expected improvement of a Gaussian process with a Matern 5/2 kernel."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
