@@ -137,6 +137,11 @@ class Anatomy:
         """
         return self._found.images
 
+    def was_run(self, name: str) -> bool:
+        """Whether the pass that was watched ran anything below the module of this path; it ran all where none was."""
+        below = [use for path, use in self._found.uses.items() if f"{path}.".startswith(f"{name}.")]
+        return not below or any(use.calls for use in below)
+
     @property
     def vision_tower(self) -> VisionTower:
         """What sees the pictures.

@@ -201,12 +201,12 @@ class VisionTokenPruning:
             present.drops[layer] = self._decide(present, layer, hidden_states)
         return present.drops[layer]
 
-    def listen(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
-        """Scores the tokens of the pass by the attention of the layer before a stage: query [B, H, n, D] and key
-        [B, G, N, D], rotated; the last n of the keys are those of the queries."""
+    def scores(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor | None:
+        """float32 [B, n]: of the tokens of the pass by the attention of the layer before a stage, whose queries
+        [B, H, n, D] and keys [B, G, N, D] are rotated; the last n of the keys are those of the queries."""
         present = self.present
         if present is None or present.images is None or not present.heard:
-            return
+            return None
         entries = present.entries or present.all_entries(query)
         places = self.score.queries(present, entries)
         count, first = query.shape[2], key.shape[2] - query.shape[2]
@@ -220,7 +220,7 @@ class VisionTokenPruning:
             if present.real is not None:
                 mask &= present.real.gather(1, keys.tokens)[:, None]
             mask &= keys.seen()[:, None]
-        present.scores = token_scores(chosen, key, mask, scale=scale)[:, first:]
+        return token_scores(chosen, key, mask, scale=scale)[:, first:]
 
     def _decide(self, present: Pass, layer: int, hidden_states: torch.Tensor) -> Drop:
         """Each row keeps its text and as many of its image tokens as the share says, whatever other rows keep. Rows
@@ -332,7 +332,7 @@ class PrunedLayer(Forward):
         after, present.entries, present.heard = present.entries, before, False
         masked = self._masked(present, hidden_states, before, after, keywords)
         present.heard = True
-        return _first(written), along_tokens(masked, after.tokens, 1)
+        return _first(written), masked.gather(1, after.tokens[..., None].expand(-1, -1, masked.shape[2]))
 
     def _masked(self, present, hidden_states, before: Entries | None, after: Entries, keywords):
         """The hidden states [B, T, D] that the layer returns for all tokens, of which those not in `after` are seen by

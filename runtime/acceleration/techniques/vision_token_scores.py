@@ -1,10 +1,11 @@
 """What ranks the image tokens of a prompt."""
 
+import contextlib
 import copy
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hasten.acceleration.edits import Edit
+from hasten.acceleration.edits import Edit, Verification
+from hasten.acceleration.forwards import NO_GRADIENTS
 from hasten.acceleration.image_tokens import ImageTokens
 from hasten.acceleration.shortened_cache import Entries
 from hasten.acceleration.vision_tower import VisionTower
 from hasten.errors import StateError
+from hasten.kernels import backend
 from hasten.kernels.token_scores import token_scores
 from hasten.sparsity.vision_tokens import random_scores, text_raters
 
@@ -61,7 +64,7 @@ class Attention(Score):
         return present.scores
 
     def edits(self, pruning, images):
-        return [ListenToAttention(images.attentions[layer - 1], pruning.listen) for layer in pruning.stages]
+        return [ListenToAttention(images.attentions[layer - 1], ToLayer(pruning)) for layer in pruning.stages]
 
     @abstractmethod
     def queries(self, present: "Pass", entries: Entries) -> torch.Tensor:
@@ -154,15 +157,58 @@ class WatchEmbeddings(Edit):
             handle.remove()
 
 
+class Listener(ABC):
+    """Scores tokens by the attention of a module."""
+
+    @abstractmethod
+    def scores(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor | None:
+        """Of queries [B, H, n, D] and keys [B, G, N, D], rotated; None where no scores are wanted."""
+
+    @abstractmethod
+    def take(self, scores: torch.Tensor) -> None:
+        """Hands them to the pass that runs."""
+
+
+@dataclass(slots=True)
+class ToLayer(Listener):
+    """Listens to the attention of the decoder layer before a stage."""
+
+    pruning: "VisionTokenPruning"
+
+    def scores(self, query, key, scale):
+        return self.pruning.scores(query, key, scale)
+
+    def take(self, scores):
+        self.pruning.present.scores = scores
+
+
+@dataclass(slots=True)
+class ToTower(Listener):
+    """Listens to the attention of a vision tower."""
+
+    pruning: "VisionTokenPruning"
+    class_token: bool
+
+    def scores(self, query, key, scale):
+        if self.pruning.present is None:
+            return None
+        asked = query[:, :, :1] if self.class_token else query[:, :, :: math.ceil(query.shape[2] / ASKED)]
+        scores = token_scores(asked.transpose(1, 2), key, scale=scale)
+        return scores[:, 1:] if self.class_token else scores
+
+    def take(self, scores):
+        self.pruning.present.attended.append(scores)
+
+
 @dataclass(slots=True)
 class ListenToAttention(Edit):
-    """Lets `listener` have the queries, keys and scale of every call of the attention called `name`.
+    """Lets `listener` have the queries and keys of every call of the attention called `name`.
 
     Its configuration becomes a copy that names an attention function of hasten's, which calls the one that the model's
     own configuration names."""
 
     name: str
-    listener: Callable[[torch.Tensor, torch.Tensor, float | None], None]
+    listener: Listener
     config: Any = None
 
     def apply(self, model: nn.Module) -> None:
@@ -186,32 +232,47 @@ class ListenToAttention(Edit):
             module.config = self.config
             vars(module).pop("_hasten_listener", None)
 
+    @contextlib.contextmanager
+    def verify(self, model: nn.Module) -> Iterator[Verification]:
+        module, seen = model.get_submodule(self.name), Verification(self.name)
+        module._hasten_listener = (Compared(self.listener, seen), self.config)
+        try:
+            yield seen
+        finally:
+            module._hasten_listener = (self.listener, self.config)
+
+
+@dataclass(slots=True)
+class Compared(Listener):
+    """A listener whose scores are computed by their definition too, into `seen`."""
+
+    listener: Listener
+    seen: Verification
+
+    def scores(self, query, key, scale):
+        scores = self.listener.scores(query, key, scale)
+        if scores is not None:
+            with backend.use("reference"):
+                self.seen.add(scores, self.listener.scores(query, key, scale))
+        return scores
+
+    def take(self, scores):
+        self.listener.take(scores)
+
 
 def listened_attention(module, query, key, value, attention_mask, **keywords):
     """The attention function of a module that `ListenToAttention` was applied to: query [B, H, n, D], key
     [B, G, N, D], rotated, as transformers calls it."""
     listener, config = module._hasten_listener
-    listener(query, key, keywords.get("scaling"))
+    try:
+        scores = listener.scores(query, key, keywords.get("scaling"))
+    except NotImplementedError as error:
+        raise StateError(f"the queries or keys of {type(module).__name__}: something {NO_GRADIENTS}") from error
+    if scores is not None:
+        listener.take(scores)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return attend(module, query, key, value, attention_mask, **keywords)
-
-
-@dataclass(slots=True)
-class ToTower:
-    """Listens to the attention of a vision tower."""
-
-    pruning: "VisionTokenPruning"
-    class_token: bool
-
-    def __call__(self, query, key, scale):
-        present = self.pruning.present
-        if present is None:
-            return
-        count = query.shape[2]
-        asked = query[:, :, :1] if self.class_token else query[:, :, :: math.ceil(count / ASKED)]
-        scores = token_scores(asked.transpose(1, 2), key, scale=scale)
-        present.attended.append(scores[:, 1:] if self.class_token else scores)
 
 
 def _places(entries: Entries) -> torch.Tensor:

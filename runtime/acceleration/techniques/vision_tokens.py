@@ -9,7 +9,7 @@ from hasten.acceleration.image_tokens import ImageTokens
 from hasten.acceleration.techniques.base import DECODE, Regime, Settings, Technique
 from hasten.acceleration.techniques.vision_token_layers import PrunedLayer, VisionTokenPruning, WatchPasses
 from hasten.acceleration.techniques.vision_token_scores import LastToken, Random, Score, TextRaters, VisionSide
-from hasten.errors import SavedPlanError
+from hasten.errors import SavedPlanError, UnsupportedModelError
 from hasten.sparsity.vision_tokens import FastV, Schedule, schedule
 
 SCORES = ("last_token", "text_raters", "vision", "random")
@@ -57,8 +57,13 @@ class VisionTokens(Technique):
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
 
     def targets(self, anatomy):
-        names = list(anatomy.images.layers)
-        return tuple(names[min(self._stages(anatomy.images), default=len(names)) :])
+        images = anatomy.images
+        names, stages = list(images.layers), self._stages(images)
+        if self.score == "vision" and self.mode == "drop" and not anatomy.was_run(anatomy.vision_tower.name):
+            reason = "score='vision' ranks by its vision tower, and it was examined without a picture"
+            remedy = "give calibration= as a dictionary that its processor returns for a prompt with a picture"
+            raise UnsupportedModelError("", type(anatomy.model).__qualname__, reason, remedy)
+        return tuple(names[min(stages, default=len(names)) :])
 
     def settle(self, anatomy, statistics):
         return Settings({"shares": list(self.schedule.shares(len(anatomy.images.layers)))})
