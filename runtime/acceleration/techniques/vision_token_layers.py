@@ -22,7 +22,7 @@ from hasten.acceleration.caches import CACHES, caches, with_own_entries
 from hasten.acceleration.edits import Edit
 from hasten.acceleration.forwards import Forward
 from hasten.acceleration.shortened_cache import Entries, ShortenedLayer
-from hasten.acceleration.shortened_masks import along_tokens, cut_mask
+from hasten.acceleration.shortened_masks import along_tokens, cut_mask, seen_by
 from hasten.kernels.token_scores import token_scores
 from hasten.sparsity.vision_tokens import bipartite_merging
 
@@ -77,8 +77,7 @@ class Pass:
         real: bool [B, R + T], which of the tokens in the cache, and then of these, are no padding; None if all are.
         entries: which of these tokens the present layer sees; None for all.
         scores: float32 [B, n] of these, from the attention of the layer before.
-        keys: which tokens the keys of the present layer are, those in the cache first; None for all.
-        drops: by layer.
+            drops: by layer.
     """
 
     count: int
@@ -189,25 +188,26 @@ class VisionTokenPruning:
             present.drops[layer] = self._decide(present, layer, hidden_states)
         return present.drops[layer]
 
-    def listen(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
+    def listen(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float | None,
+        mask: torch.Tensor | None,
+        causal: bool,
+    ) -> None:
         """Scores the tokens of the pass by the attention of a layer: query [B, H, n, D] and key [B, G, N, D], rotated;
-        the last n of the keys are those of the queries."""
+        the last n of the keys are those of the queries. `mask` is as `seen_by` takes it."""
         present = self.present
         if present is None or present.images is None or layer + 1 not in self.stages:
             return
         entries = present.entries or present.all_entries(query)
         places = self.score.queries(present, entries)
-        count, first = query.shape[2], key.shape[2] - query.shape[2]
-        keys = present.keys or Entries.all_of(key.shape[2], len(key), key.device)
+        first = key.shape[2] - query.shape[2]
         rows = torch.arange(len(query), device=query.device)[:, None]
         chosen = query.transpose(1, 2)[rows, places.clamp(min=0)]  # [B, Q, H, D]
-        mask = None
-        if present.real is not None or keys.bias is not None or bool((places != count - 1).any()):
-            order = torch.arange(key.shape[2], device=key.device)
-            mask = (order <= first + places[..., None]) & (places[..., None] >= 0)  # [B, Q, N]
-            if present.real is not None:
-                mask &= present.real.gather(1, keys.tokens)[:, None]
-            mask &= keys.seen()[:, None]
+        mask = seen_by(mask, places, query.shape[2], key.shape[2], causal)
         present.scores = token_scores(chosen, key, mask, scale=scale)[:, first:]
 
     def _decide(self, present: Pass, layer: int, hidden_states: torch.Tensor) -> Drop:
@@ -262,6 +262,7 @@ class PrunedLayer(Forward):
         super().__init__(module, name)
         self.pruning, self.index, self.last = pruning, index, last
         self.parameters = [word for word in inspect.signature(type(module).forward).parameters if word != "self"]
+        self.causal = all(getattr(below, "is_causal", True) for below in module.modules())
 
     def is_own(self, hidden_states, *arguments, **keywords) -> bool:
         present = self.pruning.present
@@ -304,7 +305,7 @@ class PrunedLayer(Forward):
         return keywords
 
     def _mask(self, given, queries: Entries, keys: Entries, dtype: torch.dtype):
-        return cut_mask(given, queries, keys, dtype, self.pruning.flash)
+        return cut_mask(given, queries, keys, dtype, self.pruning.flash, self.causal)
 
     def _of_tokens(self, value: Any, entries: Entries) -> Any:
         """An argument for some of the tokens it is for: rotary tables [..., T, D], positions and others [.., T, ..]."""

@@ -158,13 +158,13 @@ class WatchEmbeddings(Edit):
 
 @dataclass(slots=True)
 class ListenToAttention(Edit):
-    """Lets `listener` have the queries, keys and scale of every call of the attention called `name`.
+    """Lets `listener` have the queries, keys, scale, mask and causality of every call of the attention called `name`.
 
     Its configuration becomes a copy that names an attention function of hasten's, which calls the one that the model's
     own configuration names."""
 
     name: str
-    listener: Callable[[torch.Tensor, torch.Tensor, float | None], None]
+    listener: Callable[[torch.Tensor, torch.Tensor, float | None, torch.Tensor | None, bool], None]
     config: Any = None
 
     def apply(self, model: nn.Module) -> None:
@@ -193,7 +193,9 @@ def listened_attention(module, query, key, value, attention_mask, **keywords):
     """The attention function of a module that `ListenToAttention` was applied to: query [B, H, n, D], key
     [B, G, N, D], rotated, as transformers calls it."""
     listener, config = module._hasten_listener
-    listener(query, key, keywords.get("scaling"))
+    causal = keywords.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    listener(query, key, keywords.get("scaling"), attention_mask, causal)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return attend(module, query, key, value, attention_mask, **keywords)
@@ -206,8 +208,8 @@ class ToLayer:
     pruning: "VisionTokenPruning"
     layer: int
 
-    def __call__(self, query, key, scale):
-        self.pruning.listen(self.layer, query, key, scale)
+    def __call__(self, query, key, scale, mask, causal):
+        self.pruning.listen(self.layer, query, key, scale, mask, causal)
 
 
 @dataclass(slots=True)
@@ -217,7 +219,7 @@ class ToTower:
     pruning: "VisionTokenPruning"
     class_token: bool
 
-    def __call__(self, query, key, scale):
+    def __call__(self, query, key, scale, mask, causal):
         present = self.pruning.present
         if present is None:
             return
