@@ -27,9 +27,9 @@ def cut_mask(
     """The mask for queries and keys that are some of the tokens.
 
     Args:
-        given: the model's: None for one that `causal` describes, bool (True: may attend) or floating (added to the logits)
-            [B or 1, H or 1, T, N], or [B, N] of 0 and 1, which says which keys are no padding. Its N keys are the last
-            of those that were read.
+        given: the model's: None for one that `causal` describes, bool (True: may attend) or floating (added to the
+            logits) [B or 1, H or 1, T, N], or [B, N] of 0 and 1, which says which keys are no padding. Its N keys are
+            the last of those that were read.
         queries: which of the last T tokens they are, counted from the first of these.
         keys: which tokens of all that were read the keys are.
         dtype: of the hidden states, for a floating mask.

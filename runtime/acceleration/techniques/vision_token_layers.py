@@ -24,12 +24,11 @@ from hasten.acceleration.forwards import Forward
 from hasten.acceleration.shortened_cache import Entries, ShortenedLayer
 from hasten.acceleration.shortened_masks import along_tokens, cut_mask, seen_by
 from hasten.kernels.token_scores import token_scores
-from hasten.sparsity.vision_tokens import bipartite_merging
+from hasten.sparsity.vision_tokens import bipartite_merging, kept
 
 if TYPE_CHECKING:
     from hasten.acceleration.techniques.vision_token_scores import Score
 
-ROUNDING = 1e-6  # of a share times a number of tokens
 
 TAKEN = (DynamicLayer, DynamicSlidingWindowLayer, ShortenedLayer)  # layers of a cache that can be shortened
 
@@ -77,7 +76,8 @@ class Pass:
         real: bool [B, R + T], which of the tokens in the cache, and then of these, are no padding; None if all are.
         entries: which of these tokens the present layer sees; None for all.
         scores: float32 [B, n] of these, from the attention of the layer before.
-            drops: by layer.
+        heard: whether what attends now counts: not what runs beside it to check it.
+        drops: by layer.
     """
 
     count: int
@@ -90,7 +90,7 @@ class Pass:
     real: torch.Tensor | None = None
     entries: Entries | None = None
     scores: torch.Tensor | None = None
-    keys: Entries | None = None
+    heard: bool = True
     drops: dict[int, Drop] = field(default_factory=dict)
     _made: dict[tuple, tuple] = field(default_factory=dict)
 
@@ -181,6 +181,17 @@ class VisionTokenPruning:
         """A forward hook of the model, called after errors too."""
         self._local.present = None
 
+    def restore(self, layer: nn.Module, arguments: tuple, output: Any) -> Any:
+        """A forward hook of the last layer: puts every token [B, T, D] in its place again."""
+        present = self.present
+        if present is None or present.entries is None:
+            return output
+        hidden_states, entries = _first(output), present.entries
+        full = hidden_states.new_full((len(hidden_states), present.count, hidden_states.shape[2]), torch.nan)
+        hidden_states = hidden_states.masked_fill(~entries.seen()[..., None], torch.nan)
+        full.scatter_(1, entries.tokens[..., None].expand_as(hidden_states), hidden_states)
+        return (full, *output[1:]) if isinstance(output, tuple) else full
+
     def drop(self, layer: int, hidden_states: torch.Tensor) -> Drop:
         """What this layer leaves out of the pass, whose hidden states before it are [B, n, D]; decided once."""
         present = self.present
@@ -189,18 +200,12 @@ class VisionTokenPruning:
         return present.drops[layer]
 
     def listen(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        scale: float | None,
-        mask: torch.Tensor | None,
-        causal: bool,
+        self, query: torch.Tensor, key: torch.Tensor, scale: float | None, mask: torch.Tensor | None, causal: bool
     ) -> None:
-        """Scores the tokens of the pass by the attention of a layer: query [B, H, n, D] and key [B, G, N, D], rotated;
-        the last n of the keys are those of the queries. `mask` is as `seen_by` takes it."""
+        """Scores the tokens of the pass by the attention of the layer before a stage: query [B, H, n, D] and key
+        [B, G, N, D], rotated; the last n of the keys are those of the queries. `mask` is as `seen_by` takes it."""
         present = self.present
-        if present is None or present.images is None or layer + 1 not in self.stages:
+        if present is None or present.images is None or not present.heard:
             return
         entries = present.entries or present.all_entries(query)
         places = self.score.queries(present, entries)
@@ -220,16 +225,17 @@ class VisionTokenPruning:
         text = ~images & seen
         if present.real is not None:
             text &= present.real[:, -present.count :].gather(1, before.tokens)
-        wanted = (present.images.sum(1) * self.stages[layer] - ROUNDING).ceil().long()
+        numbers = [kept(self.stages[layer], number) for number in present.images.sum(1).tolist()]
+        wanted = torch.tensor(numbers, device=images.device)
         into, sizes = None, before.sizes()
         if self.merges:
-            into, kept = merge(hidden_states, wanted, images, sizes)
+            into, stay = merge(hidden_states, wanted, images, sizes)
             sizes = torch.zeros_like(sizes).scatter_add_(1, into, sizes)
         else:
             scores = self.score(present, layer, before).masked_fill(~images, -torch.inf)
             rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            kept = images & (rank < wanted[:, None])
-        order = 3 * text + 2 * kept + (~text & ~images & seen)  # text, image tokens, padding, the rest
+            stay = images & (rank < wanted[:, None])
+        order = 3 * text + 2 * stay + (~text & ~images & seen)  # text, image tokens, padding, the rest
         count = int((order > 1).sum(1).max())
         places = order.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
         bias = sizes.log().gather(1, places).masked_fill(order.gather(1, places) == 0, -torch.inf)
@@ -241,12 +247,12 @@ def merge(x: torch.Tensor, wanted: torch.Tensor, images: torch.Tensor, sizes: to
     """Merges image tokens that are alike: x [B, n, D], wanted [B], images bool [B, n], sizes [B, n] -> the place of the
     token that each was merged into [B, n], and bool [B, n]: the image tokens that remain."""
     into = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
-    kept = torch.zeros_like(images)
+    stay = torch.zeros_like(images)
     merged = bipartite_merging(x, wanted.clamp(min=1), images, sizes.long())
     for row, merging in enumerate(merged):
         into[row] = merging.columns[merging.into]
-        kept[row, merging.columns] = True
-    return into, kept & images
+        stay[row, merging.columns] = True
+    return into, stay & images
 
 
 class PrunedLayer(Forward):
@@ -255,12 +261,11 @@ class PrunedLayer(Forward):
     Args:
         pruning: of the model.
         index: the number of the layer, and of its entries in a cache.
-        last: whether it is the last one.
     """
 
-    def __init__(self, module: nn.Module, name: str, pruning: VisionTokenPruning, index: int, last: bool):
+    def __init__(self, module: nn.Module, name: str, pruning: VisionTokenPruning, index: int):
         super().__init__(module, name)
-        self.pruning, self.index, self.last = pruning, index, last
+        self.pruning, self.index = pruning, index
         self.parameters = [word for word in inspect.signature(type(module).forward).parameters if word != "self"]
         self.causal = all(getattr(below, "is_causal", True) for below in module.modules())
 
@@ -272,14 +277,6 @@ class PrunedLayer(Forward):
 
     def own(self, hidden_states, *arguments, **keywords):
         keywords = dict(zip(self.parameters[1:], arguments, strict=False)) | keywords
-        output = self._run(hidden_states, keywords)
-        if not self.last:
-            return output
-        hidden_states = self._restored(self.pruning.present, _first(output))
-        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
-
-    def _run(self, hidden_states: torch.Tensor, keywords: dict[str, Any]):
-        """What the layer of the model's class returns for the tokens that are left."""
         present = self.pruning.present
         if present.images is not None and self.index in self.pruning.stages:
             drop = self.pruning.drop(self.index, hidden_states)
@@ -295,7 +292,6 @@ class PrunedLayer(Forward):
         if cache is not None:
             layer = _shortened_layer(cache, self.index)
             layer.next = keys = present.once(_following, layer.entries, queries)
-        present.keys = keys
         keywords = dict(keywords)
         for name, value in keywords.items():
             if name == "attention_mask":
@@ -317,17 +313,6 @@ class PrunedLayer(Forward):
             return along_tokens(value, entries.tokens, -2)
         return along_tokens(value, entries.tokens, 1 if value.shape[1] == entries.read else -1)
 
-    def _restored(self, present: Pass, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, D] with every token in its place."""
-        if present.entries is None:
-            return hidden_states
-        rows, _, width = hidden_states.shape
-        full = hidden_states.new_full((rows, present.count, width), torch.nan)
-        entries = present.entries
-        if entries.bias is not None:
-            hidden_states = hidden_states.masked_fill(~entries.seen()[..., None], torch.nan)
-        return full.scatter_(1, entries.tokens[..., None].expand(-1, -1, width), hidden_states)
-
     def beside_definition(self, hidden_states, *arguments, **keywords):
         """A call on an empty cache, and the layer of the model's class on all tokens, with the dropped ones masked."""
         keywords = dict(zip(self.parameters[1:], arguments, strict=False)) | keywords
@@ -336,11 +321,11 @@ class PrunedLayer(Forward):
         if present.images is None or self.pruning.merges or _length(_cache(keywords), self.index):
             return super().beside_definition(hidden_states, **keywords)
         before = present.entries
-        written = self._run(hidden_states, own)
-        after, present.entries = present.entries, before
-        return _first(written), along_tokens(
-            self._masked(present, hidden_states, before, after, keywords), after.tokens, 1
-        )
+        written = self.own(hidden_states, **own)
+        after, present.entries, present.heard = present.entries, before, False
+        masked = self._masked(present, hidden_states, before, after, keywords)
+        present.heard = True
+        return _first(written), along_tokens(masked, after.tokens, 1)
 
     def _masked(self, present, hidden_states, before: Entries | None, after: Entries, keywords):
         """The hidden states [B, T, D] that the layer returns for all tokens, of which those not in `after` are seen by
@@ -359,15 +344,18 @@ class PrunedLayer(Forward):
 
 @dataclass(slots=True)
 class WatchPasses(Edit):
-    """Lets `pruning` know what every pass of the model reads."""
+    """Lets `pruning` know what every pass of the model reads, and put tokens back in their places after the layer
+    called `last`."""
 
     pruning: VisionTokenPruning
+    last: str
     name: str = ""
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def apply(self, model: nn.Module) -> None:
         self.handles.append(model.register_forward_pre_hook(self.pruning.begin, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self.pruning.end, always_call=True))
+        self.handles.append(model.get_submodule(self.last).register_forward_hook(self.pruning.restore))
 
     def undo(self, model: nn.Module) -> None:
         for handle in self.handles:

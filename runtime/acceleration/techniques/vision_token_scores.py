@@ -61,9 +61,7 @@ class Attention(Score):
         return present.scores
 
     def edits(self, pruning, images):
-        return [
-            ListenToAttention(images.attentions[layer - 1], ToLayer(pruning, layer - 1)) for layer in pruning.stages
-        ]
+        return [ListenToAttention(images.attentions[layer - 1], pruning.listen) for layer in pruning.stages]
 
     @abstractmethod
     def queries(self, present: "Pass", entries: Entries) -> torch.Tensor:
@@ -199,17 +197,6 @@ def listened_attention(module, query, key, value, attention_mask, **keywords):
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return attend(module, query, key, value, attention_mask, **keywords)
-
-
-@dataclass(slots=True)
-class ToLayer:
-    """Listens to the attention of a decoder layer."""
-
-    pruning: "VisionTokenPruning"
-    layer: int
-
-    def __call__(self, query, key, scale, mask, causal):
-        self.pruning.listen(self.layer, query, key, scale, mask, causal)
 
 
 @dataclass(slots=True)

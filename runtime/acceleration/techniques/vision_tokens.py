@@ -74,9 +74,9 @@ class VisionTokens(Technique):
         merges = self.mode == "merge"
         pruning = VisionTokenPruning(stages, score, merges, images.ids, anatomy.model, anatomy.decoder.config)
         names = list(images.layers)
-        edits = [WatchPasses(pruning), *([] if merges else score.edits(pruning, images))]
+        edits = [WatchPasses(pruning, names[-1]), *([] if merges else score.edits(pruning, images))]
         for index in range(min(stages, default=len(names)), len(names)):
-            make = partial(PrunedLayer, pruning=pruning, index=index, last=index == len(names) - 1)
+            make = partial(PrunedLayer, pruning=pruning, index=index)
             edits.append(ReplaceForward(names[index], make))
         return edits
 
