@@ -200,10 +200,17 @@ class VisionTokenPruning:
         return present.drops[layer]
 
     def listen(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float | None, mask: torch.Tensor | None, causal: bool
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
+        scale: float | None,
+        softcap: float | None,
     ) -> None:
         """Scores the tokens of the pass by the attention of the layer before a stage: query [B, H, n, D] and key
-        [B, G, N, D], rotated; the last n of the keys are those of the queries. `mask` is as `seen_by` takes it."""
+        [B, G, N, D], rotated; the last n of the keys are those of the queries. `mask` and `causal` are as `seen_by`
+        takes them, and logits are softcap * tanh(scale * q . k / softcap)."""
         present = self.present
         if present is None or present.images is None or not present.heard:
             return
@@ -213,7 +220,10 @@ class VisionTokenPruning:
         rows = torch.arange(len(query), device=query.device)[:, None]
         chosen = query.transpose(1, 2)[rows, places.clamp(min=0)]  # [B, Q, H, D]
         mask = seen_by(mask, places, query.shape[2], key.shape[2], causal)
-        present.scores = token_scores(chosen, key, mask, scale=scale)[:, first:]
+        if softcap is None:
+            present.scores = token_scores(chosen, key, mask, scale=scale)[:, first:]
+        else:
+            present.scores = softcapped_scores(chosen, key, mask, scale, softcap)[:, first:]
 
     def _decide(self, present: Pass, layer: int, hidden_states: torch.Tensor) -> Drop:
         """Each row keeps its text and as many of its image tokens as the share says, whatever other rows keep. Rows
@@ -241,6 +251,21 @@ class VisionTokenPruning:
         bias = sizes.log().gather(1, places).masked_fill(order.gather(1, places) == 0, -torch.inf)
         after = Entries(before.tokens.gather(1, places), bias if bool((bias != 0).any()) else None, present.count)
         return Drop(before, after, places, into)
+
+
+def softcapped_scores(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None, softcap: float
+) -> torch.Tensor:
+    """`token_scores` with logits softcap * tanh(scale * q . k / softcap): query [B, Q, H, D], key [B, G, N, D] and mask
+    [B, Q, N] -> float32 [B, N]."""
+    keys = key.float().repeat_interleave(query.shape[2] // key.shape[1], 1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = softcap * (torch.einsum("bqhd,bhnd->bhqn", query.float(), keys) * (scale / softcap)).tanh()
+    if mask is None:
+        return logits.softmax(-1).mean((1, 2))
+    some = mask.any(-1)[:, None, :, None]  # a query that sees none, or is none, is left out
+    weights = logits.masked_fill(some & ~mask[:, None], -torch.inf).softmax(-1) * mask[:, None]
+    return weights.sum((1, 2)) / (query.shape[2] * some.sum((1, 2)).clamp(min=1))
 
 
 def merge(x: torch.Tensor, wanted: torch.Tensor, images: torch.Tensor, sizes: torch.Tensor):

@@ -156,13 +156,13 @@ class WatchEmbeddings(Edit):
 
 @dataclass(slots=True)
 class ListenToAttention(Edit):
-    """Lets `listener` have the queries, keys, scale, mask and causality of every call of the attention called `name`.
+    """Lets `listener` have every call of the attention called `name`: its (query, key, mask, causal, scale, softcap).
 
     Its configuration becomes a copy that names an attention function of hasten's, which calls the one that the model's
     own configuration names."""
 
     name: str
-    listener: Callable[[torch.Tensor, torch.Tensor, float | None, torch.Tensor | None, bool], None]
+    listener: Callable[..., None]
     config: Any = None
 
     def apply(self, model: nn.Module) -> None:
@@ -193,7 +193,7 @@ def listened_attention(module, query, key, value, attention_mask, **keywords):
     listener, config = module._hasten_listener
     causal = keywords.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    listener(query, key, keywords.get("scaling"), attention_mask, causal)
+    listener(query, key, attention_mask, causal, keywords.get("scaling"), keywords.get("softcap"))
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return attend(module, query, key, value, attention_mask, **keywords)
@@ -206,7 +206,7 @@ class ToTower:
     pruning: "VisionTokenPruning"
     class_token: bool
 
-    def __call__(self, query, key, scale, mask, causal):
+    def __call__(self, query, key, mask, causal, scale, softcap):
         present = self.pruning.present
         if present is None:
             return
