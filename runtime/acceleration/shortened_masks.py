@@ -22,18 +22,19 @@ def along_tokens(x: torch.Tensor, tokens: torch.Tensor, dim: int) -> torch.Tenso
 
 
 def cut_mask(
-    given: torch.Tensor | None, queries: Entries, keys: Entries, dtype: torch.dtype, flash: bool
+    given: torch.Tensor | None, queries: Entries, keys: Entries, dtype: torch.dtype, flash: bool, causal: bool = True
 ) -> torch.Tensor | None:
     """The mask for queries and keys that are some of the tokens.
 
     Args:
-        given: the model's: None for a causal one, bool (True: may attend) or floating (added to the logits)
-            [B or 1, H or 1, T, N], or [B, N] of 0 and 1, which says which keys are no padding. Its N keys are the last
-            of those that were read.
+        given: the model's: None for one that `causal` describes, bool (True: may attend) or floating (added to the
+            logits) [B or 1, H or 1, T, N], or [B, N] of 0 and 1, which says which keys are no padding. Its N keys are
+            the last of those that were read.
         queries: which of the last T tokens they are, counted from the first of these.
         keys: which tokens of all that were read the keys are.
         dtype: of the hidden states, for a floating mask.
         flash: whether the attention takes None or [B, N] alone.
+        causal: what None stands for: whether a query sees only the keys up to its own.
 
     Returns:
         None, or a mask of the same kind [B, H or 1, n_queries, n_keys], or [B, n_keys].
@@ -44,7 +45,7 @@ def cut_mask(
             return None
         if flash:
             return bias > -torch.inf
-        own = queries.tokens + (keys.read - queries.read)
+        own = queries.tokens + (keys.read - queries.read if causal else keys.read)
         allowed = keys.tokens[:, None, None, :] <= own[:, None, :, None]
         return _biased(allowed, bias, dtype)
     places = keys.tokens - (keys.read - given.shape[-1])
@@ -60,6 +61,33 @@ def cut_mask(
             outside, -torch.inf
         )
     return cut if bias is None else _biased(cut, bias, dtype)
+
+
+def seen_by(
+    given: torch.Tensor | None, places: torch.Tensor, queries: int, keys: int, causal: bool
+) -> torch.Tensor | None:
+    """Which keys some of the queries of an attention may attend to.
+
+    Args:
+        given: its mask: None, bool or floating [B or 1, H or 1, n, N] (its first head counts), or [B, N].
+        places: int64 [B, Q], which of the n queries; -1 for none.
+        queries, keys: n and N. The last n keys are those of the queries.
+        causal: what None stands for: whether a query sees only the keys up to its own.
+
+    Returns:
+        bool [B, Q, N]; None where all of them see all keys.
+    """
+    if given is None and (not causal or bool((places == queries - 1).all())) and bool((places >= 0).all()):
+        return None
+    if given is not None and given.dim() == 4:
+        allowed = along_rows(given, places.clamp(min=0))[:, 0]
+        allowed = allowed if allowed.dtype == torch.bool else allowed > torch.finfo(allowed.dtype).min / 2
+    else:
+        order = torch.arange(keys, device=places.device)
+        allowed = order <= (keys - queries + places[..., None] if causal else keys)
+        if given is not None:
+            allowed = allowed & given[:, None, -keys:].bool()
+    return allowed.expand(*places.shape, keys) & (places >= 0)[..., None]
 
 
 def along_rows(mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

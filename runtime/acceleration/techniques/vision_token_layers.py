@@ -22,12 +22,12 @@ from hasten.acceleration.caches import CACHES, caches, with_own_entries
 from hasten.acceleration.edits import Edit
 from hasten.acceleration.forwards import Forward
 from hasten.acceleration.shortened_cache import Entries, ShortenedLayer
-from hasten.acceleration.shortened_masks import along_tokens, cut_mask
+from hasten.acceleration.shortened_masks import along_tokens, cut_mask, seen_by
 from hasten.kernels.token_scores import token_scores
 from hasten.sparsity.vision_tokens import bipartite_merging, kept
 
 if TYPE_CHECKING:
-    from hasten.acceleration.techniques.vision_token_scores import Score
+    from hasten.acceleration.techniques.vision_token_scores import Attended, Score
 
 
 TAKEN = (DynamicLayer, DynamicSlidingWindowLayer, ShortenedLayer)  # layers of a cache that can be shortened
@@ -76,7 +76,6 @@ class Pass:
         real: bool [B, R + T], which of the tokens in the cache, and then of these, are no padding; None if all are.
         entries: which of these tokens the present layer sees; None for all.
         scores: float32 [B, n] of these, from the attention of the layer before.
-        keys: which tokens the keys of the present layer are, those in the cache first; None for all.
         heard: whether what attends now counts: not what runs beside it to check it.
         drops: by layer.
     """
@@ -91,7 +90,6 @@ class Pass:
     real: torch.Tensor | None = None
     entries: Entries | None = None
     scores: torch.Tensor | None = None
-    keys: Entries | None = None
     heard: bool = True
     drops: dict[int, Drop] = field(default_factory=dict)
     _made: dict[tuple, tuple] = field(default_factory=dict)
@@ -201,26 +199,21 @@ class VisionTokenPruning:
             present.drops[layer] = self._decide(present, layer, hidden_states)
         return present.drops[layer]
 
-    def scores(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor | None:
-        """float32 [B, n]: of the tokens of the pass by the attention of the layer before a stage, whose queries
-        [B, H, n, D] and keys [B, G, N, D] are rotated; the last n of the keys are those of the queries."""
+    def scores(self, call: "Attended") -> torch.Tensor | None:
+        """float32 [B, n]: of the tokens of the pass by the attention of the layer before a stage."""
         present = self.present
         if present is None or present.images is None or not present.heard:
             return None
+        query, key = call.query, call.key
         entries = present.entries or present.all_entries(query)
         places = self.score.queries(present, entries)
-        count, first = query.shape[2], key.shape[2] - query.shape[2]
-        keys = present.keys or Entries.all_of(key.shape[2], len(key), key.device)
+        first = key.shape[2] - query.shape[2]
         rows = torch.arange(len(query), device=query.device)[:, None]
         chosen = query.transpose(1, 2)[rows, places.clamp(min=0)]  # [B, Q, H, D]
-        mask = None
-        if present.real is not None or keys.bias is not None or bool((places != count - 1).any()):
-            order = torch.arange(key.shape[2], device=key.device)
-            mask = (order <= first + places[..., None]) & (places[..., None] >= 0)  # [B, Q, N]
-            if present.real is not None:
-                mask &= present.real.gather(1, keys.tokens)[:, None]
-            mask &= keys.seen()[:, None]
-        return token_scores(chosen, key, mask, scale=scale)[:, first:]
+        mask = seen_by(call.mask, places, query.shape[2], key.shape[2], call.causal)
+        if call.softcap is None:
+            return token_scores(chosen, key, mask, scale=call.scale)[:, first:]
+        return softcapped_scores(chosen, key, mask, call.scale, call.softcap)[:, first:]
 
     def _decide(self, present: Pass, layer: int, hidden_states: torch.Tensor) -> Drop:
         """Each row keeps its text and as many of its image tokens as the share says, whatever other rows keep. Rows
@@ -250,6 +243,21 @@ class VisionTokenPruning:
         return Drop(before, after, places, into)
 
 
+def softcapped_scores(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None, softcap: float
+) -> torch.Tensor:
+    """`token_scores` with logits softcap * tanh(scale * q . k / softcap): query [B, Q, H, D], key [B, G, N, D] and mask
+    [B, Q, N] -> float32 [B, N]."""
+    keys = key.float().repeat_interleave(query.shape[2] // key.shape[1], 1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = softcap * (torch.einsum("bqhd,bhnd->bhqn", query.float(), keys) * (scale / softcap)).tanh()
+    if mask is None:
+        return logits.softmax(-1).mean((1, 2))
+    some = mask.any(-1)[:, None, :, None]  # a query that sees none, or is none, is left out
+    weights = logits.masked_fill(some & ~mask[:, None], -torch.inf).softmax(-1) * mask[:, None]
+    return weights.sum((1, 2)) / (query.shape[2] * some.sum((1, 2)).clamp(min=1))
+
+
 def merge(x: torch.Tensor, wanted: torch.Tensor, images: torch.Tensor, sizes: torch.Tensor):
     """Merges image tokens that are alike: x [B, n, D], wanted [B], images bool [B, n], sizes [B, n] -> the place of the
     token that each was merged into [B, n], and bool [B, n]: the image tokens that remain."""
@@ -274,6 +282,7 @@ class PrunedLayer(Forward):
         super().__init__(module, name)
         self.pruning, self.index = pruning, index
         self.parameters = [word for word in inspect.signature(type(module).forward).parameters if word != "self"]
+        self.causal = all(getattr(below, "is_causal", True) for below in module.modules())
 
     def is_own(self, hidden_states, *arguments, **keywords) -> bool:
         present = self.pruning.present
@@ -298,7 +307,6 @@ class PrunedLayer(Forward):
         if cache is not None:
             layer = _shortened_layer(cache, self.index)
             layer.next = keys = present.once(_following, layer.entries, queries)
-        present.keys = keys
         keywords = dict(keywords)
         for name, value in keywords.items():
             if name == "attention_mask":
@@ -308,7 +316,7 @@ class PrunedLayer(Forward):
         return keywords
 
     def _mask(self, given, queries: Entries, keys: Entries, dtype: torch.dtype):
-        return cut_mask(given, queries, keys, dtype, self.pruning.flash)
+        return cut_mask(given, queries, keys, dtype, self.pruning.flash, self.causal)
 
     def _of_tokens(self, value: Any, entries: Entries) -> Any:
         """An argument for some of the tokens it is for: rotary tables [..., T, D], positions and others [.., T, ..]."""

@@ -157,12 +157,31 @@ class WatchEmbeddings(Edit):
             handle.remove()
 
 
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """A call of an attention: softmax over keys of softcap * tanh(scale * q . k / softcap).
+
+    Attributes:
+        query: [B, H, n, D], rotated.
+        key: [B, G, N, D], rotated; the last n are those of the queries.
+        mask, causal: as `shortened_masks.seen_by` takes them.
+        scale, softcap: None for D ** -0.5, and for logits that are not capped.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    causal: bool
+    scale: float | None
+    softcap: float | None
+
+
 class Listener(ABC):
     """Scores tokens by the attention of a module."""
 
     @abstractmethod
-    def scores(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor | None:
-        """Of queries [B, H, n, D] and keys [B, G, N, D], rotated; None where no scores are wanted."""
+    def scores(self, call: Attended) -> torch.Tensor | None:
+        """float32 [B, n], of the keys of the queries; None where no scores are wanted."""
 
     @abstractmethod
     def take(self, scores: torch.Tensor) -> None:
@@ -175,8 +194,8 @@ class ToLayer(Listener):
 
     pruning: "VisionTokenPruning"
 
-    def scores(self, query, key, scale):
-        return self.pruning.scores(query, key, scale)
+    def scores(self, call):
+        return self.pruning.scores(call)
 
     def take(self, scores):
         self.pruning.present.scores = scores
@@ -189,11 +208,12 @@ class ToTower(Listener):
     pruning: "VisionTokenPruning"
     class_token: bool
 
-    def scores(self, query, key, scale):
+    def scores(self, call):
         if self.pruning.present is None:
             return None
-        asked = query[:, :, :1] if self.class_token else query[:, :, :: math.ceil(query.shape[2] / ASKED)]
-        scores = token_scores(asked.transpose(1, 2), key, scale=scale)
+        step = math.ceil(call.query.shape[2] / ASKED)
+        asked = call.query[:, :, :1] if self.class_token else call.query[:, :, ::step]
+        scores = token_scores(asked.transpose(1, 2), call.key, scale=call.scale)
         return scores[:, 1:] if self.class_token else scores
 
     def take(self, scores):
@@ -202,7 +222,7 @@ class ToTower(Listener):
 
 @dataclass(slots=True)
 class ListenToAttention(Edit):
-    """Lets `listener` have the queries and keys of every call of the attention called `name`.
+    """Lets `listener` have every call of the attention called `name`.
 
     Its configuration becomes a copy that names an attention function of hasten's, which calls the one that the model's
     own configuration names."""
@@ -249,11 +269,11 @@ class Compared(Listener):
     listener: Listener
     seen: Verification
 
-    def scores(self, query, key, scale):
-        scores = self.listener.scores(query, key, scale)
+    def scores(self, call):
+        scores = self.listener.scores(call)
         if scores is not None:
             with backend.use("reference"):
-                self.seen.add(scores, self.listener.scores(query, key, scale))
+                self.seen.add(scores, self.listener.scores(call))
         return scores
 
     def take(self, scores):
@@ -264,8 +284,11 @@ def listened_attention(module, query, key, value, attention_mask, **keywords):
     """The attention function of a module that `ListenToAttention` was applied to: query [B, H, n, D], key
     [B, G, N, D], rotated, as transformers calls it."""
     listener, config = module._hasten_listener
+    causal = keywords.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    call = Attended(query, key, attention_mask, causal, keywords.get("scaling"), keywords.get("softcap"))
     try:
-        scores = listener.scores(query, key, keywords.get("scaling"))
+        scores = listener.scores(call)
     except NotImplementedError as error:
         raise StateError(f"the queries or keys of {type(module).__name__}: something {NO_GRADIENTS}") from error
     if scores is not None:
