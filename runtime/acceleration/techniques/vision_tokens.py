@@ -4,13 +4,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
+from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import ReplaceForward
+from hasten.acceleration.families import PICKS
+from hasten.acceleration.found_schedule import FoundSchedule
 from hasten.acceleration.image_tokens import ImageTokens
 from hasten.acceleration.techniques.base import DECODE, Regime, Settings, Technique
 from hasten.acceleration.techniques.vision_token_layers import PrunedLayer, VisionTokenPruning, WatchPasses
 from hasten.acceleration.techniques.vision_token_scores import LastToken, Random, Score, TextRaters, VisionSide
 from hasten.errors import SavedPlanError, UnsupportedModelError
-from hasten.sparsity.vision_tokens import FastV, Schedule, schedule
+from hasten.sparsity.vision_tokens import FastV, LayerShape, Schedule, schedule
 
 SCORES = ("last_token", "text_raters", "vision", "random")
 MODES = ("drop", "merge")
@@ -23,8 +26,8 @@ class VisionTokens(Technique):
     """Decoder layers see fewer and fewer of a prompt's image tokens: those that score least are dropped on the way.
 
     Args:
-        schedule: which layer sees which share of them: a `Schedule`, or a mapping from layers to shares, as in
-            {2: 0.5, 8: 0.25}.
+        schedule: which layer sees which share of them: `FastV`, `Pyramid`, `PSigmoid`, what `search_vision_tokens`
+            found, or a mapping from layers to shares, as in {2: 0.5, 8: 0.25}.
         score: "last_token", the attention of the prompt's last token in the layer before (FastV, arXiv 2403.06764);
             "text_raters", that of the text tokens that are most alike to the image (SparseVLM, arXiv 2410.04417);
             "vision", the attention in the vision tower, of its class token where it has one (VisionZip, arXiv
@@ -39,7 +42,7 @@ class VisionTokens(Technique):
         ValueError: a value that is none of these.
     """
 
-    schedule: Schedule = field(default_factory=FastV)
+    schedule: Schedule | FoundSchedule = field(default_factory=FastV)
     score: str = "last_token"
     mode: str = "drop"
     when: str = "prompt"
@@ -103,3 +106,20 @@ class VisionTokens(Technique):
         if self.score == "random":
             return Random(self.seed)
         return TextRaters() if self.score == "text_raters" else LastToken(self.when == "per_turn")
+
+
+def layer_shapes(anatomy: Anatomy) -> list[LayerShape]:
+    """What each decoder layer of a model computes for a token, for the cost of a schedule. Of fused experts, those that
+    a token picks count."""
+    config = anatomy.decoder.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    shapes = []
+    for layer in anatomy.images.layers.values():
+        weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+        fused = [parameter for parameter in layer.parameters() if parameter.dim() == 3]
+        picked = next((value for name in PICKS if isinstance(value := getattr(config, name, None), int)), 1)
+        weights += sum(parameter.numel() // parameter.shape[0] * picked for parameter in fused)
+        shapes.append(LayerShape(weights, heads, groups, head_dim))
+    return shapes

@@ -1,0 +1,283 @@
+"""The search for how few image tokens each decoder layer of a model needs."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hasten.acceleration.anatomy import Anatomy
+from hasten.acceleration.checksums import sampled
+from hasten.acceleration.edits import Edit, apply_all, undo_all
+from hasten.acceleration.found_schedule import FoundSchedule
+from hasten.acceleration.preflight import refuse_unready
+from hasten.acceleration.techniques.vision_tokens import VisionTokens, layer_shapes
+from hasten.acceleration.undisturbed import undisturbed
+from hasten.model_facts import device_of, progress
+from hasten.sparsity.vision_tokens import Stages, g_search, p_sigmoid_search, prefill_cost
+
+Sample = Mapping[str, Any]
+Shares = tuple[float, ...]
+ANSWER = "answer"
+
+
+def exact_match(text: str, sample: Sample) -> float:
+    """1 where the text that the model wrote is the sample's answer but for space around it, else 0."""
+    return float(text.strip() == str(sample[ANSWER]).strip())
+
+
+def search_vision_tokens(
+    model: nn.Module,
+    processor,
+    samples: Iterable[Sample],
+    metric: Callable[[str, Sample], float] = exact_match,
+    *,
+    tolerance: float | None = None,
+    budget: float | None = None,
+    score: str = "last_token",
+    mode: str = "drop",
+    when: str = "prompt",
+    levels: int | Sequence[float] = 8,
+    stages: Sequence[int] | None = None,
+    evaluations: int = 24,
+    method: Literal["auto", "gp", "sobol"] = "auto",
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    seed: int = 0,
+    resume: str | Path | None = None,
+) -> FoundSchedule:
+    """Searches a schedule for `VisionTokens`: by G-Search the fewest image tokens within a tolerance, and, within a
+    budget, by P-Sigmoid from what G-Search found (both: arXiv 2412.00556, reconstructed from its abstract). The model
+    answers all samples under each schedule that is tried; it is left as it was.
+
+    Args:
+        model: a multimodal model that `VisionTokens` takes, in eval mode, not accelerated.
+        processor: the model's, which is given the `images`, `videos` and `text` of samples.
+        samples: a hundred or more questions like those to come, as mappings: what the processor takes, one text each,
+            and whatever the metric reads, such as "answer".
+        metric: of the text that the model wrote and the sample, greater is better; its mean over samples counts.
+        tolerance: by how much the mean may fall below that with all image tokens. None is 0.01 where there is no
+            budget, and the standard error of the mean for the G-Search that a budget starts from.
+        budget: the operations of a prefill that image tokens may cause, as a share of all that they cause, in (0, 1).
+        score, mode, when: as of `VisionTokens`.
+        levels: the shares that G-Search tries, as `hasten.sparsity.vision_tokens.g_search` takes them.
+        stages: the layers before which G-Search may drop tokens; by default all after the first.
+        evaluations: how many sigmoids to try within a budget.
+        method: of choosing them: "gp", a Gaussian process with expected improvement (scikit-learn, the extra
+            `[search]`), "sobol", or "auto", the former where it is installed.
+        max_new_tokens, batch_size: of each answer, and how many are written at once.
+        seed: of random scores and of the sigmoids.
+        resume: a JSON file that every evaluation is added to; a search that was interrupted goes on from there.
+
+    Raises:
+        ValueError: no samples, samples without an image, neither tolerance nor budget sensible, a metric that is not
+            finite, or a `resume` file of another search; the message names the value.
+        UnsupportedModelError, StateError: as `hasten.accelerate`.
+    """
+    samples = list(samples)
+    if not samples:
+        raise ValueError("samples is empty: give a hundred or more questions with their images")
+    _check_share("tolerance", tolerance, 0.0)
+    _check_share("budget", budget, None)
+    refuse_unready(model)
+    search = _Search(model, VisionTokens(Stages({1: 1.0}), score=score, mode=mode, when=when, seed=seed), metric)
+    search.read(processor, samples, batch_size, max_new_tokens)
+    known = _Known(resume, search.fingerprint(samples)) if resume is not None else _Known(None, "")
+    with progress(None, "searching", unit="schedule") as bar:
+
+        def evaluated(shares: Shares, value: float) -> None:
+            known.add(shares, value)
+            bar.update()
+            bar.set_postfix_str(f"metric {value:.3f} at {search.cost(shares):.0%} of the operations")
+
+        first = search.first
+        full = known.values.get((1.0,) * search.layers)
+        if full is None:
+            full = search.evaluate((1.0,) * search.layers)
+            evaluated((1.0,) * search.layers, full)
+        if tolerance is None:
+            tolerance = 0.01 if budget is None else math.sqrt(max(full * (1 - full), 0) / len(samples))
+        places = [layer for layer in range(first, search.layers)] if stages is None else list(stages)
+        found = g_search(
+            search.evaluate,
+            search.layers,
+            tolerance=tolerance,
+            levels=levels,
+            start=first,
+            stages=places,
+            full=full,
+            known=known.values,
+            on_evaluation=evaluated,
+        )
+        shares, value, made, name = found.shares, found.metric, 1 + found.evaluations, "g_search"
+        if budget is not None:
+            fitted = p_sigmoid_search(
+                search.evaluate,
+                search.layers,
+                budget,
+                evaluations=evaluations,
+                seed=seed,
+                first=found.schedule,
+                start=first,
+                cost=search.cost,
+                method=method,
+                known=known.values,
+                on_evaluation=evaluated,
+            )
+            shares, value, name = fitted.shares, fitted.metric, "p_sigmoid"
+            made += fitted.evaluations
+            if search.cost(found.shares) <= budget and found.metric >= fitted.metric:
+                shares, value, name = found.shares, found.metric, "g_search"
+    return FoundSchedule(
+        tuple(_falls(shares).items()) or ((first, 1.0),),
+        search.layers,
+        name,
+        value,
+        full,
+        search.cost(shares),
+        search.image_tokens,
+        made,
+        found.sweep,
+    )
+
+
+class _Search:
+    """A model, its samples as the model reads them, and what a schedule makes of its answers."""
+
+    def __init__(self, model: nn.Module, technique: VisionTokens, metric: Callable[[str, Sample], float]):
+        self.model, self.technique, self.metric = model, technique, metric
+        self.anatomy = Anatomy(model)
+        images = self.anatomy.images
+        self.layers, self.first = len(images.layers), max(1, images.deep_stack)
+        self.shapes = layer_shapes(self.anatomy)
+        technique.targets(self.anatomy)
+
+    def read(self, processor, samples: list[Sample], batch_size: int, max_new_tokens: int) -> None:
+        """Prepares the samples in batches."""
+        self.processor, self.max_new_tokens, self.batches = processor, max_new_tokens, []
+        tokens, image_tokens, ids = 0, 0, torch.tensor(self.anatomy.images.ids)
+        for first in range(0, len(samples), batch_size):
+            batch = samples[first : first + batch_size]
+            inputs = _processed(processor, batch).to(device_of(self.model))
+            images = torch.isin(inputs["input_ids"], ids.to(inputs["input_ids"].device)).sum(1)
+            if not bool((images > 0).all()):
+                wrong = first + int((images == 0).nonzero()[0])
+                raise ValueError(f"samples[{wrong}] has no image token in its prompt: {sorted(samples[wrong])}")
+            image_tokens += int(images.sum())
+            tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self.batches.append((batch, inputs))
+        self.image_tokens = image_tokens / len(samples)
+        self.text_tokens = (tokens - image_tokens) / len(samples)
+
+    def fingerprint(self, samples: list[Sample]) -> str:
+        """Of all that evaluations depend on."""
+        digest = hashlib.sha256()
+        for _, inputs in self.batches:
+            for name in sorted(inputs):
+                if isinstance(inputs[name], torch.Tensor):
+                    digest.update(inputs[name].detach().cpu().contiguous().numpy().tobytes())
+        for sample in samples:
+            digest.update(str(sample.get(ANSWER)).encode())
+        technique = self.technique
+        metric = f"{getattr(self.metric, '__module__', '')}.{getattr(self.metric, '__qualname__', '')}"
+        options = (technique.score, technique.mode, technique.when, technique.seed, self.max_new_tokens, metric)
+        return f"{sampled(self.model)}-{digest.hexdigest()[:16]}-{options}"
+
+    def cost(self, shares: Shares) -> float:
+        """The operations of a prefill that image tokens cause, as a share of all that they cause."""
+        whole, part = (
+            prefill_cost(each, round(self.text_tokens), round(self.image_tokens), self.shapes).image_operations
+            for each in ((1.0,) * self.layers, shares)
+        )
+        return part / whole
+
+    def evaluate(self, shares: Shares) -> float:
+        """The mean metric under these shares."""
+        total, count = 0.0, 0
+        with self._pruned(shares), undisturbed(self.model), torch.no_grad():
+            for batch, inputs in self.batches:
+                written = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+                new = written[:, inputs["input_ids"].shape[1] :]
+                for text, sample in zip(self.processor.batch_decode(new, skip_special_tokens=True), batch, strict=True):
+                    value = float(self.metric(text, sample))
+                    if not math.isfinite(value):
+                        raise ValueError(f"the metric of {text!r} is {value}: it must be finite")
+                    total += value
+                count += len(batch)
+        return total / count
+
+    @contextlib.contextmanager
+    def _pruned(self, shares: Shares) -> Iterator[None]:
+        falls, done = _falls(shares), []
+        technique = VisionTokens(
+            Stages(falls or {1: 1.0}),
+            score=self.technique.score,
+            mode=self.technique.mode,
+            when=self.technique.when,
+            seed=self.technique.seed,
+        )
+        edits: list[Edit] = technique.edits(self.anatomy, technique.settle(self.anatomy, None)) if falls else []
+        try:
+            apply_all(self.model, edits, done)
+            yield
+        finally:
+            undo_all(self.model, done)
+
+
+class _Known:
+    """Evaluations that were made, in a file if there is one."""
+
+    def __init__(self, path: str | Path | None, fingerprint: str):
+        self.path, self.fingerprint = None if path is None else Path(path), fingerprint
+        self.values: dict[Shares, float] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                saved = json.loads(self.path.read_text())
+                evaluated = {tuple(map(float, shares)): float(value) for shares, value in saved["evaluations"]}
+                of = saved["of"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"resume: {self.path} is no file of a search ({error}): remove it") from error
+            if of != fingerprint:
+                raise ValueError(
+                    f"resume: {self.path} is of a search with another model, other samples or other options: name "
+                    "another file, or remove it"
+                )
+            self.values = evaluated
+
+    def add(self, shares: Shares, value: float) -> None:
+        self.values[shares] = value
+        if self.path is not None:
+            new = self.path.with_name(f"{self.path.name}.new")
+            text = json.dumps({"of": self.fingerprint, "evaluations": [[*item] for item in self.values.items()]})
+            new.write_text(text)
+            os.replace(new, self.path)
+
+
+def _falls(shares: Shares) -> dict[int, float]:
+    return {layer: shares[layer] for layer in range(1, len(shares)) if shares[layer] < shares[layer - 1]}
+
+
+def _processed(processor, batch: list[Sample]):
+    """What the processor returns for some samples, padded on the left."""
+    given = {name: [sample[name] for sample in batch] for name in ("images", "videos") if name in batch[0]}
+    tokenizer = getattr(processor, "tokenizer", processor)
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        return processor(text=[sample["text"] for sample in batch], return_tensors="pt", padding=True, **given)
+    finally:
+        tokenizer.padding_side = side
+
+
+def _check_share(name: str, value: float | None, least: float | None) -> None:
+    if value is None:
+        return
+    inside = isinstance(value, int | float) and not isinstance(value, bool)
+    inside = inside and (least <= value < 1 if least is not None else 0 < value < 1)
+    if not inside:
+        raise ValueError(f"{name} must be in {'[0, 1)' if least is not None else '(0, 1)'}, got {value!r}")
