@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int64_t KEYS_OF_JOB = 128;
-constexpr int64_t TOGETHER = 8;         // queries that take a key from a register
-constexpr int64_t AHEAD = 4096;         // bytes that keys are fetched in advance
+constexpr int64_t KEYS_OF_JOB = 128;     // whose queries, if they are many, all pass before the next keys
+constexpr int64_t TOGETHER = 8;          // queries that take a key from a register
+constexpr int64_t AHEAD = 4096;          // bytes that keys are fetched in advance
 constexpr int64_t COLUMNS_OF_JOB = 256;  // of the sums over rows
 
 // query [B][Q][H][D], key of B, G, T and D with strides in elements; mask [B][1][T], or [B][Q][T] (mask_per_query), or
@@ -96,7 +96,8 @@ inline void dot_keys(float* logits, int64_t logits_stride, int64_t rows, const T
             dot_key<T, ROWS, KEYS>(sums + i, key + smaller(t + i, count - 1) * key_stride, ahead, D, x);
         float found[SUMS];
         for (int i = 0; i < SUMS; i += WIDTH) store(found + i, sums_of(sums + i) * scale);
-        for (int64_t b = 0; b < rows; b++) memcpy(logits + b * logits_stride + t, found + b * KEYS, sizeof(float) * KEYS);
+        for (int64_t b = 0; b < rows; b++)
+            memcpy(logits + b * logits_stride + t, found + b * KEYS, sizeof(float) * KEYS);
     }
 }
 
@@ -125,14 +126,16 @@ inline float exponentials(float* logits, const uint8_t* allowed, int64_t T) {
 
 template <class T> int score(const TokenScoresArguments& in) {
     using X = typename Dot<T>::X;
-    const int64_t B = in.B, Q = in.Q, H = in.H, D = in.D, G = in.G, share = H / G, rows = Q * share;  // of a group
-    const int64_t stride = round_up(in.T, 16), x_stride = round_up(D, LINE<T>), packed_rows = round_up(rows, TOGETHER);
-    const Scratch packed(sizeof(X) * B * G * packed_rows * x_stride), logits_memory(sizeof(float) * B * G * rows * stride);
-    const Scratch factor_memory(sizeof(float) * B * G * rows), counts(sizeof(int64_t) * B);
-    if (!packed.memory || !logits_memory.memory || !factor_memory.memory || !counts.memory) return 2;
+    const int64_t B = in.B, Q = in.Q, H = in.H, D = in.D, G = in.G;
+    const int64_t share = H / G, rows = Q * share, packed_rows = round_up(rows, TOGETHER);  // on a head of keys
+    const int64_t stride = round_up(in.T, WIDTH), x_stride = round_up(D, LINE<T>);
+    const size_t packed_bytes = sizeof(X) * B * G * packed_rows * x_stride;
+    const Scratch packed(packed_bytes), all_logits(sizeof(float) * B * G * rows * stride);
+    const Scratch all_factors(sizeof(float) * B * G * rows), counts(sizeof(int64_t) * B);
+    if (!packed.memory || !all_logits.memory || !all_factors.memory || !counts.memory) return 2;
     X* const x = (X*)packed.memory;
-    float *const logits = (float*)logits_memory.memory, *const factors = (float*)factor_memory.memory;
-    memset(x, 0, sizeof(X) * B * G * packed_rows * x_stride);
+    float *const logits = (float*)all_logits.memory, *const factors = (float*)all_factors.memory;
+    memset(x, 0, packed_bytes);
     for (int64_t b = 0; b < B; b++)
         for (int64_t q = 0; q < Q; q++)
             for (int64_t h = 0; h < H; h++) {
@@ -153,12 +156,12 @@ template <class T> int score(const TokenScoresArguments& in) {
     const int64_t blocks = (in.T + KEYS_OF_JOB - 1) / KEYS_OF_JOB, work = B * G * in.T * D * int64_t(sizeof(T));
     parallel_jobs(B * G * blocks, threads_for(work * packed_rows / TOGETHER, in.threads), [&](int64_t job) {
         const int64_t group = job / blocks, first = job % blocks * KEYS_OF_JOB;
-        const T* key = (const T*)in.key + group / G * in.row_stride + group % G * in.group_stride + first * in.key_stride;
+        const int64_t before = group / G * in.row_stride + group % G * in.group_stride + first * in.key_stride;
         for (int64_t r = 0; r < rows; r += TOGETHER)
             with_rows(rows - r, [&](auto width) {
                 constexpr int ROWS = decltype(width)::value;
-                dot_keys<T, ROWS>(logits + (group * rows + r) * stride + first, stride, smaller(rows - r, TOGETHER), key,
-                                  in.key_stride, smaller(KEYS_OF_JOB, in.T - first), D,
+                dot_keys<T, ROWS>(logits + (group * rows + r) * stride + first, stride, smaller(rows - r, TOGETHER),
+                                  (const T*)in.key + before, in.key_stride, smaller(KEYS_OF_JOB, in.T - first), D,
                                   x + (group * packed_rows + r) * x_stride, in.scale);
                 return 0;
             });
@@ -176,7 +179,8 @@ template <class T> int score(const TokenScoresArguments& in) {
 
     const int64_t parts = (in.T + COLUMNS_OF_JOB - 1) / COLUMNS_OF_JOB;
     parallel_jobs(B * parts, threads, [&](int64_t job) {
-        const int64_t b = job / parts, first = job % parts * COLUMNS_OF_JOB, end = smaller(first + COLUMNS_OF_JOB, in.T);
+        const int64_t b = job / parts, first = job % parts * COLUMNS_OF_JOB;
+        const int64_t end = smaller(first + COLUMNS_OF_JOB, in.T);
         const float *from = logits + b * G * rows * stride, *factor = factors + b * G * rows;
         for (int64_t t = first; t < end; t += WIDTH) {
             Vec total = {};

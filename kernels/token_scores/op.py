@@ -61,7 +61,7 @@ def gather_tokens(tensors: Sequence[torch.Tensor], columns: torch.Tensor) -> lis
 
     Raises:
         TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit, no tensors; on a CPU, columns outside of 0 to T - 1. (Elsewhere
+        ValueError: shapes or devices that do not fit, no tensors; on a CPU, columns outside of 0 to T - 1. (On a GPU
             such a column gives zeros: looking for it would wait for the device.)
         NotImplementedError: an input that requires grad (see `hasten.kernels.checks`).
     """

@@ -25,9 +25,9 @@ def token_scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | No
 
 def gather_tokens(tensors: Sequence[torch.Tensor], columns: torch.Tensor) -> list[torch.Tensor]:
     """tensors [B or 1, T, ...], columns [B, n] -> [B, n, ...] each: y[b, i] = x[b, columns[b, i]]."""
-    B, T = len(columns), tensors[0].shape[1]
-    own = (columns + T * torch.arange(B, device=columns.device)[:, None]).flatten()  # where the rows of a batch lie
-    return [
-        x.flatten(0, 1).index_select(0, columns.flatten() if len(x) == 1 else own).view(*columns.shape, *x.shape[2:])
-        for x in tensors
-    ]
+    same, T = columns.flatten(), tensors[0].shape[1]
+    own = same  # where the columns of each row lie, rows one after the other
+    if len(columns) > 1:
+        own = (columns + T * torch.arange(len(columns), device=columns.device)[:, None]).flatten()
+    gathered = [x.flatten(0, 1).index_select(0, same if len(x) == 1 else own) for x in tensors]
+    return [y.view(*columns.shape, *y.shape[1:]) for y in gathered]
