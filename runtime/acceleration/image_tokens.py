@@ -71,22 +71,45 @@ def image_tokens(model: nn.Module, layers: dict[str, nn.Module]) -> ImageTokens:
     """The image tokens of a model with these decoder layers.
 
     Raises:
-        UnsupportedModelError: its configuration names no token for images.
+        UnsupportedModelError: its configuration names no token for images, or a layer attends to the image itself.
     """
     ids = image_token_ids(model.config)
     if not ids:
         kind = getattr(model.config, "model_type", None)
         reason = f"its configuration names no token in place of which an image stands (its model_type is {kind!r})"
         raise UnsupportedModelError("", type(model).__qualname__, reason, "pass a model that reads images as tokens")
+    for name, layer in layers.items():
+        if crossing := next((path for path, _ in layer.named_modules() if "cross" in path or "encoder" in path), None):
+            reason = f"{crossing} attends to the image or to an encoder, not to tokens in the place of an image"
+            raise UnsupportedModelError(name, kind_of(layer), reason, "pass a model that reads images as tokens")
     attentions = tuple(
         f"{name}.{below[0]}" if (below := attentions_below(layer)) else None for name, layer in layers.items()
     )
     return ImageTokens(ids, layers, attentions, deep_stack(model.config))
 
 
-def refusal(name: str, layer: nn.Module, attention: str | None) -> Refusal | None:
-    """Why tokens cannot be dropped before this decoder layer."""
-    if attention is None or not is_stock(layer):
-        reason = "it has no self-attention that takes the tokens it is given and the cache of these"
-        return Refusal(name, kind_of(layer), reason, "leave its model as it is")
-    return None
+def refusal(images: ImageTokens, index: int, implementation: str | None) -> Refusal | None:
+    """Why tokens cannot be left out in a decoder layer, under the attention function of this name; None where they can.
+
+    Args:
+        index: the number of the layer.
+    """
+    name, path = list(images.layers)[index], images.attentions[index]
+    layer, implementation = images.layers[name], implementation or ""
+    below = dict(layer.named_modules())
+    reason, remedy = None, "drop behind it, or leave the model as it is"
+    if not is_stock(layer):
+        reason = "it is no layer of a model in transformers, and may look at more than the tokens it is given"
+    elif mixer := next((path for path, module in below.items() if isinstance(module, nn.Conv1d)), None):
+        reason = f"{mixer} mixes each token with those right before it, and would mix in others were these left out"
+    elif path is None:
+        reason = "it has no self-attention that calls the function that its configuration names"
+    elif implementation == "flex_attention":
+        reason = "flex_attention takes block masks, which cannot be cut to some of the tokens"
+        remedy = "load the model with attn_implementation='sdpa'"
+    elif "flash" in implementation and getattr(below[path.removeprefix(f"{name}.")], "sliding_window", None):
+        reason = (
+            f"the sliding window of {implementation} counts entries of the cache, not the tokens that were left out"
+        )
+        remedy = "load the model with attn_implementation='sdpa'"
+    return None if reason is None else Refusal(name, kind_of(layer), reason, remedy)

@@ -68,7 +68,7 @@ class Masked:
         kept = {}
         for row, images in enumerate(self.images):
             candidates = (images & ~self.dropped[row]).nonzero()[:, 0].tolist()
-            places = images.nonzero() if self.asks == "image" and images.any() else self.real[row].nonzero()
+            places = (images & ~self.dropped[row] if self.asks == "image" else self.real[row]).nonzero()
             scores = self.weights[row, :, int(places.max())].mean(0)[-len(images) :]
             count = math.ceil(self.stages[layer] * int(images.sum()) - 1e-9)
             best = sorted(candidates, key=lambda token: (-float(scores[token]), token))[:count]

@@ -67,12 +67,15 @@ class Pass:
 
     Attributes:
         count: the number of tokens T.
+        prompt: how many of them are a prompt, whose last one predicts the next token: not the candidates of assisted
+            decoding after it.
         ids: int64 [B, T].
         given: the arguments of the pass.
         embeddings: [B, T, D], what the first layer gets, where a score asks for it.
         attended: scores of the tower's patches, float32 [tiles, P], one tensor for each call of its attention.
         placeholders: bool [B, T], which of them stand for an image; None where none does.
-        images: bool [B, T], those of them that may be dropped: not the last token of a row, which predicts the next.
+        images: bool [B, T], those of them that may be dropped: not those whose predictions are wanted, which are the
+            last token of the prompt and what follows.
         real: bool [B, R + T], which of the tokens in the cache, and then of these, are no padding; None if all are.
         entries: which of these tokens the present layer sees; None for all.
         scores: float32 [B, n] of these, from the attention of the layer before.
@@ -81,6 +84,7 @@ class Pass:
     """
 
     count: int
+    prompt: int
     ids: torch.Tensor | None
     given: Mapping[str, Any] = field(default_factory=dict)
     embeddings: torch.Tensor | None = None
@@ -163,7 +167,7 @@ class VisionTokenPruning:
                     f"image tokens cannot be found in inputs_embeds {list(embeddings.shape)}: give input_ids, or call "
                     "hasten.revert(model) first"
                 )
-            self._local.present = Pass(1, ids)
+            self._local.present = Pass(1, 1, ids)
             return
         images = torch.isin(ids, self.ids.to(ids.device)) if ids.shape[1] > 1 else None
         if images is not None and not bool(images.any()):
@@ -172,10 +176,13 @@ class VisionTokenPruning:
         if images is not None:
             _refuse_cache(cache)
         if images is not None or is_shortened(cache):
-            _refuse_outputs(given, model.config)
+            _refuse_outputs(given, model.config, self.config)
         real = _real(given.get("attention_mask"))
-        dropping = None if images is None else images & ~_last(images, real)
-        self._local.present = Pass(ids.shape[1], ids, given, placeholders=images, images=dropping, real=real)
+        predictions = given.get("logits_to_keep")
+        candidates = predictions - 1 if type(predictions) is int and predictions > 1 else 0
+        prompt = max(1, ids.shape[1] - candidates)
+        dropping = None if images is None else images & ~_wanted(images, real, prompt)
+        self._local.present = Pass(ids.shape[1], prompt, ids, given, placeholders=images, images=dropping, real=real)
 
     def end(self, model: nn.Module, arguments: tuple, output: Any) -> None:
         """A forward hook of the model, called after errors too."""
@@ -417,9 +424,9 @@ def _refuse_cache(cache: Cache | None) -> None:
             )
 
 
-def _refuse_outputs(given: Mapping[str, Any], config) -> None:
+def _refuse_outputs(given: Mapping[str, Any], *configs: PreTrainedConfig) -> None:
     for name in ("output_attentions", "output_hidden_states"):
-        if given.get(name) or (given.get(name) is None and getattr(config, name, False)):
+        if given.get(name) or (given.get(name) is None and any(getattr(config, name, False) for config in configs)):
             raise ValueError(
                 f"{name}: layers after a drop have no such values for tokens that were dropped; leave it out, or call "
                 "hasten.revert(model) first"
@@ -431,13 +438,13 @@ def _refuse_outputs(given: Mapping[str, Any], config) -> None:
         )
 
 
-def _last(tokens: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """bool [B, T]: the last of the tokens [B, T] of each row that is no padding."""
+def _wanted(tokens: torch.Tensor, real: torch.Tensor | None, prompt: int) -> torch.Tensor:
+    """bool [B, T] or [T]: of tokens [B, T], those whose predictions are wanted: in each row the last of the first
+    `prompt` that is no padding, and what follows these."""
     count = tokens.shape[1]
-    if real is None:
-        return torch.arange(count, device=tokens.device) == count - 1
-    order = torch.arange(1, count + 1, device=tokens.device) * real[:, -count:]
-    return order == order.max(1, keepdim=True).values
+    order = torch.arange(1, count + 1, device=tokens.device)
+    inside = order * (order <= prompt) if real is None else order * (order <= prompt) * real[:, -count:]
+    return (inside == inside.max(-1, keepdim=True).values) | (order > prompt)
 
 
 def _real(mask: Any) -> torch.Tensor | None:

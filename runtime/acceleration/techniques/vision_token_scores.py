@@ -79,7 +79,7 @@ class LastToken(Attention):
         self.per_turn = per_turn
 
     def queries(self, present, entries):
-        wanted = entries.seen()
+        wanted = entries.seen() & (entries.tokens < present.prompt)
         if self.per_turn:
             wanted = wanted & present.images.gather(1, entries.tokens)
         elif present.real is not None:
@@ -101,6 +101,7 @@ class TextRaters(Attention):
     def _raters(self, present: "Pass") -> torch.Tensor:
         """bool [B, T]"""
         text = ~present.images
+        text[:, present.prompt :] = False
         if present.real is not None:
             text &= present.real[:, -present.count :]
         images = present.images | ~present.images.any(1, keepdim=True)  # a row without any rates all the same

@@ -8,10 +8,18 @@ from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.edits import ReplaceForward
 from hasten.acceleration.families import PICKS
 from hasten.acceleration.found_schedule import FoundSchedule
-from hasten.acceleration.image_tokens import ImageTokens
+from hasten.acceleration.image_tokens import ImageTokens, refusal
+from hasten.acceleration.parts import kind_of
 from hasten.acceleration.techniques.base import DECODE, Regime, Settings, Technique
 from hasten.acceleration.techniques.vision_token_layers import PrunedLayer, VisionTokenPruning, WatchPasses
-from hasten.acceleration.techniques.vision_token_scores import LastToken, Random, Score, TextRaters, VisionSide
+from hasten.acceleration.techniques.vision_token_scores import (
+    Attention,
+    LastToken,
+    Random,
+    Score,
+    TextRaters,
+    VisionSide,
+)
 from hasten.errors import SavedPlanError, UnsupportedModelError
 from hasten.sparsity.vision_tokens import FastV, LayerShape, Schedule, schedule
 
@@ -66,7 +74,17 @@ class VisionTokens(Technique):
             reason = "score='vision' ranks by its vision tower, and it was examined without a picture"
             remedy = "give calibration= as a dictionary that its processor returns for a prompt with a picture"
             raise UnsupportedModelError("", type(anatomy.model).__qualname__, reason, remedy)
-        return tuple(names[min(stages, default=len(names)) :])
+        first = min(stages, default=len(names))
+        if first < images.deep_stack:
+            reason = f"features of the image are added to what the first {images.deep_stack} layers return"
+            kind, remedy = kind_of(images.layers[names[first]]), f"drop from layer {images.deep_stack} on"
+            raise UnsupportedModelError(names[first], kind, reason, remedy)
+        listens = self.mode == "drop" and isinstance(self._score(anatomy), Attention)
+        used = {*range(first, len(names)), *(layer - 1 for layer in stages if listens)}
+        for index in sorted(used):
+            if found := refusal(images, index, anatomy.decoder.config._attn_implementation):
+                raise found.error()
+        return tuple(names[first:])
 
     def settle(self, anatomy, statistics):
         return Settings({"shares": list(self.schedule.shares(len(anatomy.images.layers)))})
