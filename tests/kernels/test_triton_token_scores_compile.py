@@ -69,3 +69,11 @@ def test_gathering_compiles_without_spills(target, width, tmp_path):
             assert made.wide_loads >= count, f"{made.name}: {made.wide_loads} loads of 16 bytes"
 
     in_threads(check, product((1, 2, 3, 4), (1, 4096)))
+
+
+def test_compiles_for_sizes_of_one(tmp_path):
+    tile = triton.logits_tile(1, 1, torch.float16)
+    ones = dict.fromkeys(("H", "G", "D", "s_kb", "s_kg", "s_kt"), 1)  # a launch makes constants of them
+    settings = {"types": TYPES, "aligned": lambda name: False}
+    constants = {**tile, **ones, "HAS_MASK": True}
+    compile_ahead(triton.logits_kernel, constants, torch.float16, "cuda90", tmp_path / "logits", **settings)
