@@ -225,6 +225,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "longcat_flash": {"zero_expert_num": 2, "head_dim": 8},
     "mamba2": MAMBA2 | {"num_heads": 8},
+    "mllama_text_model": {"cross_attention_layers": [1], "num_hidden_layers": 3},
     "mllama_vision_model": {"intermediate_layers_indices": [0], "vision_output_dim": 2 * WIDTH},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [16, 16], "patch_size": 4},
