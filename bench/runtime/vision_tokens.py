@@ -20,10 +20,10 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfi
 
 import hasten
 from hasten.acceleration.anatomy import Anatomy
-from hasten.acceleration.edits import apply_all, undo_all
 from hasten.acceleration.measure import seconds
 from hasten.acceleration.techniques.vision_token_layers import PrunedLayer, VisionTokenPruning
 from hasten.acceleration.techniques.vision_tokens import layer_shapes
+from hasten.acceleration.vision_token_search import tried
 from hasten.model_facts import device_of
 from hasten.sparsity.vision_tokens import prefill_cost
 
@@ -66,7 +66,7 @@ def llava(dtype: torch.dtype = torch.bfloat16, hidden: int = 2048, layers: int =
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+        return LlavaForConditionalGeneration(config).eval()  # with gradients, as from_pretrained returns it
     finally:
         torch.set_default_dtype(default)
 
@@ -87,19 +87,6 @@ class Prompt:
             values = torch.randn(self.pictures, 3, 336, 336, generator=generator)
             given["pixel_values"] = values.to(device, next(model.parameters()).dtype)
         return given
-
-
-@contextlib.contextmanager
-def pruned(model: nn.Module, technique: hasten.VisionTokens | None) -> Iterator[None]:
-    """The model under a technique, without what `accelerate` measures."""
-    done: list = []
-    try:
-        if technique is not None:
-            anatomy = Anatomy(model)
-            apply_all(model, technique.edits(anatomy, technique.settle(anatomy, None)), done)
-        yield
-    finally:
-        undo_all(model, done)
 
 
 @contextlib.contextmanager
@@ -139,7 +126,7 @@ def compare(model: nn.Module, pictures: int, rounds: int, pixels: bool, variants
     for turn in range(rounds + 1):
         for name, prompt in prompts.items():
             inputs, cache, spent = prompt.inputs(model, pixels), DynamicCache(config=model.config.text_config), [0.0]
-            with pruned(model, variants.get(name)), clocked(spent):
+            with tried(model, variants.get(name)), clocked(spent):
 
                 def prefill(inputs=inputs, cache=cache):
                     model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)

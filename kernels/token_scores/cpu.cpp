@@ -1,5 +1,4 @@
-// The attention that tokens receive from few queries, as the mean over heads and queries; and rows of several tensors
-// gathered at once.
+// The attention that tokens receive from few queries, as the mean over heads and queries.
 //
 // Scores take three passes, each shared by the threads: the logits, for which every key is read once; the softmax of
 // every row of logits, left without its division; and the sums over rows, each times its factor. What a job computes
@@ -9,8 +8,9 @@
 
 namespace {
 
-constexpr int64_t KEYS_OF_JOB = 128;
-constexpr int64_t TOGETHER = 8;         // queries that take a key from a register
+constexpr int64_t KEYS_OF_JOB = 128;     // whose queries, if they are many, all pass before the next keys
+constexpr int64_t TOGETHER = 8;          // queries that take a key from a register
+constexpr int64_t AHEAD = 4096;          // bytes that keys are fetched in advance
 constexpr int64_t COLUMNS_OF_JOB = 256;  // of the sums over rows
 
 // query [B][Q][H][D], key of B, G, T and D with strides in elements; mask [B][1][T], or [B][Q][T] (mask_per_query), or
@@ -22,20 +22,6 @@ struct TokenScoresArguments {
     const void *query, *key;
     const uint8_t* mask;
     int64_t B, Q, H, D, G, T, row_stride, group_stride, key_stride;
-};
-
-// A tensor of rows of `bytes`, `row_stride` (of the batch) and `token_stride` bytes apart; y [B][n][bytes].
-struct GatheredTensor {
-    void* y;
-    const void* x;
-    int64_t bytes, row_stride, token_stride;
-};
-
-// tensors [count], columns [B][n]; bytes are those of all rows that are gathered.
-struct GatherTokensArguments {
-    const GatheredTensor* tensors;
-    const int64_t* columns;
-    int64_t count, B, n, bytes, threads;
 };
 
 // Lane l of the result is lane l ^ D of v.
@@ -69,43 +55,49 @@ template <int D = WIDTH / 2> inline Vec sums_of(Vec* v) {
     }
 }
 
-// logits[b][t] = scale * key[t] . x[b] for ROWS packed queries and `count` keys, of which `more` follow in memory;
-// logits [rows][logits_stride], with room for round_up(count, WIDTH).
+// The packed queries of one pass over keys: lines of TOGETHER queries, one below the other.
+template <class T> inline int64_t place(int64_t query, int64_t d) {
+    return d / LINE<T> * TOGETHER * LINE<T> + query * LINE<T> + d % LINE<T>;
+}
+
+// sums[b * KEYS] = the lanes of key . x[b], not yet added up
+template <class T, int ROWS, int KEYS>
+inline void dot_key(Vec* sums, const T* key, int64_t ahead, int64_t D, const typename Dot<T>::X* x) {
+    Vec own[ROWS] = {};
+    const auto add = [&](const T* weights, int64_t d) {
+        const typename Dot<T>::Weights line(weights);
+#pragma GCC unroll 8
+        for (int b = 0; b < ROWS; b++) own[b] = Dot<T>::add(own[b], line, x + d * TOGETHER + b * LINE<T>);
+    };
+    int64_t d = 0;
+    for (; d + LINE<T> <= D; d += LINE<T>) {
+        prefetch((const void*)((uintptr_t)(key + d) + ahead));
+        add(key + d, d);
+    }
+    if (d < D) {
+        T tail[LINE<T>] = {};
+        memcpy(tail, key + d, (D - d) * sizeof(T));
+        add(tail, d);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < ROWS; b++) sums[b * KEYS] = own[b];
+}
+
+// logits[b][t] = scale * key[t] . x[b] for ROWS packed queries, of which `rows` are stored, and `count` keys; logits
+// [rows][logits_stride], with room for round_up(count, WIDTH).
 template <class T, int ROWS>
 inline void dot_keys(float* logits, int64_t logits_stride, int64_t rows, const T* key, int64_t key_stride,
-                     int64_t count, int64_t more, int64_t D, const typename Dot<T>::X* x, int64_t x_stride,
-                     float scale) {
+                     int64_t count, int64_t D, const typename Dot<T>::X* x, float scale) {
     constexpr int KEYS = ROWS < WIDTH ? WIDTH / ROWS : 1, SUMS = ROWS * KEYS;
-    const int64_t ahead = 1 + 2048 / int64_t(sizeof(T) * D);  // keys
+    const int64_t bytes = key_stride * sizeof(T), ahead = bytes ? round_up(AHEAD, bytes < 0 ? -bytes : bytes) : 0;
     for (int64_t t = 0; t < count; t += KEYS) {
-        const T *keys[KEYS], *next[KEYS];
-        for (int i = 0; i < KEYS; i++) {
-            keys[i] = key + smaller(t + i, count - 1) * key_stride;
-            next[i] = key + smaller(t + i + ahead * KEYS, more - 1) * key_stride;
-        }
-        Vec sums[SUMS] = {};
-        const auto add = [&](int i, const T* weights, int64_t d) {
-            const typename Dot<T>::Weights line(weights);
-#pragma GCC unroll 8
-            for (int b = 0; b < ROWS; b++)
-                sums[b * KEYS + i] = Dot<T>::add(sums[b * KEYS + i], line, x + b * x_stride + d);
-        };
-        int64_t d = 0;
-        for (; d + LINE<T> <= D; d += LINE<T>)
-#pragma GCC unroll 16
-            for (int i = 0; i < KEYS; i++) {
-                prefetch(next[i] + d);
-                add(i, keys[i] + d, d);
-            }
-        if (d < D)
-            for (int i = 0; i < KEYS; i++) {
-                T tail[LINE<T>] = {};
-                memcpy(tail, keys[i] + d, (D - d) * sizeof(T));
-                add(i, tail, d);
-            }
+        Vec sums[SUMS];
+        for (int i = 0; i < KEYS; i++)
+            dot_key<T, ROWS, KEYS>(sums + i, key + smaller(t + i, count - 1) * key_stride, ahead, D, x);
         float found[SUMS];
         for (int i = 0; i < SUMS; i += WIDTH) store(found + i, sums_of(sums + i) * scale);
-        for (int64_t b = 0; b < rows; b++) memcpy(logits + b * logits_stride + t, found + b * KEYS, sizeof(float) * KEYS);
+        for (int64_t b = 0; b < rows; b++)
+            memcpy(logits + b * logits_stride + t, found + b * KEYS, sizeof(float) * KEYS);
     }
 }
 
@@ -134,20 +126,23 @@ inline float exponentials(float* logits, const uint8_t* allowed, int64_t T) {
 
 template <class T> int score(const TokenScoresArguments& in) {
     using X = typename Dot<T>::X;
-    const int64_t B = in.B, Q = in.Q, H = in.H, D = in.D, G = in.G, share = H / G, rows = Q * share;  // of a group
-    const int64_t stride = round_up(in.T, 16), x_stride = round_up(D, LINE<T>), packed_rows = round_up(rows, TOGETHER);
-    const Scratch packed(sizeof(X) * B * G * packed_rows * x_stride), logits_memory(sizeof(float) * B * G * rows * stride);
-    const Scratch factor_memory(sizeof(float) * B * G * rows), counts(sizeof(int64_t) * B);
-    if (!packed.memory || !logits_memory.memory || !factor_memory.memory || !counts.memory) return 2;
+    const int64_t B = in.B, Q = in.Q, H = in.H, D = in.D, G = in.G;
+    const int64_t share = H / G, rows = Q * share, packed_rows = round_up(rows, TOGETHER);  // on a head of keys
+    const int64_t stride = round_up(in.T, WIDTH), x_stride = round_up(D, LINE<T>);
+    const size_t packed_bytes = sizeof(X) * B * G * packed_rows * x_stride;
+    const Scratch packed(packed_bytes), all_logits(sizeof(float) * B * G * rows * stride);
+    const Scratch all_factors(sizeof(float) * B * G * rows), counts(sizeof(int64_t) * B);
+    if (!packed.memory || !all_logits.memory || !all_factors.memory || !counts.memory) return 2;
     X* const x = (X*)packed.memory;
-    float *const logits = (float*)logits_memory.memory, *const factors = (float*)factor_memory.memory;
-    memset(x, 0, sizeof(X) * B * G * packed_rows * x_stride);
+    float *const logits = (float*)all_logits.memory, *const factors = (float*)all_factors.memory;
+    memset(x, 0, packed_bytes);
     for (int64_t b = 0; b < B; b++)
         for (int64_t q = 0; q < Q; q++)
             for (int64_t h = 0; h < H; h++) {
                 const T* from = (const T*)in.query + ((b * Q + q) * H + h) * D;
-                X* to = x + ((b * G + h / share) * packed_rows + q * share + h % share) * x_stride;
-                for (int64_t d = 0; d < D; d++) to[d] = Dot<T>::pack(from[d]);
+                const int64_t row = q * share + h % share;
+                X* to = x + ((b * G + h / share) * packed_rows + row / TOGETHER * TOGETHER) * x_stride;
+                for (int64_t d = 0; d < D; d++) to[place<T>(row % TOGETHER, d)] = Dot<T>::pack(from[d]);
             }
     const auto allowed = [&](int64_t b, int64_t q) {
         return in.mask + (in.mask_per_query ? b * Q + q : b) * in.T;
@@ -161,13 +156,13 @@ template <class T> int score(const TokenScoresArguments& in) {
     const int64_t blocks = (in.T + KEYS_OF_JOB - 1) / KEYS_OF_JOB, work = B * G * in.T * D * int64_t(sizeof(T));
     parallel_jobs(B * G * blocks, threads_for(work * packed_rows / TOGETHER, in.threads), [&](int64_t job) {
         const int64_t group = job / blocks, first = job % blocks * KEYS_OF_JOB;
-        const T* key = (const T*)in.key + group / G * in.row_stride + group % G * in.group_stride + first * in.key_stride;
+        const int64_t before = group / G * in.row_stride + group % G * in.group_stride + first * in.key_stride;
         for (int64_t r = 0; r < rows; r += TOGETHER)
             with_rows(rows - r, [&](auto width) {
                 constexpr int ROWS = decltype(width)::value;
-                dot_keys<T, ROWS>(logits + (group * rows + r) * stride + first, stride, smaller(rows - r, TOGETHER), key,
-                                  in.key_stride, smaller(KEYS_OF_JOB, in.T - first), in.T - first, D,
-                                  x + (group * packed_rows + r) * x_stride, x_stride, in.scale);
+                dot_keys<T, ROWS>(logits + (group * rows + r) * stride + first, stride, smaller(rows - r, TOGETHER),
+                                  (const T*)in.key + before, in.key_stride, smaller(KEYS_OF_JOB, in.T - first), D,
+                                  x + (group * packed_rows + r) * x_stride, in.scale);
                 return 0;
             });
     });
@@ -184,7 +179,8 @@ template <class T> int score(const TokenScoresArguments& in) {
 
     const int64_t parts = (in.T + COLUMNS_OF_JOB - 1) / COLUMNS_OF_JOB;
     parallel_jobs(B * parts, threads, [&](int64_t job) {
-        const int64_t b = job / parts, first = job % parts * COLUMNS_OF_JOB, end = smaller(first + COLUMNS_OF_JOB, in.T);
+        const int64_t b = job / parts, first = job % parts * COLUMNS_OF_JOB;
+        const int64_t end = smaller(first + COLUMNS_OF_JOB, in.T);
         const float *from = logits + b * G * rows * stride, *factor = factors + b * G * rows;
         for (int64_t t = first; t < end; t += WIDTH) {
             Vec total = {};
@@ -199,17 +195,4 @@ template <class T> int score(const TokenScoresArguments& in) {
 
 HASTEN_EXPORT(token_scores, TokenScoresArguments)(const TokenScoresArguments& in) {
     return with_dtype(in.dtype, [&](auto* type) { return score<typename Pointed<decltype(type)>::type>(in); });
-}
-
-HASTEN_EXPORT(gather_tokens, GatherTokensArguments)(const GatherTokensArguments& in) {
-    parallel(in.B * in.n, 1, threads_for(in.bytes, int(in.threads)), [&](int64_t begin, int64_t end) {
-        for (int64_t i = 0; i < in.count; i++) {
-            const GatheredTensor& tensor = in.tensors[i];
-            for (int64_t row = begin; row < end; row++)
-                memcpy((char*)tensor.y + row * tensor.bytes,
-                       (const char*)tensor.x + row / in.n * tensor.row_stride + in.columns[row] * tensor.token_stride,
-                       tensor.bytes);
-        }
-    });
-    return 0;
 }

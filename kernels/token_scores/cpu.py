@@ -1,6 +1,4 @@
-"""The compiled token_scores and gather_tokens: their C signatures and launchers."""
-
-import ctypes
+"""The compiled token_scores: its C signature and its launcher."""
 
 import torch
 
@@ -30,35 +28,10 @@ class TokenScoresArguments(cpu.Arguments):
     )
 
 
-class GatheredTensor(cpu.Arguments):
-    __slots__ = ()
-    _fields_ = (
-        ("y", cpu.POINTER),
-        ("x", cpu.POINTER),
-        ("bytes", cpu.SIZE),
-        ("row_stride", cpu.SIZE),
-        ("token_stride", cpu.SIZE),
-    )
-
-
-class GatherTokensArguments(cpu.Arguments):
-    __slots__ = ()
-    _fields_ = (
-        ("tensors", cpu.POINTER),
-        ("columns", cpu.POINTER),
-        ("count", cpu.SIZE),
-        ("B", cpu.SIZE),
-        ("n", cpu.SIZE),
-        ("bytes", cpu.SIZE),
-        ("threads", cpu.SIZE),
-    )
-
-
 _token_scores = cpu.Function("token_scores", TokenScoresArguments)
-_gather_tokens = cpu.Function("gather_tokens", GatherTokensArguments)
 
 
-def token_scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def launch(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """query [B, Q, H, D], contiguous, key [B, G, T, D] with a last stride of 1, mask bool [B, 1 or Q, T], contiguous,
     or None -> float32 [B, T]; no size is 0."""
     (B, Q, H, D), (G, T) = query.shape, key.shape[1:3]
@@ -85,34 +58,3 @@ def token_scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | No
         )
     )
     return scores
-
-
-def gather_tokens(tensors: list[torch.Tensor], columns: torch.Tensor) -> list[torch.Tensor]:
-    """tensors [B or 1, T, ...] whose rows are contiguous, columns [B, n] within T, contiguous -> [B, n, ...] each."""
-    B, n = columns.shape
-    gathered = [x.new_empty(B, n, *x.shape[2:]) for x in tensors]
-    pairs = []
-    for y, x in zip(gathered, tensors, strict=True):
-        size = x.element_size()
-        pairs.append(
-            GatheredTensor(
-                y=y.data_ptr(),
-                x=x.data_ptr(),
-                bytes=x.shape[2:].numel() * size,
-                row_stride=x.stride(0) * size if len(x) > 1 else 0,
-                token_stride=x.stride(1) * size,
-            )
-        )
-    table = (GatheredTensor * len(pairs))(*pairs)
-    _gather_tokens(
-        GatherTokensArguments(
-            tensors=ctypes.addressof(table),
-            columns=columns.data_ptr(),
-            count=len(pairs),
-            B=B,
-            n=n,
-            bytes=sum(y.nbytes for y in gathered),
-            threads=torch.get_num_threads(),
-        )
-    )
-    return gathered

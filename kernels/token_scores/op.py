@@ -8,6 +8,8 @@ import torch
 from .. import backend, checks
 from . import cpu, reference
 
+MOST_ROWS = 64  # queries times heads on one head of keys: with more, torch's matrix product is faster on CPUs
+
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define("token_scores(Tensor query, Tensor key, Tensor? mask, float? scale) -> Tensor")
 _library.define("gather_tokens(Tensor[] tensors, Tensor columns) -> Tensor[]")
@@ -59,7 +61,7 @@ def gather_tokens(tensors: Sequence[torch.Tensor], columns: torch.Tensor) -> lis
 
     Raises:
         TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit, no tensors; on a CPU, columns outside of 0 to T - 1. (Elsewhere
+        ValueError: shapes or devices that do not fit, no tensors; on a CPU, columns outside of 0 to T - 1. (On a GPU
             such a column gives zeros: looking for it would wait for the device.)
         NotImplementedError: an input that requires grad (see `hasten.kernels.checks`).
     """
@@ -74,8 +76,8 @@ def gather_tokens(tensors: Sequence[torch.Tensor], columns: torch.Tensor) -> lis
 
 
 def _check(query, key, mask):
-    if query.dim() != 4 or 0 in query.shape[2:]:
-        expected = "[B, Q, H, D] with H and D of at least 1"
+    if query.dim() != 4 or 0 in query.shape[1:]:
+        expected = "[B, Q, H, D] with Q, H and D of at least 1"
         raise ValueError(f"query: expected shape {expected}, got shape {list(query.shape)}")
     checks.check_floating("query", query)
     B, Q, H, D = query.shape
@@ -98,15 +100,17 @@ def _run(query, key, mask, scale):
     _check(query, key, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     name = backend.choose(query)
-    if name == "reference" or not query.numel() or not key.numel():
+    rows = query.shape[1] * query.shape[2] // key.shape[1]
+    if name == "reference" or (name == "cpu" and rows > MOST_ROWS) or not query.numel() or not key.numel():
         return reference.token_scores(query, key, mask, scale)
     query = query.contiguous()
-    mask = None if mask is None else mask.view(len(mask), -1, mask.shape[-1]).contiguous()
+    mask = mask if mask is None or mask.dim() == 3 else mask[:, None]
+    mask = None if mask is None else mask.contiguous()
     if name == "triton":
         from . import triton
 
         return triton.token_scores(query, key, mask, scale)
-    return cpu.token_scores(query, key, mask, scale)
+    return cpu.launch(query, key, mask, scale)
 
 
 def _fake(query, key, mask, scale):
@@ -142,15 +146,11 @@ def _run_gather(tensors, columns):
         low, high = (int(column) for column in columns.aminmax())
         if low < 0 or high >= T:
             raise ValueError(f"columns: expected values from 0 to {T - 1}, got {low if low < 0 else high}")
-    name = backend.choose_by_device(columns)
-    if name == "reference" or not T:
+    if backend.choose_by_device(columns) != "triton" or not T:
         return reference.gather_tokens(tensors, columns)
-    tensors, columns = [_with_contiguous_rows(x) for x in tensors], columns.contiguous()
-    if name == "triton":
-        from . import triton
+    from . import triton
 
-        return triton.gather_tokens(tensors, columns)
-    return cpu.gather_tokens(tensors, columns)
+    return triton.gather_tokens([_with_contiguous_rows(x) for x in tensors], columns.contiguous())
 
 
 def _with_contiguous_rows(x):

@@ -12,19 +12,22 @@ def token_scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | No
 
     The mean over heads and queries of softmax_t(scale * q . k_t); queries without an allowed key are left out.
     """
-    (B, Q, H, _), G, dtype = query.shape, key.shape[1], state_dtype(query)
-    keys = key.to(dtype).repeat_interleave(H // G, 1)
-    logits = scale * torch.einsum("bqhd,bhtd->bhqt", query.to(dtype), keys)
+    G, dtype = key.shape[1], state_dtype(query)
+    grouped = query.to(dtype).unflatten(2, (G, -1))  # [B, Q, G, H / G, D]
+    logits = torch.einsum("bqghd,bgtd->bgqht", scale * grouped, key.to(dtype))
     if mask is None:
-        mask = logits.new_ones(B, 1, logits.shape[-1], dtype=torch.bool)
-    mask = (mask if mask.dim() == 3 else mask[:, None]).expand(B, Q, -1)[:, None]  # [B, 1, Q, T]
-    some = mask.any(-1, keepdim=True)
+        return logits.softmax(-1).mean((1, 2, 3))
+    mask = (mask if mask.dim() == 3 else mask[:, None]).expand(-1, query.shape[1], -1)[:, None, :, None]
+    some = mask.any(-1, keepdim=True)  # [B, 1, Q, 1, 1]
     weights = logits.masked_fill(some & ~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
-    return weights.sum((1, 2)) / (H * some.sum((1, 2)).clamp_min(1))
+    return weights.sum((1, 2, 3)) / (query.shape[2] * some.sum((1, 2, 3)).clamp_min(1))
 
 
 def gather_tokens(tensors: Sequence[torch.Tensor], columns: torch.Tensor) -> list[torch.Tensor]:
     """tensors [B or 1, T, ...], columns [B, n] -> [B, n, ...] each: y[b, i] = x[b, columns[b, i]]."""
-    B = len(columns)
-    rows = torch.arange(B, device=columns.device)[:, None]
-    return [x.expand(B, *x.shape[1:])[rows, columns].contiguous() for x in tensors]
+    same, T = columns.flatten(), tensors[0].shape[1]
+    own = same  # where the columns of each row lie, rows one after the other
+    if len(columns) > 1:
+        own = (columns + T * torch.arange(len(columns), device=columns.device)[:, None]).flatten()
+    gathered = [x.flatten(0, 1).index_select(0, same if len(x) == 1 else own) for x in tensors]
+    return [y.view(*columns.shape, *y.shape[1:]) for y in gathered]

@@ -1,10 +1,12 @@
 """The search for how few image tokens each decoder layer of a model needs."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,7 @@ from torch import nn
 
 from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.checksums import sampled
-from hasten.acceleration.edits import Edit, apply_all, undo_all
+from hasten.acceleration.edits import Edit, Freeze, apply_all, undo_all
 from hasten.acceleration.found_schedule import FoundSchedule
 from hasten.acceleration.preflight import refuse_unready
 from hasten.acceleration.techniques.vision_tokens import VisionTokens, layer_shapes
@@ -25,6 +27,7 @@ from hasten.sparsity.vision_tokens import Stages, g_search, p_sigmoid_search, pr
 Sample = Mapping[str, Any]
 Shares = tuple[float, ...]
 ANSWER = "answer"
+FULL = Stages({1: 1.0})
 
 
 def exact_match(text: str, sample: Sample) -> float:
@@ -86,9 +89,11 @@ def search_vision_tokens(
     _check_share("tolerance", tolerance, 0.0)
     _check_share("budget", budget, None)
     refuse_unready(model)
-    search = _Search(model, VisionTokens(Stages({1: 1.0}), score=score, mode=mode, when=when, seed=seed), metric)
-    search.read(processor, samples, batch_size, max_new_tokens)
-    known = _Known(resume, search.fingerprint(samples)) if resume is not None else _Known(None, "")
+    technique, anatomy = VisionTokens(FULL, score=score, mode=mode, when=when, seed=seed), Anatomy(model)
+    technique.targets(anatomy)
+    questions = Questions(model, processor, samples, batch_size, max_new_tokens)
+    search = _Search(technique, questions, metric, anatomy)
+    known = _Known(resume, search.fingerprint() if resume is not None else "")
     with progress(None, "searching", unit="schedule") as bar:
 
         def evaluated(shares: Shares, value: float) -> None:
@@ -141,30 +146,35 @@ def search_vision_tokens(
         value,
         full,
         search.cost(shares),
-        search.image_tokens,
+        questions.image_tokens,
         made,
         found.sweep,
     )
 
 
-class _Search:
-    """A model, its samples as the model reads them, and what a schedule makes of its answers."""
+class Questions:
+    """Samples as a model reads them, in batches, and what it answers.
 
-    def __init__(self, model: nn.Module, technique: VisionTokens, metric: Callable[[str, Sample], float]):
-        self.model, self.technique, self.metric = model, technique, metric
-        self.anatomy = Anatomy(model)
-        images = self.anatomy.images
-        self.layers, self.first = len(images.layers), max(1, images.deep_stack)
-        self.shapes = layer_shapes(self.anatomy)
-        technique.targets(self.anatomy)
+    Args:
+        model: a multimodal model.
+        processor: its processor.
+        samples: as for `search_vision_tokens`.
+        batch_size, max_new_tokens: of the answers.
 
-    def read(self, processor, samples: list[Sample], batch_size: int, max_new_tokens: int) -> None:
-        """Prepares the samples in batches."""
-        self.processor, self.max_new_tokens, self.batches = processor, max_new_tokens, []
-        tokens, image_tokens, ids = 0, 0, torch.tensor(self.anatomy.images.ids)
+    Attributes:
+        image_tokens, text_tokens: of a sample, the mean.
+
+    Raises:
+        ValueError: a sample without an image.
+    """
+
+    def __init__(self, model: nn.Module, processor, samples: Sequence[Sample], batch_size: int, max_new_tokens: int):
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.batches: list[tuple[Sequence[Sample], Mapping[str, torch.Tensor]]] = []
+        ids, image_tokens, tokens = torch.tensor(Anatomy(model).images.ids), 0, 0
         for first in range(0, len(samples), batch_size):
             batch = samples[first : first + batch_size]
-            inputs = _processed(processor, batch).to(device_of(self.model))
+            inputs = _processed(processor, batch).to(device_of(model))
             images = torch.isin(inputs["input_ids"], ids.to(inputs["input_ids"].device)).sum(1)
             if not bool((images > 0).all()):
                 wrong = first + int((images == 0).nonzero()[0])
@@ -172,62 +182,83 @@ class _Search:
             image_tokens += int(images.sum())
             tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
             self.batches.append((batch, inputs))
-        self.image_tokens = image_tokens / len(samples)
-        self.text_tokens = (tokens - image_tokens) / len(samples)
+        self.image_tokens, self.text_tokens = image_tokens / len(samples), (tokens - image_tokens) / len(samples)
 
-    def fingerprint(self, samples: list[Sample]) -> str:
-        """Of all that evaluations depend on."""
-        digest = hashlib.sha256()
-        for _, inputs in self.batches:
-            for name in sorted(inputs):
-                if isinstance(inputs[name], torch.Tensor):
-                    digest.update(inputs[name].detach().cpu().contiguous().numpy().tobytes())
-        for sample in samples:
-            digest.update(str(sample.get(ANSWER)).encode())
-        technique = self.technique
-        metric = f"{getattr(self.metric, '__module__', '')}.{getattr(self.metric, '__qualname__', '')}"
-        options = (technique.score, technique.mode, technique.when, technique.seed, self.max_new_tokens, metric)
-        return f"{sampled(self.model)}-{digest.hexdigest()[:16]}-{options}"
+    @torch.no_grad()
+    def metrics(self, metric: Callable[[str, Sample], float]) -> list[float]:
+        """The metric of every sample, from greedy answers.
 
-    def cost(self, shares: Shares) -> float:
+        Raises:
+            ValueError: a metric that is not finite.
+        """
+        values = []
+        with undisturbed(self.model):
+            for batch, inputs in self.batches:
+                written = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+                texts = self.processor.batch_decode(
+                    written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+                for text, sample in zip(texts, batch, strict=True):
+                    value = float(metric(text, sample))
+                    if not math.isfinite(value):
+                        raise ValueError(f"the metric of {text!r} is {value}: it must be finite")
+                    values.append(value)
+        return values
+
+    def cost(self, shares: Shares, anatomy: Anatomy) -> float:
         """The operations of a prefill that image tokens cause, as a share of all that they cause."""
-        whole, part = (
-            prefill_cost(each, round(self.text_tokens), round(self.image_tokens), self.shapes).image_operations
-            for each in ((1.0,) * self.layers, shares)
+        text, image, shapes = round(self.text_tokens), round(self.image_tokens), layer_shapes(anatomy)
+        part, whole = (
+            prefill_cost(each, text, image, shapes).image_operations for each in (shares, (1.0,) * len(shapes))
         )
         return part / whole
 
+
+@contextlib.contextmanager
+def tried(model: nn.Module, technique: VisionTokens | None) -> Iterator[None]:
+    """A block in which the model runs as `accelerate` would leave it, with nothing checked or measured; as it is where
+    there is no technique."""
+    done: list[Edit] = []
+    try:
+        if technique is not None:
+            anatomy = Anatomy(model)
+            apply_all(model, [Freeze(), *technique.edits(anatomy, technique.settle(anatomy, None))], done)
+        yield
+    finally:
+        undo_all(model, done)
+
+
+class _Search:
+    """What evaluates schedules."""
+
+    def __init__(
+        self, technique: VisionTokens, questions: Questions, metric: Callable[[str, Sample], float], anatomy: Anatomy
+    ):
+        self.technique, self.questions, self.metric, self.anatomy = technique, questions, metric, anatomy
+        self.layers, self.first = len(anatomy.images.layers), max(1, anatomy.images.deep_stack)
+
+    def fingerprint(self) -> str:
+        """Of all that evaluations depend on."""
+        digest = hashlib.sha256()
+        for batch, inputs in self.questions.batches:
+            for name in sorted(inputs):
+                if isinstance(inputs[name], torch.Tensor):
+                    digest.update(inputs[name].detach().cpu().contiguous().numpy().tobytes())
+            digest.update(repr([sample.get(ANSWER) for sample in batch]).encode())
+        technique = self.technique
+        metric = f"{getattr(self.metric, '__module__', '')}.{getattr(self.metric, '__qualname__', '')}"
+        options = technique.score, technique.mode, technique.when, technique.seed, self.questions.max_new_tokens, metric
+        return f"{sampled(self.questions.model)}-{digest.hexdigest()[:16]}-{options}"
+
+    def cost(self, shares: Shares) -> float:
+        return self.questions.cost(shares, self.anatomy)
+
     def evaluate(self, shares: Shares) -> float:
         """The mean metric under these shares."""
-        total, count = 0.0, 0
-        with self._pruned(shares), undisturbed(self.model), torch.no_grad():
-            for batch, inputs in self.batches:
-                written = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-                new = written[:, inputs["input_ids"].shape[1] :]
-                for text, sample in zip(self.processor.batch_decode(new, skip_special_tokens=True), batch, strict=True):
-                    value = float(self.metric(text, sample))
-                    if not math.isfinite(value):
-                        raise ValueError(f"the metric of {text!r} is {value}: it must be finite")
-                    total += value
-                count += len(batch)
-        return total / count
-
-    @contextlib.contextmanager
-    def _pruned(self, shares: Shares) -> Iterator[None]:
-        falls, done = _falls(shares), []
-        technique = VisionTokens(
-            Stages(falls or {1: 1.0}),
-            score=self.technique.score,
-            mode=self.technique.mode,
-            when=self.technique.when,
-            seed=self.technique.seed,
-        )
-        edits: list[Edit] = technique.edits(self.anatomy, technique.settle(self.anatomy, None)) if falls else []
-        try:
-            apply_all(self.model, edits, done)
-            yield
-        finally:
-            undo_all(self.model, done)
+        falls = _falls(shares)
+        technique = dataclasses.replace(self.technique, schedule=Stages(falls)) if falls else None
+        with tried(self.questions.model, technique):
+            return statistics.fmean(self.questions.metrics(self.metric))
 
 
 class _Known:

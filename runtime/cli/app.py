@@ -68,14 +68,14 @@ def root(
 @app.command(short_help="Shows what hasten does on embedded models.")
 def demo(
     topic: Annotated[
-        Literal["sparsity", "guidance", "constrained"],
+        Literal["sparsity", "guidance", "constrained", "vision"],
         typer.Argument(
             metavar="TOPIC",
-            help="sparsity of language models, guidance of diffusion models, or constrained text.",
+            help="sparsity of language models, guidance of diffusion models, constrained text, or vision tokens.",
         ),
     ] = "sparsity",
     plot: Annotated[
-        str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png, or hasten_guidance.png.")
+        str, typer.Option(metavar="FILE", help="The picture; auto: hasten_demo.png, or hasten_TOPIC.png.")
     ] = "auto",
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was measured.")] = None,
     quick: Annotated[bool, typer.Option(help="A rough try-out: fewer runs, no large model.")] = False,
@@ -86,15 +86,16 @@ def demo(
     sparsity: drift on the embedded model, decode speed of a 1.1 B model, and a sample.
     guidance: digits drawn by every guide, with what they cost.
     constrained: a record under a JSON schema and a text under a Python predicate, with their weights.
+    vision: questions about pictures of digits, answered from fewer and fewer image tokens.
     """
-    from hasten.cli import demo, demo_constrained, demo_guidance
+    from hasten.cli import demo, demo_constrained, demo_guidance, demo_vision
 
     if topic == "constrained":
         if plot != "auto" or quick:
-            raise ValueError("--plot and --quick are for the demos of sparsity and guidance")
+            raise ValueError("--plot and --quick are for the demos of sparsity, guidance and vision")
         demo_constrained.run(json)
     else:
-        {"sparsity": demo, "guidance": demo_guidance}[topic].run(plot, json, quick)
+        {"sparsity": demo, "guidance": demo_guidance, "vision": demo_vision}[topic].run(plot, json, quick)
 
 
 @app.command(short_help="Makes a model faster, measures what that brings and costs, and saves it.")

@@ -22,6 +22,7 @@ from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 from hasten.kernels.row_sparse_linear import row_sparse_linear
 from hasten.kernels.suffix_array import suffix_array
+from hasten.kernels.token_scores import token_scores
 from hasten.kernels.transpose import transpose
 
 PAGE = mmap.PAGESIZE
@@ -31,7 +32,7 @@ libc = ctypes.CDLL(None)
 
 
 def guarded(shape, dtype: torch.dtype, place: str) -> torch.Tensor:
-    """A contiguous tensor of NaN (or of the largest integer) that ends where a forbidden page begins, or the reverse."""
+    """A contiguous tensor of NaN (or the largest integer, or True) that ends where a forbidden page begins, or the reverse."""
     count = torch.Size(shape).numel()
     if not count:
         return torch.zeros(shape, dtype=dtype)
@@ -43,6 +44,8 @@ def guarded(shape, dtype: torch.dtype, place: str) -> torch.Tensor:
         assert libc.mprotect(ctypes.c_void_p(base + page * PAGE), ctypes.c_size_t(PAGE), 0) == 0
     begin = PAGE + (pages * PAGE - size if place == "before" else 0)
     tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(shape)
+    if dtype == torch.bool:
+        return tensor.fill_(True)
     return tensor.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
 
 
@@ -146,12 +149,31 @@ def recurrences(dtype):
             yield delta_rule, tuple(x[:1].clone() for x in (q, k, v, beta)), bounds | {"l2_norm": True}
 
 
+def attention(dtype):
+    for Q, H, G, T, D in [
+        (1, 1, 1, 1, 1),
+        (1, 7, 1, 37, 72),
+        (3, 4, 2, 129, 33),
+        (1, 8, 8, 16, 64),
+        (2, 6, 2, 300, 128),
+    ]:
+        query, key = torch.randn(2, Q, H, D).to(dtype), torch.randn(2, G, T, D).to(dtype)
+        for mask in (None, torch.rand(2, T) > 0.5, torch.rand(2, Q, T) > 0.5):
+            yield token_scores, (query, key, mask), {}
+        yield token_scores, (query, key.transpose(1, 2).contiguous().transpose(1, 2)), {"scale": 0.1}
+
+
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     texts = [(suffix_array, (torch.randint(3, (size,)).to(torch.uint8),), {}) for size in (1, 2, 63, 64, 500)]
     calls = itertools.chain(
-        *(kind(dtype) for kind in (linears, experts, convolutions, recurrences) for dtype in storage.DTYPE_CODES), texts
+        *(
+            kind(dtype)
+            for kind in (linears, experts, convolutions, recurrences, attention)
+            for dtype in storage.DTYPE_CODES
+        ),
+        texts,
     )
     for count, (operator, arguments, settings) in enumerate(calls):
         shapes = [list(value.shape) for value in (*arguments, *settings.values()) if isinstance(value, torch.Tensor)]

@@ -36,11 +36,13 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float |
 
 @contextmanager
 def poisoned():
-    """Fills what is allocated with NaN (integers with their largest), so that an output that is not written shows."""
+    """Fills what is allocated with NaN (integers with their largest, flags with True), so that an output that is not written shows."""
 
     def filled(allocate):
         def allocate_and_fill(*args, **kwargs):
             made = allocate(*args, **kwargs)
+            if made.dtype == torch.bool:
+                return made.fill_(True)
             return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
 
         return allocate_and_fill
