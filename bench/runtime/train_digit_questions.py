@@ -36,6 +36,7 @@ import platform
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llama.modeling_llama import LlamaModel, apply_rotary_pos_emb
 
 from hasten.bench.cards import wrapped
 from hasten.bench.runtime.train_digit_diffusion import jitter
@@ -77,7 +79,8 @@ PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<bos>", "<eos>", "<unk>", "<image>"
 MEAN, DEVIATION = 0.1, 0.25  # of pixels in [0, 1], about those of the pictures
 SLOTS = ("place",) * 3 + ("where",) * 2 + ("count",) + ("count_of",) * 3 + ("sum",)  # questions for each picture
 WEIGHTS = {"sum": 3.0}  # of a kind's loss, 1 for the others
-LOSSES = {"answer": 1.0, "early": 0.3, "centre": 0.3, "presence": 0.1}  # weights of the parts of the loss
+LOSSES = {"answer": 1.0, "early": 0.3, "look": 0.3, "centre": 0.3, "presence": 0.1}  # weights of the parts of the loss
+LOOKING = (1, 2, 3)  # the decoder layers whose attention is taught where to look
 VARIANTS = 15  # jittered copies of each digit of the training
 MEASURED, MEASURE_SEED = 1000, 12345  # questions of each kind, and the seed that they are drawn by
 
@@ -200,6 +203,18 @@ def training_digits() -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([images, moved]), np.tile(values, VARIANTS + 1)
 
 
+class Questions(NamedTuple):
+    """tokens, targets [B, S W] and the targets' weights; ends [B, S], where each question's last token is in the
+    sequence, 0 where there is none; patches: bool [B, S, P], those with the centres of the digits that it is about.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    ends: torch.Tensor
+    patches: torch.Tensor
+
+
 class Slots:
     """Questions and answers of pictures in one layout: the mask and the positions of the sequences, and their tokens.
 
@@ -222,11 +237,13 @@ class Slots:
         self.positions = torch.cat([order[: self.prefix], (self.prefix + torch.arange(width)).repeat(slots)])[None]
         self.pad, self.bos, self.eos = (self.index[word] for word in (PAD, BOS, EOS))
 
-    def fill(self, values: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Questions about scenes of values [B, 9]: tokens and targets [B, S W], and the targets' weights."""
-        shape = (len(values), len(SLOTS), self.width)
+    def fill(self, scenes: Scenes, rng: np.random.Generator) -> Questions:
+        """Questions about scenes."""
+        shape = (len(scenes.values), len(SLOTS), self.width)
         tokens, targets, weights = np.full(shape, self.pad), np.full(shape, -100), np.zeros(shape, np.float32)
-        for b, scene in enumerate(values):
+        ends, patches = np.zeros(shape[:2], np.int64), np.zeros((*shape[:2], self.prefix - 1), bool)
+        where = centre_patches(scenes)
+        for b, scene in enumerate(scenes.values):
             for s, kind in enumerate(SLOTS):
                 if (asked := ask(kind, scene, rng)) is None:
                     continue
@@ -235,7 +252,19 @@ class Slots:
                 tokens[b, s, :end] = question + answer
                 targets[b, s, begin:end] = [*answer, self.eos]
                 weights[b, s, begin:end] = WEIGHTS.get(kind, 1.0)
-        return tuple(torch.from_numpy(part.reshape(len(values), -1)) for part in (tokens, targets, weights))
+                ends[b, s] = self.prefix + s * self.width + begin
+                patches[b, s, where[b, asked_about(asked[0], scene)]] = True
+        rows = (torch.from_numpy(part.reshape(len(scenes.values), -1)) for part in (tokens, targets, weights))
+        return Questions(*rows, torch.from_numpy(ends), torch.from_numpy(patches))
+
+
+def asked_about(question: str, values: np.ndarray) -> np.ndarray:
+    """The occupied places that a question about a scene of values [9] is about."""
+    words = question.split()
+    if question.startswith("which"):
+        return np.array([PLACES.index(" ".join(words[3:-1]))])
+    named = [int(word) for word in words if word.isdigit()]
+    return np.flatnonzero(values == named[0] if named else values >= 0)
 
 
 class Teachers(nn.Module):
@@ -249,26 +278,52 @@ class Teachers(nn.Module):
         self.presence = nn.Linear(VISION["hidden_size"], 10)
 
 
+def centre_patches(scenes: Scenes) -> np.ndarray:
+    """The patch in which the centre of each place's digit lies, were there one: int64 [B, 9]."""
+    row, column = np.moveaxis((scenes.corners + DIGIT // 2) // VISION["patch_size"], -1, 0)
+    return row * (SIDE // VISION["patch_size"]) + column
+
+
 def centres(scenes: Scenes) -> np.ndarray:
     """The value of the digit whose centre lies in each patch, 10 where there is none: int64 [B, P]."""
-    patch = VISION["patch_size"]
-    found = np.full((len(scenes.values), (SIDE // patch) ** 2), 10)
+    found = np.full((len(scenes.values), (SIDE // VISION["patch_size"]) ** 2), 10)
     b, place = np.nonzero(scenes.values >= 0)
-    row, column = ((scenes.corners[b, place, axis] + DIGIT // 2) // patch for axis in (0, 1))
-    found[b, row * (SIDE // patch) + column] = scenes.values[b, place]
+    found[b, centre_patches(scenes)[b, place]] = scenes.values[b, place]
     return found
+
+
+def looking(text: LlamaModel, layer: int, hidden: torch.Tensor, slots: Slots, asked: Questions) -> torch.Tensor:
+    """How little of what the ends of the questions attend to in bos and the picture, in the mean of a layer's heads, is
+    on the digits that they are about: the mean -log of that share, of hidden [B, T, C] before the layer.
+    """
+    block = text.layers[layer]
+    hidden = block.input_layernorm(hidden)
+    heads = (*hidden.shape[:1], -1, block.self_attn.head_dim)
+    cos, sin = text.rotary_emb(hidden, slots.positions)
+    rows = torch.arange(len(hidden))[:, None]
+
+    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(-1, heads[1:]).transpose(1, 2)  # [B, heads, tokens, D]
+        return apply_rotary_pos_emb(x, x, cos, sin)[0]
+
+    q = rotated(block.self_attn.q_proj(hidden[rows, asked.ends]), cos[0, asked.ends], sin[0, asked.ends])
+    k = rotated(block.self_attn.k_proj(hidden[:, : slots.prefix]), cos[:, : slots.prefix], sin[:, : slots.prefix])
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    shares = (q @ k.transpose(-1, -2) * block.self_attn.scaling).float().softmax(-1)[..., 1:].mean(1)  # [B, S, P]
+    given = asked.patches.any(-1)
+    return -((shares * asked.patches).sum(-1)[given] + 1e-6).log().mean()
 
 
 def losses(model: LlavaForConditionalGeneration, teachers: Teachers, slots: Slots, batch) -> dict[str, torch.Tensor]:
     """The parts of the loss: that of the answers after all layers, the same after half of them, and what the vision
     tower's patches and class token tell.
     """
-    images, centre, there, tokens, targets, weights = batch
+    images, centre, there, questions = batch
     tower, text = model.model.vision_tower, model.model.language_model
     seen = tower(pixel_values=images)
     patches = seen.last_hidden_state[:, 1:]
     image = model.model.multi_modal_projector(patches)
-    words = text.embed_tokens(F.pad(tokens, (1, 0), value=slots.bos)).to(image.dtype)
+    words = text.embed_tokens(F.pad(questions.tokens, (1, 0), value=slots.bos)).to(image.dtype)
     out = text(
         inputs_embeds=torch.cat([words[:, :1], image, words[:, 1:]], dim=1),
         attention_mask=slots.mask.to(image.dtype),
@@ -276,8 +331,8 @@ def losses(model: LlavaForConditionalGeneration, teachers: Teachers, slots: Slot
         use_cache=False,
         output_hidden_states=True,
     )
-    asked = targets.flatten() >= 0
-    weight, target = weights.flatten()[asked], targets.flatten()[asked]
+    asked = questions.targets.flatten() >= 0
+    weight, target = questions.weights.flatten()[asked], questions.targets.flatten()[asked]
 
     def answers(hidden: torch.Tensor) -> torch.Tensor:
         logits = model.lm_head(hidden[:, slots.prefix :].flatten(0, 1)[asked]).float()
@@ -288,6 +343,7 @@ def losses(model: LlavaForConditionalGeneration, teachers: Teachers, slots: Slot
     return {
         "answer": answers(out.last_hidden_state),
         "early": answers(text.norm(out.hidden_states[len(text.layers) // 2])),
+        "look": sum(looking(text, i, out.hidden_states[i], slots, questions) for i in LOOKING) / len(LOOKING),
         "centre": (told[ground].mean() + told[~ground].mean()) / 2,
         "presence": F.binary_cross_entropy_with_logits(teachers.presence(seen.pooler_output).float(), there),
     }
@@ -322,8 +378,7 @@ def train(args: argparse.Namespace, rank: int, model: LlavaForConditionalGenerat
         progress = step / args.steps if args.steps else seconds / (60 * args.minutes)
         scenes = draw_scenes(args.batch, rng, digits)
         there = torch.from_numpy((scenes.values[:, :, None] == np.arange(10)).any(axis=1)).float()
-        asked = slots.fill(scenes.values, rng)
-        batch = (pixels(scenes.images), torch.from_numpy(centres(scenes)), there, *asked)
+        batch = (pixels(scenes.images), torch.from_numpy(centres(scenes)), there, slots.fill(scenes, rng))
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.no_autocast):
             parts = losses(model, teachers, slots, batch)
         optimizer.zero_grad(set_to_none=False)
@@ -479,6 +534,10 @@ def run(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     words = vocabulary()
     model = make_model(words)
+    if args.start:
+        model.load_state_dict(
+            LlavaForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32).state_dict()
+        )
 
     def save() -> None:
         half = {name: weight.to(torch.float16) for name, weight in model.state_dict().items()}
@@ -510,6 +569,7 @@ def main() -> None:
     length.add_argument("--minutes", type=float, default=30.0)
     length.add_argument("--steps", type=int, default=0, help="in place of --minutes")
     parser.add_argument("--out", type=Path, default=ROOT / "runtime" / "models" / "digits-llava")
+    parser.add_argument("--start", type=Path, help="a folder whose weights the training begins from")
     parser.add_argument("--measure-only", action="store_true")
     parser.add_argument("--batch", type=int, default=16, help="B, pictures per step and process")
     parser.add_argument("--lr", type=float, default=2e-3)
