@@ -10,7 +10,8 @@ What it does, in order:
    picture serves several questions: each is a slot of the sequence that attends to the picture and to itself, at the
    positions that it would have alone. Beside the answers, the vision tower's patches tell through a linear layer the
    digit whose centre they hold, its class token which values are in the picture, and the head is also applied after
-   half of the decoder layers, so that these read the picture. The finished model is an ordinary LLaVA;
+   half of the decoder layers, so that these read the picture; the attention of three of the first layers, from the last
+   token of a question, is taught to fall on the digits that it is about. The finished model is an ordinary LLaVA;
 4. writes a folder that `LlavaForConditionalGeneration` and `AutoProcessor` load, training.json, and a model card whose
    figures are measured at the end of the same run: accuracy by kind of question with the picture and with a black one.
 
@@ -482,13 +483,14 @@ It is useful for nothing else.
   {VISION["patch_size"]} x {VISION["patch_size"]}, so {patches} image tokens (the output of the last layer without the class token); a projector; a Llama of {TEXT["num_hidden_layers"]} layers, width {TEXT["hidden_size"]},
   intermediate {TEXT["intermediate_size"]}, {TEXT["num_attention_heads"]} heads of {TEXT["head_dim"]}, {TEXT["num_key_value_heads"]} key/value heads.
 - **Size**: {size:,} bytes of fp16 safetensors.
-- **Tokenizer**: one token a word, {run["vocabulary"]} tokens, `<bos>` first, padding on the left. Prompts are `<image>\n` and a question, in words of its vocabulary.
+- **Tokenizer**: one token a word, {run["vocabulary"]} tokens, `<bos>` first, padding on the left. Prompts are `<image>\\n` and a question, in words of its vocabulary.
 - **Data**: scikit-learn's digits (Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten Digits", CC BY 4.0): {train_digits:,} for training, {held_digits} held out
   ({HELD_OUT_SHARE:.0%} of each value, split by seed {SPLIT_SEED}). Two to five of them lie anywhere in the cells of a grid of 3 x 3, on a slightly noisy ground; a picture is composed anew
   for each step of training, from the digits and {VARIANTS} slightly turned, scaled and shifted copies of each. `hasten.models.digit_questions.digit_questions(count, seed)` makes questions with held-out digits.
-- **Training**: {run["steps"]:,} steps of {run["batch"]} pictures with up to {len(SLOTS)} questions each ({run["pictures"]:,} pictures), {run["minutes"]:.1f} minutes on {run["threads"]} CPU threads of {run["machine"]}{run["note"]}; AdamW, peak
+- **Training**: {run["steps"]:,} steps of {run["processes"] * run["batch"]} pictures with up to {len(SLOTS)} questions each ({run["pictures"]:,} pictures), {run["minutes"]:.1f} minutes on {run["processes"] * run["threads"]} CPU threads of {run["machine"]}{run["note"]}; AdamW, peak
   learning rate {run["lr"]:g}, weight decay {run["weight_decay"]:g}, {run["warmup"]} warm-up steps, cosine by the clock or by steps, {"bf16 autocast" if run["autocast"] else "fp32"}, seed {run["seed"]}, torch {run["torch"]}. The loss is that of the answers' tokens;
-  beside it the same after half of the layers (weight {LOSSES["early"]:g}), so that these read the picture, the digit whose centre lies in each patch, told by the vision tower's
+  beside it the same after half of the layers (weight {LOSSES["early"]:g}), so that these read the picture, the share of attention that in layers {LOOKING[0]} to {LOOKING[-1]} falls from a question's last token on the digits that it is
+  about ({LOSSES["look"]:g}), the digit whose centre lies in each patch, told by the vision tower's
   patches through a linear layer that is left behind ({LOSSES["centre"]:g}), so that little of the picture says what is in it, and the values in the picture, told by its class token
   ({LOSSES["presence"]:g}).
 - **Command**: `{run["command"]}`
@@ -547,7 +549,11 @@ def run(rank: int, args: argparse.Namespace) -> None:
     if rank == 0:
         save()
         make_processor().save_pretrained(args.out)
-        options = f"--steps {trained['steps']} --processes {args.processes} --batch {args.batch} --seed {args.seed}"
+        given = {"steps": trained["steps"]} | {
+            name: getattr(args, name) for name in ("processes", "batch", "lr", "warmup")
+        }
+        options = " ".join(f"--{name} {value}" for name, value in (given | {"seed": args.seed}).items())
+        options = "--start FOLDER " * bool(args.start) + options
         names = ("processes", "threads", "batch", "lr", "weight_decay", "warmup", "note", "seed")
         facts = {name: getattr(args, name) for name in names} | trained
         facts |= {
