@@ -8,7 +8,8 @@ _MODELS = Path(__file__).parent / "models"
 def embedded_model(name: str = "stdlib-llama") -> Path:
     """The folder of an embedded model, with its card in README.md.
 
-    "stdlib-llama" is an ordinary Hugging Face folder with held-out text in heldout.txt; "digit-diffusion" is for
+    "stdlib-llama" is an ordinary Hugging Face folder with held-out text in heldout.txt, and "digits-llava" one of an
+    image-text model, whose questions `hasten.models.digit_questions` makes; "digit-diffusion" is for
     DigitDiffusion.load and DigitClassifier.load.
 
     Raises:

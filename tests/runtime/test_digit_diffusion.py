@@ -171,5 +171,5 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_an_unknown_embedded_model_is_refused_with_the_names_that_exist():
-    with pytest.raises(ValueError, match="digit-diffusion, stdlib-llama"):
+    with pytest.raises(ValueError, match="digit-diffusion, digits-llava, stdlib-llama"):
         hasten.embedded_model("digits")
