@@ -4,7 +4,9 @@ Each type is built tiny (`tiny_zoo`), accelerated, run, and reverted, through th
 
 - works: after `revert` every parameter's values, dtype, strides and flags and the module tree are what they were; the
   logits of exact techniques are within `TOLERANCE` of the untouched model's over a prefill, 20 decode steps, left
-  padding and a batch of 3; Wina's agree after a prefill and differ in decode.
+  padding and a batch of 3; Wina's agree after a prefill and differ in decode. Those of vision-token pruning, which is
+  tried on image-text types alone, differ and are finite on a prompt with an image, and agree without one, and where all
+  image tokens are kept.
 - refused: an `UnsupportedModelError` that left the model as it was; the detail is its reason.
 - error: anything else that was raised.
 - silent: nothing was changed, or the outcome is wrong, without a word.
@@ -17,7 +19,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -29,7 +31,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hasten
+from hasten.acceleration.image_tokens import deep_stack
 from hasten.acceleration.inference import Inference, Inputs
+from hasten.acceleration.techniques.base import Technique
 from hasten.acceleration.undisturbed import undisturbed
 from hasten.bench.runtime import tiny_inputs, tiny_zoo
 from hasten.errors import UnsupportedModelError
@@ -38,11 +42,14 @@ PREFIX, STEPS = 16, 20
 PADDING = (7, 3, 0)
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 6, 48
 TOLERANCE = 1e-5
-TECHNIQUES = {
-    "DenseDecode": hasten.DenseDecode(always=True),
-    "Wina": hasten.Wina(0.5),
-    "FastLinearAttention": hasten.FastLinearAttention(),
+TECHNIQUES: dict[str, Callable[[nn.Module], Technique]] = {
+    "DenseDecode": lambda model: hasten.DenseDecode(always=True),
+    "Wina": lambda model: hasten.Wina(0.5),
+    "FastLinearAttention": lambda model: hasten.FastLinearAttention(),
+    "VisionTokens": lambda model: pruning(model, 0.5),
 }
+KINDS = {"VisionTokens": ("image-text",)}  # of types on which a technique is tried; all where it is not here
+IMAGE_TOKENS, WITH_IMAGE = 16, 24  # of an image, and of what is read with it at once
 EXACT = ("DenseDecode", "FastLinearAttention")
 OUTCOMES = ("works", "refused", "error", "silent")
 SECONDS = 120.0
@@ -81,20 +88,32 @@ class Wrong(Exception):
     """What a technique did is wrong, in words."""
 
 
-def sweep(chosen: Iterable[tuple[str, str]], workers: int = 2, frozen: bool = False) -> Iterator[dict[str, Any]]:
+def pruning(model: nn.Module, share: float) -> hasten.VisionTokens:
+    """Vision-token pruning from the first layer on that a model takes."""
+    return hasten.VisionTokens({max(1, deep_stack(model.config)): share})
+
+
+def sweep(
+    chosen: Iterable[tuple[str, str]],
+    workers: int = 2,
+    frozen: bool = False,
+    techniques: Iterable[str] = tuple(TECHNIQUES),
+) -> Iterator[dict[str, Any]]:
     """The records of types, (kind, model type) each, in their order; every worker is a process of its own.
 
     A type that ends its process, or takes longer than SECONDS, is recorded as an error.
 
     Args:
         frozen: call `requires_grad_(False)` on the models first; otherwise they are as `from_pretrained` gives them.
+        techniques: which of TECHNIQUES are tried.
     """
+    techniques = tuple(techniques)
     own = threading.local()
     started: list[_Worker] = []
 
     def run(item: tuple[str, str]) -> dict[str, Any]:
         if not hasattr(own, "worker"):
-            own.worker = _Worker(frozen)
+            own.worker = _Worker(frozen, techniques)
             started.append(own.worker)
         return own.worker.ask(*item)
 
@@ -110,14 +129,14 @@ def sweep(chosen: Iterable[tuple[str, str]], workers: int = 2, frozen: bool = Fa
 class _Worker:
     """A process that tries one type after the other, and is started again when it dies."""
 
-    def __init__(self, frozen: bool):
-        self.frozen, self.process = frozen, None
+    def __init__(self, frozen: bool, techniques: tuple[str, ...]):
+        self.frozen, self.techniques, self.process = frozen, techniques, None
 
     def ask(self, kind: str, model_type: str) -> dict[str, Any]:
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, self.frozen), daemon=True)
+            self.process = context.Process(target=_serve, args=(theirs, self.frozen, self.techniques), daemon=True)
             self.process.start()
             theirs.close()
         try:
@@ -129,7 +148,7 @@ class _Worker:
             self.process.join(10)
             detail = f"the process ended with exit status {self.process.exitcode}"
         self.stop()
-        return asdict(Record(kind, model_type, outcomes={name: Outcome("error", detail) for name in TECHNIQUES}))
+        return asdict(Record(kind, model_type, outcomes={name: Outcome("error", detail) for name in self.techniques}))
 
     def stop(self) -> None:
         """Ends the process: by itself when it waits for the next type, and by force otherwise."""
@@ -140,7 +159,7 @@ class _Worker:
             self.process = None
 
 
-def _serve(connection: Connection, frozen: bool) -> None:
+def _serve(connection: Connection, frozen: bool, techniques: tuple[str, ...]) -> None:
     """The loop of a worker's process."""
     import transformers
 
@@ -149,18 +168,20 @@ def _serve(connection: Connection, frozen: bool) -> None:
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError):
         while True:
-            connection.send(asdict(attempt(*connection.recv(), frozen=frozen)))
+            connection.send(asdict(attempt(*connection.recv(), frozen, techniques)))
 
 
-def attempt(kind: str, model_type: str, frozen: bool = False) -> Record:
-    """Builds a type, and tries every technique on it, each on a model of its own."""
+def attempt(kind: str, model_type: str, frozen: bool = False, techniques: Iterable[str] = tuple(TECHNIQUES)) -> Record:
+    """Builds a type, and tries techniques on it, each on a model of its own."""
     record = Record(kind, model_type)
     if model_type in tiny_zoo.IMPOSSIBLE:
         record.unbuilt = tiny_zoo.IMPOSSIBLE[model_type]
         return record
     untouched = Untouched(kind, model_type)
     record.made_up = made_up(kind, untouched.model)
-    for name in TECHNIQUES:
+    for name in techniques:
+        if kind not in KINDS.get(name, (kind,)):
+            continue
         model = tiny_zoo.build(kind, model_type).requires_grad_(not frozen)
         record.outcomes[name] = try_technique(name, model, untouched)
     return record
@@ -207,9 +228,26 @@ class Untouched:
             run.step(reading, reading.ids[:, -1:])
         return called
 
-    def calibration(self) -> Any:
-        """Token ids, or dictionaries as the processor of the type returns them where it cannot be run without."""
-        if self.type in tiny_inputs.NEEDED:
+    @cached_property
+    def with_images(self) -> list[Inputs]:
+        """Prompts with tokens that stand for an image, in one row and, with pictures where `tiny_inputs` has them or
+        else with left padding, in two."""
+        if self.type in tiny_inputs.INPUTS:
+            return [tiny_inputs.INPUTS[self.type](self.model, rows, seed=9) for rows in (1, 2)]
+        ids = Inference(self.model).prompt(PREFIX + STEPS, batch=2, image=IMAGE_TOKENS)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        padded = {"input_ids": ids, "attention_mask": mask}
+        try:
+            Inference(self.model, padded).decode(padded, WITH_IMAGE)
+        except UnsupportedModelError:
+            return [ids[:1], ids]
+        return [ids[:1], padded]
+
+    def calibration(self, pictures: bool = False) -> Any:
+        """Token ids, or dictionaries as the processor of the type returns them where it cannot be run without, or
+        wherever it can be with `pictures`."""
+        if self.type in tiny_inputs.NEEDED or (pictures and self.type in tiny_inputs.INPUTS):
             return [tiny_inputs.INPUTS[self.type](self.model, seed=seed) for seed in range(CALIBRATION_ROWS)]
         return tiny_inputs.text(CALIBRATION_ROWS, CALIBRATION_TOKENS)
 
@@ -222,8 +260,8 @@ def try_technique(name: str, model: nn.Module, untouched: Untouched) -> Outcome:
         try:
             hasten.accelerate(
                 model,
-                TECHNIQUES[name],
-                calibration=untouched.calibration(),
+                TECHNIQUES[name](model),
+                calibration=untouched.calibration(pictures=name == "VisionTokens"),
                 measure_speed=False,
                 measure_drift=False,
             )
@@ -234,7 +272,7 @@ def try_technique(name: str, model: nn.Module, untouched: Untouched) -> Outcome:
         changed = before.changed(model)
         if not changed:
             raise Wrong("nothing was changed")
-        distance = compare(name, model, untouched)
+        distance = compare_pruned(model, untouched) if name == "VisionTokens" else compare(name, model, untouched)
         hasten.revert(model)
         before.compare(model)
         return Outcome("works", "", distance, len(changed & untouched.called), len(untouched.called), seconds)
@@ -270,6 +308,39 @@ def compare(name: str, model: nn.Module, untouched: Untouched) -> float:
         if not differs:
             raise Wrong("logits in decode are the untouched model's")
     return largest
+
+
+def compare_pruned(model: nn.Module, untouched: Untouched) -> float:
+    """The largest distance of the logits of a model that drops image tokens from the untouched one's, relative to the
+    largest logit.
+
+    Raises:
+        Wrong: they are the same on a prompt with an image, or not finite; or they are not the same without an image, or
+            where all image tokens are kept.
+    """
+    largest, kept = 0.0, tiny_zoo.build(*untouched.type)
+    hasten.accelerate(kept, pruning(kept, 1.0), measure_speed=False, measure_drift=False)
+    for prompt in untouched.with_images:
+        expected, found, whole = (
+            Inference(each, prompt).decode(prompt, WITH_IMAGE) for each in (untouched.model, model, kept)
+        )
+        distance = relative(found, expected)
+        if not TOLERANCE < distance < float("inf"):
+            raise Wrong(f"logits after an image are {distance:.2g} from the untouched model's")
+        if not relative(whole, expected) <= TOLERANCE:
+            raise Wrong("logits are not the untouched model's where all image tokens are kept")
+        largest = max(largest, distance)
+    for prompt, expected in zip(untouched.prompts, untouched.logits, strict=True):
+        text = untouched.type not in tiny_inputs.NEEDED
+        if text and not relative(Inference(model, prompt).decode(prompt, PREFIX), expected) <= TOLERANCE:
+            raise Wrong("logits are not the untouched model's without an image")
+    return largest
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest distance of logits from others, relative to the largest of these that the model does not suppress."""
+    finite = expected.abs() < torch.finfo(torch.float32).max / 2
+    return float(((found - expected) * finite).abs().max() / expected[finite].abs().max())
 
 
 class Photograph:

@@ -132,6 +132,7 @@ MAMBA_LAYERS = {
     "mamba_n_groups": 2,
     "mamba_chunk_size": 16,
 }
+PLACES = {"image_token_id": VOCABULARY - 1, "video_token_id": VOCABULARY - 2}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": MAMBA_LAYERS | {"attn_layer_indices": [1], "num_hidden_layers": 3},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -213,7 +214,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "hunyuan_vl_vision": {"max_image_size": 64, "img_max_token_num": 64},
     "instructblip": {"image_token_index": VOCABULARY - 1},
     "instructblipvideo": {"video_token_index": VOCABULARY - 1},
@@ -225,9 +226,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "longcat_flash": {"zero_expert_num": 2, "head_dim": 8},
     "mamba2": MAMBA2 | {"num_heads": 8},
+    "mllama_text_model": {"cross_attention_layers": [1], "num_hidden_layers": 3},
     "mllama_vision_model": {"intermediate_layers_indices": [0], "vision_output_dim": 2 * WIDTH},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [16, 16], "patch_size": 4},
+    **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni"), PLACES),
     "mistral4": {"qk_rope_head_dim": HEAD},
     "muse_spark_audio": {"patch_sizes": (4, 2), "hidden_sizes": (32, WIDTH), "depths": (1, 1)},
     "muse_spark_text": {"moe_hidden_size": WIDTH},
@@ -354,6 +357,8 @@ def _shrunk(config_class: type, given: dict[str, Any], ids: dict[int, int]) -> P
             values[name] = ids.setdefault(value, VOCABULARY - 1 - len(ids))
         elif name == "rope_parameters" and isinstance(value, dict):
             values[name] = _rope(value)
+        elif name == "deepstack_visual_indexes" and value:
+            values[name] = [0]
     stored = _stored(default)
     if "num_key_value_heads" in values and stored["num_key_value_heads"] == stored.get("num_attention_heads"):
         values["num_key_value_heads"] = HEADS

@@ -78,6 +78,9 @@ def image_tokens(model: nn.Module, layers: dict[str, nn.Module]) -> ImageTokens:
         kind = getattr(model.config, "model_type", None)
         reason = f"its configuration names no token in place of which an image stands (its model_type is {kind!r})"
         raise UnsupportedModelError("", type(model).__qualname__, reason, "pass a model that reads images as tokens")
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "its encoder reads the image, and its decoder attends to all that the encoder returns"
+        raise UnsupportedModelError("", type(model).__qualname__, reason, "pass a model that reads images as tokens")
     for name, layer in layers.items():
         if crossing := next((path for path, _ in layer.named_modules() if "cross" in path or "encoder" in path), None):
             reason = f"{crossing} attends to the image or to an encoder, not to tokens in the place of an image"
@@ -102,6 +105,8 @@ def refusal(images: ImageTokens, index: int, implementation: str | None) -> Refu
         reason = "it is no layer of a model in transformers, and may look at more than the tokens it is given"
     elif mixer := next((path for path, module in below.items() if isinstance(module, nn.Conv1d)), None):
         reason = f"{mixer} mixes each token with those right before it, and would mix in others were these left out"
+    elif indexer := next((path for path in below if "indexer" in path), None):
+        reason = f"{indexer} picks among the entries of the cache by their places, which change where some are left out"
     elif path is None:
         reason = "it has no self-attention that calls the function that its configuration names"
     elif implementation == "flex_attention":

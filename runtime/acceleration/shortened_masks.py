@@ -11,7 +11,7 @@ def along_tokens(x: torch.Tensor, tokens: torch.Tensor, dim: int) -> torch.Tenso
     what has as many dimensions more as [3, B, T] has than [B, T], the one before `dim`.
     """
     dim %= x.dim()
-    if dim == 1:
+    if dim == 1 and not x.is_complex():
         return gather_tokens([x], tokens)[0]
     if len(tokens) == 1:
         return x.index_select(dim, tokens[0])

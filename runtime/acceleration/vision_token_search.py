@@ -94,6 +94,7 @@ def search_vision_tokens(
     questions = Questions(model, processor, samples, batch_size, max_new_tokens)
     search = _Search(technique, questions, metric, anatomy)
     known = _Known(resume, search.fingerprint() if resume is not None else "")
+    before = len(known.values)
     with progress(None, "searching", unit="schedule") as bar:
 
         def evaluated(shares: Shares, value: float) -> None:
@@ -120,7 +121,7 @@ def search_vision_tokens(
             known=known.values,
             on_evaluation=evaluated,
         )
-        shares, value, made, name = found.shares, found.metric, 1 + found.evaluations, "g_search"
+        shares, value, name = found.shares, found.metric, "g_search"
         if budget is not None:
             fitted = p_sigmoid_search(
                 search.evaluate,
@@ -136,7 +137,6 @@ def search_vision_tokens(
                 on_evaluation=evaluated,
             )
             shares, value, name = fitted.shares, fitted.metric, "p_sigmoid"
-            made += fitted.evaluations
             if search.cost(found.shares) <= budget and found.metric >= fitted.metric:
                 shares, value, name = found.shares, found.metric, "g_search"
     return FoundSchedule(
@@ -147,7 +147,7 @@ def search_vision_tokens(
         full,
         search.cost(shares),
         questions.image_tokens,
-        made,
+        len(known.values) - before,
         found.sweep,
     )
 

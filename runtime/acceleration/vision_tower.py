@@ -47,15 +47,16 @@ class VisionTower:
         Raises:
             ValueError: the patches do not become so many tokens in a way that is known.
         """
+        if given.get("pixel_values") is not None and given.get("pixel_values_videos") is not None:
+            raise ValueError("score='vision' takes a prompt with pictures or with videos, got one with both")
         tiles = [tile for call in patches for tile in call]
         total = sum(len(tile) for tile in tiles)
         if hasattr(self.owner, "pack_image_features") and "image_sizes" in given:
             scores = self._packed(tiles, given)
         elif hasattr(self.module, "spatial_merge_size"):  # its patches come in the order of tokens, group by group
             scores = torch.cat(tiles).view(-1, self.module.spatial_merge_size**2).mean(1)
-            if hasattr(self.module, "get_window_index") and "image_grid_thw" in given:
-                order, _ = self.module.get_window_index(given["image_grid_thw"])
-                scores = scores[torch.as_tensor(order, device=scores.device).argsort()]
+            if hasattr(self.module, "window_size"):
+                scores = scores[self._windows(given).to(scores.device).argsort()]
         else:
             side = math.isqrt(max(1, total // count)) if count else 1
             scores = torch.cat([_pooled(tile, side) for tile in tiles])
@@ -65,6 +66,14 @@ class VisionTower:
                 "image tokens; use another score for this model"
             )
         return scores
+
+    def _windows(self, given: Mapping[str, Any]) -> torch.Tensor:
+        """The order in which a tower with windows (Qwen2.5-VL) has its groups of patches."""
+        grids = given.get("image_grid_thw") if given.get("pixel_values") is not None else given.get("video_grid_thw")
+        from transformers.vision_utils import get_vision_window_index  # not in every version that hasten takes
+
+        sizes = self.module.spatial_merge_size, self.module.window_size, self.module.patch_size
+        return get_vision_window_index(grids, *sizes)[0]
 
     def _packed(self, tiles: list[torch.Tensor], given: Mapping[str, Any]) -> torch.Tensor:
         """Scores of tiles, packed as the model packs their features (LLaVA-Next, LLaVA-OneVision): what it adds between

@@ -29,6 +29,7 @@ SAMPLE = {
     "an inner language model": ("image-text", "blip-2"),
     "pictures in every step": ("image-text", "idefics"),
 }
+IMAGES_AS_TOKENS = ("llava", "qwen2_vl")
 LINEAR_ATTENTION = ("mamba2", "bamba", "qwen3_next")
 
 
@@ -36,8 +37,12 @@ LINEAR_ATTENTION = ("mamba2", "bamba", "qwen3_next")
 def test_every_make_up(name):
     kind, model_type = SAMPLE[name]
     outcomes = sweep.attempt(kind, model_type).outcomes
-    fast = outcomes.pop("FastLinearAttention")
+    fast, pruned = outcomes.pop("FastLinearAttention"), outcomes.pop("VisionTokens", None)
     assert (fast.outcome == "works") == (model_type in LINEAR_ATTENTION) and fast.outcome in ("works", "refused"), fast
+    if kind == "image-text":
+        assert pruned.outcome == ("works" if model_type in IMAGES_AS_TOKENS else "refused"), pruned
+    else:
+        assert pruned is None
     assert {technique: outcome.outcome for technique, outcome in outcomes.items()} == dict.fromkeys(
         outcomes, "works"
     ), outcomes

@@ -16,6 +16,8 @@ from vision_models import FAMILIES, IMAGE, LAYERS, VIDEO, inputs
 
 import hasten
 from hasten.acceleration.anatomy import Anatomy
+from hasten.acceleration.shortened_masks import cut_mask
+from hasten.acceleration.techniques import vision_token_layers
 from hasten.bench.runtime import tiny_zoo
 from hasten.errors import UnsupportedModelError
 
@@ -104,6 +106,19 @@ def test_the_cache_holds_what_is_kept(name):
     window = vision_models.WINDOW - 1 if name == "gemma3" else tokens
     sliding = [name == "gemma3" and layer % 2 == 0 for layer in range(LAYERS)]
     assert found == [min(window, size) if slides else size for size, slides in zip(left, sliding, strict=True)]
+
+
+def test_layers_of_one_stage_share_their_masks(monkeypatch):
+    model, made = model_of("llava"), []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return cut_mask(*arguments)
+
+    with accelerated(model, STAGES[1]):
+        monkeypatch.setattr(vision_token_layers, "cut_mask", counted)
+        generate(model, inputs("llava", model, PADDED), 4)
+    assert len(made) == 4 * len(STAGES[1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

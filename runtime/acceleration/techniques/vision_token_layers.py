@@ -97,6 +97,7 @@ class Pass:
     heard: bool = True
     drops: dict[int, Drop] = field(default_factory=dict)
     _made: dict[tuple, tuple] = field(default_factory=dict)
+    _all: Entries | None = None
 
     def once(self, make: Callable, *of) -> Any:
         """make(*of), made once for the same objects: layers of one stage share masks and rotary tables."""
@@ -107,7 +108,9 @@ class Pass:
 
     def all_entries(self, like: torch.Tensor) -> Entries:
         """Those of all T tokens, for hidden states [B, T, D]."""
-        return Entries.all_of(self.count, len(like), like.device)
+        if self._all is None:
+            self._all = Entries.all_of(self.count, len(like), like.device)
+        return self._all
 
 
 class VisionTokenPruning:
@@ -293,30 +296,18 @@ class PrunedLayer(Forward):
     def _shortened(self, present: Pass, hidden_states: torch.Tensor, keywords: dict[str, Any]) -> dict[str, Any]:
         """The other arguments of a call for the tokens that are left; the cache is told which these are."""
         cache, entries = _cache(keywords), present.entries
-        queries = keys = entries or present.once(present.all_entries, hidden_states)
+        queries = keys = entries or present.all_entries(hidden_states)
         if cache is not None:
             layer = _shortened_layer(cache, self.index)
             layer.next = keys = present.once(_following, layer.entries, queries)
         keywords = dict(keywords)
         for name, value in keywords.items():
             if name == "attention_mask":
-                keywords[name] = present.once(self._mask, value, queries, keys, hidden_states.dtype)
+                how = (hidden_states.dtype, self.pruning.flash, self.causal)
+                keywords[name] = present.once(cut_mask, value, queries, keys, *how)
             elif entries is not None and name not in CACHES:
-                keywords[name] = present.once(self._of_tokens, value, entries)
+                keywords[name] = present.once(_of_tokens, value, entries)
         return keywords
-
-    def _mask(self, given, queries: Entries, keys: Entries, dtype: torch.dtype):
-        return cut_mask(given, queries, keys, dtype, self.pruning.flash, self.causal)
-
-    def _of_tokens(self, value: Any, entries: Entries) -> Any:
-        """An argument for some of the tokens it is for: rotary tables [..., T, D], positions and others [.., T, ..]."""
-        if isinstance(value, tuple | list):
-            return type(value)(self._of_tokens(part, entries) for part in value)
-        if not isinstance(value, torch.Tensor) or entries.read not in value.shape[1:]:
-            return value
-        if value.is_floating_point() and value.dim() >= 3 and value.shape[-2] == entries.read:
-            return along_tokens(value, entries.tokens, -2)
-        return along_tokens(value, entries.tokens, 1 if value.shape[1] == entries.read else -1)
 
     def beside_definition(self, hidden_states, *arguments, **keywords):
         """A call on an empty cache, and the layer of the model's class on all tokens, with the dropped ones masked."""
@@ -342,7 +333,8 @@ class PrunedLayer(Forward):
         seen.scatter_(1, after.tokens, torch.zeros_like(seen) if after.bias is None else after.bias)
         everything = present.all_entries(hidden_states)
         masked = Entries(everything.tokens, seen, present.count)
-        mask = self._mask(keywords.get("attention_mask"), everything, masked, hidden_states.dtype)
+        how = (hidden_states.dtype, self.pruning.flash, self.causal)
+        mask = cut_mask(keywords.get("attention_mask"), everything, masked, *how)
         keywords = {name: value for name, value in keywords.items() if name not in CACHES} | {"attention_mask": mask}
         return _first(type(self.module).forward(self.module, hidden_states, **keywords))
 
@@ -377,6 +369,17 @@ def _cache(keywords: Mapping[str, Any]) -> Cache | None:
 
 def _length(cache: Cache | None, index: int) -> int:
     return 0 if cache is None else cache.get_seq_length(index)
+
+
+def _of_tokens(value: Any, entries: Entries) -> Any:
+    """An argument for some of the tokens it is for: rotary tables [..., T, D], positions and others [.., T, ..]."""
+    if isinstance(value, tuple | list):
+        return type(value)(_of_tokens(part, entries) for part in value)
+    if not isinstance(value, torch.Tensor) or entries.read not in value.shape[1:]:
+        return value
+    if value.is_floating_point() and value.dim() >= 3 and value.shape[-2] == entries.read:
+        return along_tokens(value, entries.tokens, -2)
+    return along_tokens(value, entries.tokens, 1 if value.shape[1] == entries.read else -1)
 
 
 def _following(before: Entries | None, entries: Entries) -> Entries:

@@ -79,10 +79,15 @@ class VisionTokens(Technique):
             reason = f"features of the image are added to what the first {images.deep_stack} layers return"
             kind, remedy = kind_of(images.layers[names[first]]), f"drop from layer {images.deep_stack} on"
             raise UnsupportedModelError(names[first], kind, reason, remedy)
+        implementation = anatomy.decoder.config._attn_implementation
+        if self.mode == "merge" and "flash" in (implementation or ""):
+            reason = f"mode='merge' adds to the logits of merged tokens, which {implementation} cannot"
+            remedy = "use mode='drop', or load the model with attn_implementation='sdpa'"
+            raise UnsupportedModelError("", type(anatomy.model).__qualname__, reason, remedy)
         listens = self.mode == "drop" and isinstance(self._score(anatomy), Attention)
         used = {*range(first, len(names)), *(layer - 1 for layer in stages if listens)}
         for index in sorted(used):
-            if found := refusal(images, index, anatomy.decoder.config._attn_implementation):
+            if found := refusal(images, index, implementation):
                 raise found.error()
         return tuple(names[first:])
 
