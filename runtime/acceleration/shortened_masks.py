@@ -48,18 +48,16 @@ def cut_mask(
         own = queries.tokens + (keys.read - queries.read if causal else keys.read)
         allowed = keys.tokens[:, None, None, :] <= own[:, None, :, None]
         return _biased(allowed, bias, dtype)
-    places = keys.tokens - (keys.read - given.shape[-1])
-    outside = places < 0  # of a window, which masks cover alone
-    places = places.clamp(min=0)
+    places = keys.tokens
+    if left := keys.read - given.shape[-1]:  # keys before a window, which is all that such a mask covers
+        outside = places < left
+        bias = torch.zeros(outside.shape, device=outside.device) if bias is None else bias
+        bias, places = bias.masked_fill(outside, -torch.inf), (places - left).clamp(min=0)
     if given.dim() == 2:
-        cut = along_tokens(given.bool(), places, 1) & ~outside
+        cut = along_tokens(given.bool(), places, 1)
         return cut if bias is None else cut & (bias > -torch.inf)
     cut = given if queries.tokens.shape[1] == given.shape[-2] else along_rows(given, queries.tokens)
     cut = along_columns(cut, places)
-    if bool(outside.any()):
-        bias = (torch.zeros(outside.shape, device=outside.device) if bias is None else bias).masked_fill(
-            outside, -torch.inf
-        )
     return cut if bias is None else _biased(cut, bias, dtype)
 
 

@@ -180,7 +180,7 @@ class VisionTokenPruning:
             _refuse_cache(cache)
         if images is not None or is_shortened(cache):
             _refuse_outputs(given, model.config, self.config)
-        real = _real(given.get("attention_mask"))
+        real = None if images is None else _real(given.get("attention_mask"))
         predictions = given.get("logits_to_keep")
         candidates = predictions - 1 if type(predictions) is int and predictions > 1 else 0
         prompt = max(1, ids.shape[1] - candidates)
