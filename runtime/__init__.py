@@ -35,7 +35,9 @@ _WHERE = {
     "acceleration.report": ("Report",),
     "pipelines.record": ("Run",),
     "acceleration.saving": ("load", "save"),
-    "acceleration.techniques": ("Cats", "DenseDecode", "FastLinearAttention", "Teal", "VisionTokens", "Wina"),
+    "acceleration.techniques": (
+        *("Cats", "DenseDecode", "DistinctTiles", "FastLinearAttention", "Teal", "VisionTokens", "Wina"),
+    ),
     "acceleration.found_schedule": ("FoundSchedule",),
     "acceleration.vision_token_search": ("search_vision_tokens",),
     "sparsity.vision_tokens": ("FastV", "PSigmoid", "Pyramid", "Stages"),

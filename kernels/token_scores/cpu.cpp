@@ -14,10 +14,10 @@ constexpr int64_t AHEAD = 4096;          // bytes that keys are fetched in advan
 constexpr int64_t COLUMNS_OF_JOB = 256;  // of the sums over rows
 
 // query [B][Q][H][D], key of B, G, T and D with strides in elements; mask [B][1][T], or [B][Q][T] (mask_per_query), or
-// null; scores [B][T].
+// null; softcap 0 for none; scores [B][T].
 struct TokenScoresArguments {
     int32_t dtype, threads, mask_per_query;
-    float scale;
+    float scale, softcap;
     float* scores;
     const void *query, *key;
     const uint8_t* mask;
@@ -83,11 +83,14 @@ inline void dot_key(Vec* sums, const T* key, int64_t ahead, int64_t D, const typ
     for (int b = 0; b < ROWS; b++) sums[b * KEYS] = own[b];
 }
 
-// logits[b][t] = scale * key[t] . x[b] for ROWS packed queries, of which `rows` are stored, and `count` keys; logits
-// [rows][logits_stride], with room for round_up(count, WIDTH).
+// softcap * tanh(logits / softcap), or the logits themselves where softcap is 0
+inline Vec capped(Vec logits, float softcap) { return softcap == 0 ? logits : tanh(logits / softcap) * softcap; }
+
+// logits[b][t] = scale * key[t] . x[b], capped, for ROWS packed queries, of which `rows` are stored, and `count` keys;
+// logits [rows][logits_stride], with room for round_up(count, WIDTH).
 template <class T, int ROWS>
 inline void dot_keys(float* logits, int64_t logits_stride, int64_t rows, const T* key, int64_t key_stride,
-                     int64_t count, int64_t D, const typename Dot<T>::X* x, float scale) {
+                     int64_t count, int64_t D, const typename Dot<T>::X* x, float scale, float softcap) {
     constexpr int KEYS = ROWS < WIDTH ? WIDTH / ROWS : 1, SUMS = ROWS * KEYS;
     const int64_t bytes = key_stride * sizeof(T), ahead = bytes ? round_up(AHEAD, bytes < 0 ? -bytes : bytes) : 0;
     for (int64_t t = 0; t < count; t += KEYS) {
@@ -95,7 +98,7 @@ inline void dot_keys(float* logits, int64_t logits_stride, int64_t rows, const T
         for (int i = 0; i < KEYS; i++)
             dot_key<T, ROWS, KEYS>(sums + i, key + smaller(t + i, count - 1) * key_stride, ahead, D, x);
         float found[SUMS];
-        for (int i = 0; i < SUMS; i += WIDTH) store(found + i, sums_of(sums + i) * scale);
+        for (int i = 0; i < SUMS; i += WIDTH) store(found + i, capped(sums_of(sums + i) * scale, softcap));
         for (int64_t b = 0; b < rows; b++)
             memcpy(logits + b * logits_stride + t, found + b * KEYS, sizeof(float) * KEYS);
     }
@@ -162,7 +165,7 @@ template <class T> int score(const TokenScoresArguments& in) {
                 constexpr int ROWS = decltype(width)::value;
                 dot_keys<T, ROWS>(logits + (group * rows + r) * stride + first, stride, smaller(rows - r, TOGETHER),
                                   (const T*)in.key + before, in.key_stride, smaller(KEYS_OF_JOB, in.T - first), D,
-                                  x + (group * packed_rows + r) * x_stride, in.scale);
+                                  x + (group * packed_rows + r) * x_stride, in.scale, in.softcap);
                 return 0;
             });
     });

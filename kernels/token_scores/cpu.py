@@ -12,6 +12,7 @@ class TokenScoresArguments(cpu.Arguments):
         ("threads", cpu.FLAG),
         ("mask_per_query", cpu.FLAG),
         ("scale", cpu.REAL),
+        ("softcap", cpu.REAL),
         ("scores", cpu.POINTER),
         ("query", cpu.POINTER),
         ("key", cpu.POINTER),
@@ -31,7 +32,9 @@ class TokenScoresArguments(cpu.Arguments):
 _token_scores = cpu.Function("token_scores", TokenScoresArguments)
 
 
-def launch(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def launch(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float | None
+) -> torch.Tensor:
     """query [B, Q, H, D], contiguous, key [B, G, T, D] with a last stride of 1, mask bool [B, 1 or Q, T], contiguous,
     or None -> float32 [B, T]; no size is 0."""
     (B, Q, H, D), (G, T) = query.shape, key.shape[1:3]
@@ -42,6 +45,7 @@ def launch(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, sc
             threads=torch.get_num_threads(),
             mask_per_query=mask is not None and mask.shape[1] == Q,
             scale=scale,
+            softcap=softcap or 0.0,
             scores=scores.data_ptr(),
             query=query.data_ptr(),
             key=key.data_ptr(),

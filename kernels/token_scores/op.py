@@ -11,12 +11,17 @@ from . import cpu, reference
 MOST_ROWS = 64  # queries times heads on one head of keys: with more, torch's matrix product is faster on CPUs
 
 _library = torch.library.Library("hasten", "FRAGMENT")
-_library.define("token_scores(Tensor query, Tensor key, Tensor? mask, float? scale) -> Tensor")
+_library.define("token_scores(Tensor query, Tensor key, Tensor? mask, float? scale, float? softcap) -> Tensor")
 _library.define("gather_tokens(Tensor[] tensors, Tensor columns) -> Tensor[]")
 
 
 def token_scores(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """query [B, Q, H, D], key [B, G, T, D] -> scores [B, T]: the attention that each key receives, softmax over T of
     scale * q . k, as the mean over H heads and Q queries.
@@ -34,21 +39,28 @@ def token_scores(
             What is masked scores 0. A query without any allowed key is left out of the mean, and a row of the batch
             without any such query is 0.
         scale: of the products; None for D ** -0.5.
+        softcap: logits are softcap * tanh(scale * q . k / softcap), as Gemma 2's (arXiv:2408.00118); None for plain
+            ones.
 
     Raises:
         TypeError: dtypes that do not fit.
-        ValueError: shapes, devices or strides that do not fit, or a scale that is not finite.
+        ValueError: shapes, devices or strides that do not fit, a scale that is not finite, or a softcap that is no
+            positive float32.
         NotImplementedError: an input that requires grad (see `hasten.kernels.checks`).
     """
     tensors = {"query": query, "key": key, "mask": mask}
     checks.check_tensors(**tensors)
     if scale is not None:
         checks.check_number("scale", scale)
+    if softcap is not None:
+        checks.check_number("softcap", softcap)
+        if not softcap >= torch.finfo(torch.float32).tiny:
+            raise ValueError(f"softcap: expected a positive float32, got {softcap!r}")
     if torch.is_grad_enabled():
         if backend.is_reference():
-            return _run(query, key, mask, scale)
+            return _run(query, key, mask, scale, softcap)
         checks.refuse_gradients(**tensors)
-    return _op(query, key, mask, scale)
+    return _op(query, key, mask, scale, softcap)
 
 
 def gather_tokens(tensors: Sequence[torch.Tensor], columns: torch.Tensor) -> list[torch.Tensor]:
@@ -96,24 +108,24 @@ def _check(query, key, mask):
         checks.check_device(query, "mask", mask, "query")
 
 
-def _run(query, key, mask, scale):
+def _run(query, key, mask, scale, softcap):
     _check(query, key, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     name = backend.choose(query)
     rows = query.shape[1] * query.shape[2] // key.shape[1]
     if name == "reference" or (name == "cpu" and rows > MOST_ROWS) or not query.numel() or not key.numel():
-        return reference.token_scores(query, key, mask, scale)
+        return reference.token_scores(query, key, mask, scale, softcap)
     query = query.contiguous()
     mask = mask if mask is None or mask.dim() == 3 else mask[:, None]
     mask = None if mask is None else mask.contiguous()
     if name == "triton":
         from . import triton
 
-        return triton.token_scores(query, key, mask, scale)
-    return cpu.launch(query, key, mask, scale)
+        return triton.token_scores(query, key, mask, scale, softcap)
+    return cpu.launch(query, key, mask, scale, softcap)
 
 
-def _fake(query, key, mask, scale):
+def _fake(query, key, mask, scale, softcap):
     _check(query, key, mask)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(key.shape[0], key.shape[2], dtype=dtype)

@@ -7,14 +7,23 @@ import torch
 from ..sequence import state_dtype
 
 
-def token_scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def token_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """query [B, Q, H, D], key [B, G, T, D], mask bool [B, T] or [B, Q, T] or None -> [B, T].
 
-    The mean over heads and queries of softmax_t(scale * q . k_t); queries without an allowed key are left out.
+    The mean over heads and queries of softmax_t(l_t), l_t = scale * q . k_t, with a softcap c of c * tanh(l_t / c);
+    queries without an allowed key are left out.
     """
     G, dtype = key.shape[1], state_dtype(query)
     grouped = query.to(dtype).unflatten(2, (G, -1))  # [B, Q, G, H / G, D]
     logits = torch.einsum("bqghd,bgtd->bgqht", scale * grouped, key.to(dtype))
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
     if mask is None:
         return logits.softmax(-1).mean((1, 2, 3))
     mask = (mask if mask.dim() == 3 else mask[:, None]).expand(-1, query.shape[1], -1)[:, None, :, None]

@@ -108,3 +108,6 @@ QUANTISED_MARKS = ("quant_state", "qweight", "weight_scale", "weight_scale_inv",
 
 # Names of the modules that see pictures, below the model that holds them.
 VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "vision_backbone", "image_encoder")
+
+# Arguments of vision towers that read the patches of all pictures as one sequence.
+OF_PACKED_PICTURES = {"grid_thw", "image_grid_thw", "image_grid_hw", "image_sizes", "target_sizes"}

@@ -1,9 +1,11 @@
 """The vision tower of a multimodal model: whose attention ranks patches, and which image tokens these become."""
 
+import contextlib
 import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,47 @@ from torch import nn
 from hasten.acceleration.families import VISION_TOWERS
 from hasten.acceleration.image_tokens import attentions_below
 from hasten.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class TowerRun:
+    """What those that listen to a tower must know of its run.
+
+    Attributes:
+        places: int64 [tiles], for each tile of the call its place among those that are computed; None where all are.
+        heard: whether it counts: not what runs beside a call to check it.
+    """
+
+    places: torch.Tensor | None = None
+    heard: bool = True
+
+
+_present: ContextVar[TowerRun | None] = ContextVar("hasten_tower_run", default=None)  # of this thread
+
+
+def present_run() -> TowerRun:
+    """The run of the vision tower of which this is a part."""
+    return _present.get() or TowerRun()
+
+
+@contextlib.contextmanager
+def run_with(places: torch.Tensor) -> Iterator[None]:
+    """While open, a tower computes some of the tiles, of which each tile of the call has one in these places."""
+    before = _present.set(TowerRun(places, present_run().heard))
+    try:
+        yield
+    finally:
+        _present.reset(before)
+
+
+@contextlib.contextmanager
+def run_unheard() -> Iterator[None]:
+    """While open, runs of a tower do not count."""
+    before = _present.set(TowerRun(heard=False))
+    try:
+        yield
+    finally:
+        _present.reset(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +141,18 @@ class VisionTower:
         return torch.cat([*packed]).flatten() if isinstance(packed, list | tuple) else packed.flatten()
 
 
+def tower_name(model: nn.Module) -> str | None:
+    """The path of the vision tower of a model, None if it has none."""
+    return next((name for name, _ in model.named_modules() if name.rpartition(".")[2] in VISION_TOWERS), None)
+
+
 def vision_tower(model: nn.Module) -> VisionTower:
     """The vision tower of a model.
 
     Raises:
         UnsupportedModelError: none is found, or its attention cannot be listened to.
     """
-    modules = dict(model.named_modules())
-    name = next((name for name in modules if name.rpartition(".")[2] in VISION_TOWERS), None)
+    modules, name = dict(model.named_modules()), tower_name(model)
     attentions = [] if name is None else [f"{name}.{below}" for below in attentions_below(modules[name])]
     if not attentions:
         reason = "it has no vision tower whose attention calls the function that its configuration names"

@@ -160,7 +160,8 @@ def attention(dtype):
         query, key = torch.randn(2, Q, H, D).to(dtype), torch.randn(2, G, T, D).to(dtype)
         for mask in (None, torch.rand(2, T) > 0.5, torch.rand(2, Q, T) > 0.5):
             yield token_scores, (query, key, mask), {}
-        yield token_scores, (query, key.transpose(1, 2).contiguous().transpose(1, 2)), {"scale": 0.1}
+        others = {"scale": 0.1, "softcap": 2.0}
+        yield token_scores, (query, key.transpose(1, 2).contiguous().transpose(1, 2)), others
 
 
 def main() -> None:

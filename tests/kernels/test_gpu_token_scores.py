@@ -39,10 +39,9 @@ def run(query, key, mask, **settings):
     return scores
 
 
-def expect(query, key, mask, scale=None):
-    return reference.token_scores(
-        query.double(), key.double(), mask, query.shape[-1] ** -0.5 if scale is None else scale
-    )
+def expect(query, key, mask, scale=None, softcap=None):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return reference.token_scores(query.double(), key.double(), mask, scale, softcap)
 
 
 def multiplies(dtype, Q, H, G):
@@ -58,6 +57,15 @@ def test_matches_reference(mask, size, dtype):
         pytest.skip("the interpreter cannot multiply bf16")
     arguments = make(*size, dtype, mask)
     assert_close(run(*arguments), expect(*arguments))
+
+
+@pytest.mark.parametrize("softcap", [1e-3, 0.3, 50.0, 1e9])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_softcaps(queries, softcap):
+    arguments = make(2, queries, 4, 2, 130, 40, mask="of queries")
+    for scale in (1e-4, 0.2, 30.0, 1e30):
+        settings = {"scale": scale, "softcap": softcap}
+        assert_close(run(*arguments, **settings), expect(*arguments, **settings))
 
 
 @on_gpu

@@ -1,6 +1,8 @@
 """token_scores and gather_tokens on CPUs: every instruction set against the float64 definition, laws, errors,
 torch.compile."""
 
+import math
+
 import pytest
 import torch
 from harness import assert_close, short
@@ -36,12 +38,13 @@ def inputs(B, Q, H, G, T, D, dtype=torch.float32, mask="none"):
     return torch.randn(B, Q, H, D).to(dtype), torch.randn(B, G, T, D).to(dtype), MASKS[mask](B, Q, T)
 
 
-def definition(query, key, mask=None, scale=None):
+def definition(query, key, mask=None, scale=None, softcap=None):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return reference.token_scores(query.double(), key.double(), mask, scale)
+    return reference.token_scores(query.double(), key.double(), mask, scale, softcap)
 
 
-def test_the_definition_is_the_mean_of_attention():
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_the_definition_is_the_mean_of_attention(softcap):
     query, key, mask = inputs(2, 3, 4, 2, 7, 5, torch.float64, "of queries")
     mask[:, :, 0], mask[1, 2] = True, False
     expected = torch.zeros(2, 7, dtype=torch.float64)
@@ -50,9 +53,10 @@ def test_the_definition_is_the_mean_of_attention():
         for q in some:
             for h in range(4):
                 logits = 0.3 * key[b, h // 2] @ query[b, q, h]
+                logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
                 exponentials = torch.where(mask[b, q], logits.exp(), 0)
                 expected[b] += exponentials / exponentials.sum() / (4 * len(some))
-    torch.testing.assert_close(definition(query, key, mask, 0.3), expected)
+    torch.testing.assert_close(definition(query, key, mask, 0.3, softcap), expected)
     whole = torch.ones(2, 7, dtype=torch.bool)
     torch.testing.assert_close(definition(query, key, whole), definition(query, key))
     torch.testing.assert_close(definition(query, key, mask[:, 0]), definition(query, key, mask[:, :1].expand(2, 3, 7)))
@@ -66,6 +70,25 @@ def test_is_the_definition(isa, dtype, size, mask, poisoned):
     assert scores.dtype == torch.float32
     assert_close(scores, definition(query, key, allowed))
     assert_close(token_scores(query, key, allowed, scale=0.7), definition(query, key, allowed, 0.7))
+    capped = token_scores(query, key, allowed, scale=0.7, softcap=2.5)
+    assert_close(capped, definition(query, key, allowed, 0.7, 2.5))
+
+
+@pytest.mark.parametrize("softcap", [1e-3, 0.3, 50.0, 1e9])
+def test_softcaps(isa, softcap):
+    """Of logits far below and far above them."""
+    query, key, mask = inputs(2, 2, 6, 2, 130, 40, mask="of queries")
+    for scale in (1e-4, 0.2, 30.0):
+        expected = definition(query, key, mask, scale, softcap)
+        assert_close(token_scores(query, key, mask, scale=scale, softcap=softcap), expected)
+
+
+def test_a_softcap_bounds_logits(isa):
+    query, key, _ = inputs(1, 1, 2, 2, 40, 8)
+    scores = token_scores(query * 1e15, key * 1e15, softcap=0.1)
+    assert scores.max() / scores.min() < 1.0001 * math.exp(0.2)
+    key[0, 1, 7, 3] = torch.nan
+    assert token_scores(query, key, softcap=0.1).isnan().all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -161,13 +184,15 @@ def test_empty(B, T):
 
 
 @each_mask
-def test_gradients_of_the_definition(mask):
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_gradients_of_the_definition(mask, softcap):
     query, key, allowed = inputs(2, 2, 2, 1, 4, 3, torch.float64, mask)
     if mask == "of queries":
         allowed[0, 0] = False
     with backend.use("reference"):
         assert torch.autograd.gradcheck(
-            lambda query, key: token_scores(query, key, allowed), (query.requires_grad_(), key.requires_grad_())
+            lambda query, key: token_scores(query, key, allowed, softcap=softcap),
+            (query.requires_grad_(), key.requires_grad_()),
         )
 
 
@@ -188,6 +213,11 @@ def test_gradients_of_the_definition(mask):
         (lambda a: {"mask": a["mask"].to("meta")}, ValueError, "mask: expected on cpu, the device of query, got meta"),
         (lambda a: {"scale": "1"}, TypeError, "scale: expected a number, got '1'"),
         (lambda a: {"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+        (lambda a: {"softcap": "1"}, TypeError, "softcap: expected a number, got '1'"),
+        (lambda a: {"softcap": float("nan")}, ValueError, "softcap: expected a finite number, got nan"),
+        (lambda a: {"softcap": 0.0}, ValueError, "softcap: expected a positive float32, got 0.0"),
+        (lambda a: {"softcap": -50}, ValueError, "softcap: expected a positive float32, got -50"),
+        (lambda a: {"softcap": 1e-50}, ValueError, "softcap: expected a positive float32, got 1e-50"),
     ],
 )  # fmt: skip
 def test_errors(change, error, message):
@@ -285,7 +315,7 @@ def test_compiles(compiler, can_compile):
     hidden, positions = torch.randn(2, 30, 5), torch.arange(30)[None]
 
     def select(query, key, mask):
-        scores = token_scores(query, key, mask)
+        scores = token_scores(query, key, mask, softcap=3.0)
         kept, places = gather_tokens([hidden, positions], scores.topk(7).indices.sort().values)
         return kept + 1, places
 
@@ -298,6 +328,6 @@ def test_compiles(compiler, can_compile):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=short)
 def test_are_well_made_torch_operators(dtype, mask):
     query, key, allowed = inputs(2, 3, 4, 2, 30, 8, dtype, mask)
-    torch.library.opcheck(torch.ops.hasten.token_scores.default, (query, key, allowed, None))
+    torch.library.opcheck(torch.ops.hasten.token_scores.default, (query, key, allowed, None, 2.0))
     tensors, columns = chosen()
     torch.library.opcheck(torch.ops.hasten.gather_tokens.default, (tensors[:5], columns))

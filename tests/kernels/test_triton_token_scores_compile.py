@@ -15,6 +15,7 @@ TYPES = dict.fromkeys(("p_logits", "p_most", "p_sum", "p_scores"), "*fp32") | {
     "p_mask": "*u8",
     "p_columns": "*i64",
     "scale": "fp32",
+    "softcap": "fp32",
 }
 WORDS = {1: "*i8", 2: "*i16", 4: "*i32"}
 
@@ -34,8 +35,9 @@ def tiles(dtype):
 @pytest.mark.parametrize("dtype", POINTERS, ids=short)
 @pytest.mark.parametrize("target", TARGETS)
 def test_scores_compile_without_spills(target, dtype, tmp_path):
-    cases = [(triton.logits_kernel, {**tile, "HAS_MASK": True}) for tile in tiles(dtype)]
-    cases += [(triton.logits_kernel, {**cases[0][1], "HAS_MASK": False, "p_mask": None})]
+    flags = {"HAS_MASK": True, "HAS_SOFTCAP": True}
+    cases = [(triton.logits_kernel, {**tile, **flags}) for tile in tiles(dtype)]
+    cases += [(triton.logits_kernel, {**cases[0][1], "HAS_MASK": False, "p_mask": None, "HAS_SOFTCAP": False})]
     cases += [(triton.mean_kernel, triton.MEAN_TILE)]
 
     def check(i, case):
@@ -75,5 +77,5 @@ def test_compiles_for_sizes_of_one(tmp_path):
     tile = triton.logits_tile(1, 1, torch.float16)
     ones = dict.fromkeys(("H", "G", "D", "s_kb", "s_kg", "s_kt"), 1)  # a launch makes constants of them
     settings = {"types": TYPES, "aligned": lambda name: False}
-    constants = {**tile, **ones, "HAS_MASK": True}
+    constants = {**tile, **ones, "HAS_MASK": True, "HAS_SOFTCAP": False}
     compile_ahead(triton.logits_kernel, constants, torch.float16, "cuda90", tmp_path / "logits", **settings)

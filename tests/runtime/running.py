@@ -5,9 +5,10 @@ from torch import nn
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: torch.Tensor, parts: list[int]) -> torch.Tensor:
-    """Logits [B, T, V]: a prefill of parts[0] tokens of `ids` [B, T], then the other parts with the cache."""
-    outputs, cache = [], {}
+def logits(model: nn.Module, ids: torch.Tensor, parts: list[int], **first) -> torch.Tensor:
+    """Logits [B, T, V]: a prefill of parts[0] tokens of `ids` [B, T], then the other parts with the cache. The prefill
+    takes other arguments `first`, such as pictures."""
+    outputs, cache = [], first
     for part in ids.split(parts, 1):
         output = model(input_ids=part, use_cache=True, **cache)
         names = ("past_key_values", "cache_params")
@@ -16,9 +17,9 @@ def logits(model: nn.Module, ids: torch.Tensor, parts: list[int]) -> torch.Tenso
     return torch.cat(outputs, 1)
 
 
-def decode_logits(model: nn.Module, ids: torch.Tensor, prefix: int) -> torch.Tensor:
+def decode_logits(model: nn.Module, ids: torch.Tensor, prefix: int, **first) -> torch.Tensor:
     """The same for a prefill of `prefix` tokens and then single ones."""
-    return logits(model, ids, [prefix] + [1] * (ids.shape[1] - prefix))
+    return logits(model, ids, [prefix] + [1] * (ids.shape[1] - prefix), **first)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -48,7 +48,26 @@ CONFIGS = {
         image_token_index=299,
     ),
 }
-CLASSES = {"llava": tf.LlavaForConditionalGeneration}
+# Whose tower takes pictures without hooks that transformers adds at the first run and no pickle takes, as llava's does.
+WITH_PICTURES = {
+    "paligemma": lambda: tf.PaliGemmaConfig(
+        text_config=tf.GemmaConfig(**GROUPED, head_dim=16, pad_token_id=0),
+        vision_config=tf.SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            vision_use_head=False,
+            projection_dim=64,
+        ),
+        image_token_index=298,
+        projection_dim=64,
+        hidden_size=64,
+    ),
+}
+CLASSES = {"llava": tf.LlavaForConditionalGeneration, "paligemma": tf.PaliGemmaForConditionalGeneration}
 WITHOUT_GATE = ("gpt_neox", "opt")
 MIXTURES = {
     "mixtral": lambda: tf.MixtralConfig(**GROUPED, num_local_experts=2),
@@ -57,9 +76,9 @@ MIXTURES = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-    """A model of `CONFIGS` (or `MIXTURES`) with weights large enough that its predictions are not flat."""
+    """A model of `CONFIGS`, `MIXTURES` or `WITH_PICTURES` with weights large enough that its predictions are not flat."""
     torch.manual_seed(seed)
-    config = (CONFIGS | MIXTURES)[name]()
+    config = (CONFIGS | MIXTURES | WITH_PICTURES)[name]()
     model = CLASSES[name](config) if name in CLASSES else tf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

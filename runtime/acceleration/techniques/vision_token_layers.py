@@ -221,9 +221,7 @@ class VisionTokenPruning:
         rows = torch.arange(len(query), device=query.device)[:, None]
         chosen = query.transpose(1, 2)[rows, places.clamp(min=0)]  # [B, Q, H, D]
         mask = seen_by(call.mask, places, query.shape[2], key.shape[2], call.causal)
-        if call.softcap is None:
-            return token_scores(chosen, key, mask, scale=call.scale)[:, first:]
-        return softcapped_scores(chosen, key, mask, call.scale, call.softcap)[:, first:]
+        return token_scores(chosen, key, mask, scale=call.scale, softcap=call.softcap)[:, first:]
 
     def _decide(self, present: Pass, layer: int, hidden_states: torch.Tensor) -> Drop:
         """Each row keeps its text and as many of its image tokens as the share says, whatever other rows keep. Rows
@@ -251,21 +249,6 @@ class VisionTokenPruning:
         bias = sizes.log().gather(1, places).masked_fill(order.gather(1, places) == 0, -torch.inf)
         after = Entries(before.tokens.gather(1, places), bias if bool((bias != 0).any()) else None, present.count)
         return Drop(before, after, places, into)
-
-
-def softcapped_scores(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None, softcap: float
-) -> torch.Tensor:
-    """`token_scores` with logits softcap * tanh(scale * q . k / softcap): query [B, Q, H, D], key [B, G, N, D] and mask
-    [B, Q, N] -> float32 [B, N]."""
-    keys = key.float().repeat_interleave(query.shape[2] // key.shape[1], 1)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = softcap * (torch.einsum("bqhd,bhnd->bhqn", query.float(), keys) * (scale / softcap)).tanh()
-    if mask is None:
-        return logits.softmax(-1).mean((1, 2))
-    some = mask.any(-1)[:, None, :, None]  # a query that sees none, or is none, is left out
-    weights = logits.masked_fill(some & ~mask[:, None], -torch.inf).softmax(-1) * mask[:, None]
-    return weights.sum((1, 2)) / (query.shape[2] * some.sum((1, 2)).clamp(min=1))
 
 
 def merge(x: torch.Tensor, wanted: torch.Tensor, images: torch.Tensor, sizes: torch.Tensor):

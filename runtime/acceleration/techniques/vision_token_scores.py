@@ -19,7 +19,7 @@ from hasten.acceleration.edits import Edit, Verification
 from hasten.acceleration.forwards import NO_GRADIENTS
 from hasten.acceleration.image_tokens import ImageTokens
 from hasten.acceleration.shortened_cache import Entries
-from hasten.acceleration.vision_tower import VisionTower
+from hasten.acceleration.vision_tower import VisionTower, present_run
 from hasten.errors import StateError
 from hasten.kernels import backend
 from hasten.kernels.token_scores import token_scores
@@ -210,11 +210,13 @@ class ToTower(Listener):
     class_token: bool
 
     def scores(self, call):
-        if self.pruning.present is None:
+        run = present_run()
+        if self.pruning.present is None or not run.heard:
             return None
         step = math.ceil(call.query.shape[2] / ASKED)
         asked = call.query[:, :, :1] if self.class_token else call.query[:, :, ::step]
         scores = token_scores(asked.transpose(1, 2), call.key, scale=call.scale)
+        scores = scores if run.places is None else scores[run.places]
         return scores[:, 1:] if self.class_token else scores
 
     def take(self, scores):
