@@ -19,7 +19,7 @@ class ImageTokens:
     """The image-token span of a model's prompts, and the decoder layers that it passes.
 
     Attributes:
-        ids: the tokens that stand for a piece of an image or video.
+        ids: the tokens that stand for a piece of an image or video; `video_ids` are those of videos alone.
         layers: the decoder layers by their paths, in order.
         attentions: for each layer, the path of its self-attention, which calls the attention function that the
             configuration names; None where it has none.
@@ -27,17 +27,19 @@ class ImageTokens:
     """
 
     ids: tuple[int, ...]
+    video_ids: tuple[int, ...]
     layers: dict[str, nn.Module]
     attentions: tuple[str | None, ...]
     deep_stack: int
 
 
-def image_token_ids(config) -> tuple[int, ...]:
-    """The ids of the tokens in place of which images and videos stand, as a configuration names them."""
+def image_token_ids(config, beginnings: tuple[str, ...] = IMAGES) -> tuple[int, ...]:
+    """The ids of the tokens in place of which images and videos stand, as a configuration names them in fields whose
+    names begin like these."""
     named = {
         name: value
         for name, value in vars(config).items()
-        if name.startswith(IMAGES) and name.endswith(ENDS) and type(value) is int and value >= 0
+        if name.startswith(beginnings) and name.endswith(ENDS) and type(value) is int and value >= 0
     }
     return tuple(dict.fromkeys(named.values()))
 
@@ -88,7 +90,9 @@ def image_tokens(model: nn.Module, layers: dict[str, nn.Module]) -> ImageTokens:
     attentions = tuple(
         f"{name}.{below[0]}" if (below := attentions_below(layer)) else None for name, layer in layers.items()
     )
-    return ImageTokens(ids, layers, attentions, deep_stack(model.config))
+    return ImageTokens(
+        ids, image_token_ids(model.config, ("video_token",)), layers, attentions, deep_stack(model.config)
+    )
 
 
 def refusal(images: ImageTokens, index: int, implementation: str | None) -> Refusal | None:

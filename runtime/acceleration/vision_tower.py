@@ -65,7 +65,8 @@ class VisionTower:
     Attributes:
         name: its path in the model.
         module: it.
-        owner: the module that holds it, which puts its features into the order of image tokens.
+        owner: the module that holds it, which puts its features into the order of image tokens; `owner_name` is its
+            path.
         attention: the path of that attention.
         class_token: whether the first of its tokens stands for the whole image.
     """
@@ -73,6 +74,7 @@ class VisionTower:
     name: str
     module: nn.Module
     owner: nn.Module
+    owner_name: str
     attention: str
     class_token: bool
 
@@ -81,8 +83,8 @@ class VisionTower:
 
         Args:
             patches: float32 [tiles, P], one tensor for each call of the tower's attention.
-            count: how many image tokens the pass has.
-            given: the arguments of the pass.
+            count: how many image tokens there are features of.
+            given: the arguments with which the owner is asked for these features.
 
         Returns:
             float32 [count], in the order of the tokens; a token of several patches has their mean.
@@ -90,11 +92,9 @@ class VisionTower:
         Raises:
             ValueError: the patches do not become so many tokens in a way that is known.
         """
-        if given.get("pixel_values") is not None and given.get("pixel_values_videos") is not None:
-            raise ValueError("score='vision' takes a prompt with pictures or with videos, got one with both")
         tiles = [tile for call in patches for tile in call]
         total = sum(len(tile) for tile in tiles)
-        if hasattr(self.owner, "pack_image_features") and "image_sizes" in given:
+        if hasattr(self.owner, "pack_image_features") and given.get("image_sizes") is not None:
             scores = self._packed(tiles, given)
         elif hasattr(self.module, "spatial_merge_size"):  # its patches come in the order of tokens, group by group
             scores = torch.cat(tiles).view(-1, self.module.spatial_merge_size**2).mean(1)
@@ -112,7 +112,7 @@ class VisionTower:
 
     def _windows(self, given: Mapping[str, Any]) -> torch.Tensor:
         """The order in which a tower with windows (Qwen2.5-VL) has its groups of patches."""
-        grids = given.get("image_grid_thw") if given.get("pixel_values") is not None else given.get("video_grid_thw")
+        grids = given["image_grid_thw"] if given.get("image_grid_thw") is not None else given["video_grid_thw"]
         from transformers.vision_utils import get_vision_window_index  # not in every version that hasten takes
 
         sizes = self.module.spatial_merge_size, self.module.window_size, self.module.patch_size
@@ -165,7 +165,8 @@ def vision_tower(model: nn.Module) -> VisionTower:
     class_token = any(
         path.rpartition(".")[2] in ("class_embedding", "cls_token") for path, _ in tower.named_parameters()
     )
-    return VisionTower(name, tower, modules[name.rpartition(".")[0]], attention, class_token)
+    owner = name.rpartition(".")[0]
+    return VisionTower(name, tower, modules[owner], owner, attention, class_token)
 
 
 def _pooled(tile: torch.Tensor, side: int) -> torch.Tensor:

@@ -138,6 +138,32 @@ def test_a_tower_without_a_class_token_ranks_by_its_patches():
         assert run(model, given)[1] == [expected]
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("llava_onevision", "smolvlm")])
+@torch.no_grad()
+def test_generate_ranks_by_the_tower_as_a_pass_does(name):
+    """It encodes pictures before the pass, once for all beams and samples of a prompt."""
+    model = vision_models.build(name)
+    rows = [[4, "image", 3, "image", 6], [2, "image", 5]]
+    given, alone = inputs(name, model, rows), [inputs(name, model, [row]) for row in rows]
+    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+    with accelerated(model, STAGES, alone[0], score="vision"):
+        expected = [run(model, each)[1][0] for each in alone]
+        together = run(model, given)[1]
+        layer = model.generate(**given, **settings).past_key_values.layers[-1]
+        samples = settings | {"do_sample": True, "num_return_sequences": 2}
+        sampled = model.generate(**given, **samples).past_key_values.layers[-1]
+    padding = [(row == vision_models.PAD).sum() for row in given["input_ids"]]
+    images = [torch.isin(row, torch.tensor([IMAGE, VIDEO])) for row in given["input_ids"]]
+    for row, own in enumerate(expected):
+        shifted = [token + int(padding[row]) for token in own]
+        assert together[row] == shifted
+        for found, entries in ((layer, [row]), (sampled, [2 * row, 2 * row + 1])):
+            for entry in entries:
+                tokens = found.entries.tokens[entry][found.entries.seen()[entry]]
+                tokens = tokens[tokens < len(images[row])]
+                assert tokens[images[row][tokens]].tolist() == shifted
+
+
 def test_the_tower_ranks_pictures_alone():
     model = vision_models.build("llava")
     given = inputs("llava", model, PROMPT)
@@ -145,7 +171,7 @@ def test_the_tower_ranks_pictures_alone():
         hasten.accelerate(model, hasten.VisionTokens(STAGES, score="vision"), measure_speed=False)
     without = {name: value for name, value in given.items() if name != "pixel_values"}
     with accelerated(model, STAGES, given, score="vision"):
-        with pytest.raises(ValueError, match="score='vision' ranks by the vision tower: give the pictures"):
+        with pytest.raises(ValueError, match="score='vision' ranks by the vision tower: give the images"):
             model(**without)
         run(model, given)
 

@@ -6,9 +6,10 @@ layers after it get hidden states, rotary tables, positions and masks of the tok
 After the last layer every token has its old place again; one that was dropped has no prediction, its values are NaN.
 """
 
+import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,8 @@ class Pass:
         prompt: how many of them are a prompt, whose last one predicts the next token: not the candidates of assisted
             decoding after it.
         ids: int64 [B, T].
-        given: the arguments of the pass.
         embeddings: [B, T, D], what the first layer gets, where a score asks for it.
-        attended: scores of the tower's patches, float32 [tiles, P], one tensor for each call of its attention.
+        features: scores of image tokens, float32 [V], by what they are of: "image" or "video".
         placeholders: bool [B, T], which of them stand for an image; None where none does.
         images: bool [B, T], those of them that may be dropped: not those whose predictions are wanted, which are the
             last token of the prompt and what follows.
@@ -86,9 +86,8 @@ class Pass:
     count: int
     prompt: int
     ids: torch.Tensor | None
-    given: Mapping[str, Any] = field(default_factory=dict)
     embeddings: torch.Tensor | None = None
-    attended: list[torch.Tensor] = field(default_factory=list)
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
     placeholders: torch.Tensor | None = None
     images: torch.Tensor | None = None
     real: torch.Tensor | None = None
@@ -185,7 +184,29 @@ class VisionTokenPruning:
         candidates = predictions - 1 if type(predictions) is int and predictions > 1 else 0
         prompt = max(1, ids.shape[1] - candidates)
         dropping = None if images is None else images & ~_wanted(images, real, prompt)
-        self._local.present = Pass(ids.shape[1], prompt, ids, given, placeholders=images, images=dropping, real=real)
+        encoded = (given.get("mm_encoder_outputs") or {}).items()
+        features = {kind: output.hasten_scores for kind, output in encoded if hasattr(output, "hasten_scores")}
+        self._local.present = Pass(
+            ids.shape[1], prompt, ids, features=features, placeholders=images, images=dropping, real=real
+        )
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[list[torch.Tensor]]:
+        """While open, collects what is heard of a vision tower's attention: scores of patches, float32 [tiles, P], one
+        tensor for each call. Blocks may lie in one another."""
+        before, own = getattr(self._local, "attended", None), []
+        self._local.attended = own
+        try:
+            yield own
+        finally:
+            self._local.attended = before
+            if before is not None:
+                before.extend(own)
+
+    def hear(self, scores: torch.Tensor) -> None:
+        """Adds scores of patches to what is collected."""
+        if (collected := getattr(self._local, "attended", None)) is not None:
+            collected.append(scores)
 
     def end(self, model: nn.Module, arguments: tuple, output: Any) -> None:
         """A forward hook of the model, called after errors too."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hasten.acceleration.techniques.vision_token_layers import Pass, VisionTokenPruning
 
 LISTENED = "hasten_listened"  # the name by which transformers knows `listened_attention`
+KINDS = ("image", "video")
 ASKED = 64  # patches whose attention stands for that of all, in a tower without a class token
 
 
@@ -117,23 +119,95 @@ class VisionSide(Score):
 
     Args:
         tower: of the model.
+        video_ids: the tokens that stand for videos alone.
     """
 
-    def __init__(self, tower: VisionTower):
-        self.tower = tower
+    def __init__(self, tower: VisionTower, video_ids: tuple[int, ...]):
+        self.tower, self.video_ids = tower, torch.tensor(video_ids, dtype=torch.int64)
 
     def edits(self, pruning, images):
-        return [ListenToAttention(self.tower.attention, ToTower(pruning, self.tower.class_token))]
+        owner = self.tower.owner_name
+        return [
+            ListenToAttention(self.tower.attention, ToTower(pruning, self.tower.class_token)),
+            *(ScoreFeatures(owner, kind, pruning, self.tower) for kind in KINDS),
+        ]
 
     def __call__(self, present, layer, entries):
         return present.once(self._of_all, present).gather(1, entries.tokens)
 
     def _of_all(self, present: "Pass") -> torch.Tensor:
         """float32 [B, T], 0 for text."""
-        if not present.attended:
-            raise ValueError("score='vision' ranks by the vision tower: give the pictures in the pass that reads them")
-        scores = self.tower.of_tokens(present.attended, int(present.placeholders.sum()), present.given)
-        return torch.zeros(present.ids.shape, device=scores.device).masked_scatter(present.placeholders, scores)
+        videos = present.placeholders & torch.isin(present.ids, self.video_ids.to(present.ids.device))
+        of_kind = {"image": present.placeholders & ~videos, "video": videos}
+        if not self.video_ids.numel() and present.features.keys() == {"video"}:
+            of_kind = {"video": present.placeholders}  # one token stands for both
+        scores = torch.zeros(present.ids.shape, device=present.ids.device)
+        for kind, places in of_kind.items():
+            if bool(places.any()):
+                if kind not in present.features:
+                    raise ValueError(
+                        f"score='vision' ranks by the vision tower: give the {kind}s where their tokens are read"
+                    )
+                scores = scores.masked_scatter(places, _of_rows(present.features[kind], places.sum(1).tolist()))
+        return scores
+
+
+def _of_rows(scores: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Scores of the image tokens of some prompts, for rows with so many image tokens: for as many equal rows one after
+    the other (beams, samples) as the prompts fit in.
+
+    Raises:
+        ValueError: they do not.
+    """
+    repeats, rest = divmod(sum(counts), len(scores))
+    pieces = [] if rest else scores.split(counts[::repeats]) if sum(counts[::repeats]) == len(scores) else []
+    if not pieces:
+        raise ValueError(f"score='vision': the tower scored {len(scores)} image tokens, and the rows have {counts}")
+    return torch.cat([piece for piece in pieces for _ in range(repeats)])
+
+
+@dataclass(slots=True)
+class ScoreFeatures(Edit):
+    """Lets the output of `get_image_features`, or of `get_video_features`, of the module called `name` carry the scores
+    of its image tokens. `generate` calls them before any pass."""
+
+    name: str
+    kind: str
+    pruning: "VisionTokenPruning"
+    tower: VisionTower
+
+    def apply(self, model: nn.Module) -> None:
+        owner = model.get_submodule(self.name) if self.name else model
+        if hasattr(type(owner), f"get_{self.kind}_features"):
+            vars(owner)[f"get_{self.kind}_features"] = ScoredFeatures(owner, self.kind, self.pruning, self.tower)
+
+    def undo(self, model: nn.Module) -> None:
+        owner = model.get_submodule(self.name) if self.name else model
+        vars(owner).pop(f"get_{self.kind}_features", None)
+
+
+class ScoredFeatures:
+    """Stands in for `get_image_features` or `get_video_features` of a model."""
+
+    def __init__(self, owner: nn.Module, kind: str, pruning: "VisionTokenPruning", tower: VisionTower):
+        self.owner, self.kind, self.pruning, self.tower = owner, kind, pruning, tower
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(getattr(type(self.owner), f"get_{self.kind}_features").__get__(self.owner))
+
+    def __call__(self, *arguments, **keywords):
+        with self.pruning.attended() as patches:
+            output = getattr(type(self.owner), f"get_{self.kind}_features")(self.owner, *arguments, **keywords)
+        features = getattr(output, "pooler_output", None)
+        if patches and features is not None:
+            given = self.__signature__.bind(*arguments, **keywords).arguments
+            count = sum(len(piece.flatten(0, -2)) for piece in features)
+            scores = self.tower.of_tokens(patches, count, given | given.get("kwargs", {}))
+            output.hasten_scores = scores
+            if self.pruning.present is not None:
+                self.pruning.present.features[self.kind] = scores
+        return output
 
 
 @dataclass(slots=True)
@@ -211,7 +285,7 @@ class ToTower(Listener):
 
     def scores(self, call):
         run = present_run()
-        if self.pruning.present is None or not run.heard:
+        if not run.heard:
             return None
         step = math.ceil(call.query.shape[2] / ASKED)
         asked = call.query[:, :, :1] if self.class_token else call.query[:, :, ::step]
@@ -220,7 +294,7 @@ class ToTower(Listener):
         return scores[:, 1:] if self.class_token else scores
 
     def take(self, scores):
-        self.pruning.present.attended.append(scores)
+        self.pruning.hear(scores)
 
 
 @dataclass(slots=True)

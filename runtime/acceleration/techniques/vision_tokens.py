@@ -125,7 +125,7 @@ class VisionTokens(Technique):
 
     def _score(self, anatomy) -> Score:
         if self.score == "vision":
-            return VisionSide(anatomy.vision_tower)
+            return VisionSide(anatomy.vision_tower, anatomy.images.video_ids)
         if self.score == "random":
             return Random(self.seed)
         return TextRaters() if self.score == "text_raters" else LastToken(self.when == "per_turn")
