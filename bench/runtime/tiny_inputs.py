@@ -44,6 +44,16 @@ def with_pixels(model: nn.Module, tokens: int, rows: int = 1, at: int = 4, seed:
     return placed(model, tokens, rows, at, seed) | {"pixel_values": noise(seed, rows, 3, 16, 16)}
 
 
+def nested(model: nn.Module, rows: int = 1, seed: int = 0) -> Inputs:
+    """Pictures by row, each of which becomes 4 tokens."""
+    return placed(model, 4, rows, 4, seed) | {"pixel_values": noise(seed, rows, 1, 3, 16, 16)}
+
+
+def for_paligemma(model: nn.Module, rows: int = 1, seed: int = 0) -> Inputs:
+    inputs = with_pixels(model, 16, rows, seed=seed)
+    return inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
 def for_idefics(model: nn.Module, rows: int = 1, seed: int = 0) -> Inputs:
     ids = text(rows, seed=seed)
     mask = torch.ones(rows, TOKENS, 1, dtype=torch.int64)
@@ -100,15 +110,17 @@ INPUTS: dict[tuple[str, str], Callable[..., Inputs]] = {
         model, model.config.num_query_tokens, rows, 0, seed
     ),
     ("image-text", "gemma3"): lambda model, rows=1, seed=0: with_pixels(model, 4, rows, seed=seed),
-    ("image-text", "glm4v"): with_grid,
+    **{("image-text", model_type): with_grid for model_type in ("glm4v", "glm4v_moe", "qwen2_5_vl", "qwen2_vl")},
+    **{("image-text", model_type): with_grid for model_type in ("qwen3_5", "qwen3_vl", "qwen3_vl_moe")},
+    **{("image-text", model_type): nested for model_type in ("idefics3", "smolvlm")},
     ("image-text", "idefics"): for_idefics,
+    ("image-text", "internvl"): lambda model, rows=1, seed=0: with_pixels(model, 4, rows, seed=seed),
     ("image-text", "kosmos-2"): for_kosmos,
     ("image-text", "llava"): lambda model, rows=1, seed=0: with_pixels(model, 16, rows, seed=seed),
     ("image-text", "mllama"): for_mllama,
+    ("image-text", "paligemma"): for_paligemma,
     ("image-text", "pix2struct"): for_pix2struct,
     ("image-text", "pp_formulanet"): for_captions,
-    ("image-text", "qwen2_vl"): with_grid,
-    ("image-text", "qwen3_5"): with_grid,
     ("image-text", "udop"): for_udop,
     ("image-text", "vision-encoder-decoder"): for_captions,
     ("speech", "whisper"): for_whisper,

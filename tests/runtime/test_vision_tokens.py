@@ -108,6 +108,20 @@ def test_the_cache_holds_what_is_kept(name):
     assert found == [min(window, size) if slides else size for size, slides in zip(left, sliding, strict=True)]
 
 
+@pytest.mark.parametrize(
+    "fields", [{"score": "random"}, {"score": "text_raters"}, {"score": "vision"}, {"mode": "merge"}], ids=str
+)
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_batch_whatever_ranks(name, fields):
+    model = model_of(name)
+    technique, example = hasten.VisionTokens(STAGES[1], **fields), inputs(name, model, ONE)
+    with hasten.accelerated(model, technique, calibration=[example], measure_speed=False, measure_drift=False):
+        together = model(**inputs(name, model, PADDED)).logits[:, -1]
+        alone = torch.cat([model(**inputs(name, model, [row])).logits[:, -1] for row in PADDED])
+    assert float((together - alone).abs().max()) < LIMIT
+
+
 def test_layers_of_one_stage_share_their_masks(monkeypatch):
     model, made = model_of("llava"), []
 

@@ -53,10 +53,12 @@ class Random(Score):
         self.seed = seed
 
     def __call__(self, present, layer, entries):
-        places = torch.arange(1, present.count + 1)
-        sums = (present.ids.cpu() * places * places).sum(1).tolist()
+        ids, device = present.ids, entries.tokens.device
+        real = torch.ones_like(ids) if present.real is None else present.real[:, -present.count :].long()
+        places = real.cumsum(1) * real  # from 1 on, whatever padding stands before them
+        sums = (ids * places * places).sum(1).tolist()
         scores = [random_scores((self.seed * 1_000_003 + number) % 2**63, 1, present.count) for number in sums]
-        return torch.cat(scores).to(entries.tokens.device).gather(1, entries.tokens)
+        return torch.cat(scores).to(device).gather(1, (places - 1).clamp(min=0)).gather(1, entries.tokens)
 
 
 class Attention(Score):
