@@ -111,6 +111,8 @@ def refusal(images: ImageTokens, index: int, implementation: str | None) -> Refu
         reason = f"{mixer} mixes each token with those right before it, and would mix in others were these left out"
     elif indexer := next((path for path in below if "indexer" in path), None):
         reason = f"{indexer} picks among the entries of the cache by their places, which change where some are left out"
+    elif sharing := next((path for path in below if getattr(below[path], "is_kv_shared_layer", False)), None):
+        reason = f"{sharing} attends to the keys of an earlier layer, which may have seen other tokens"
     elif path is None:
         reason = "it has no self-attention that calls the function that its configuration names"
     elif implementation == "flex_attention":

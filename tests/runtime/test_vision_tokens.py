@@ -440,6 +440,13 @@ def test_attention_that_cannot_leave_out_tokens_is_refused(attention):
         hasten.VisionTokens({2: 0.5}).targets(Anatomy(model))
 
 
+def test_keys_of_an_earlier_layer_are_refused():
+    model = vision_models.build("gemma3")
+    model.get_decoder().layers[4].self_attn.is_kv_shared_layer = True
+    with pytest.raises(UnsupportedModelError, match=r"layers\.4 .*self_attn attends to the keys of an earlier layer"):
+        hasten.VisionTokens({2: 0.5}).targets(Anatomy(model))
+
+
 def test_two_threads_do_not_see_each_other():
     model = model_of("llava")
     given = [inputs("llava", model, rows) for rows in (ONE, PADDED, [[30]], [[2, "image", 2, "image", 9]])]
