@@ -39,7 +39,7 @@ _WHERE = {
         *("Cats", "DenseDecode", "DistinctTiles", "FastLinearAttention", "Teal", "VisionTokens", "Wina"),
     ),
     "acceleration.found_schedule": ("FoundSchedule",),
-    "acceleration.vision_token_search": ("search_vision_tokens",),
+    "acceleration.techniques.vision_token_search": ("search_vision_tokens",),
     "sparsity.vision_tokens": ("FastV", "PSigmoid", "Pyramid", "Stages"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

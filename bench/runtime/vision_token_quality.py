@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGenerat
 import hasten
 from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.measure import seconds
-from hasten.acceleration.vision_token_search import Questions, exact_match, tried
+from hasten.acceleration.techniques.vision_token_search import Questions, exact_match, tried
 from hasten.model_facts import progress
 from hasten.models.digit_questions import Sample, digit_questions
 from hasten.sparsity.vision_tokens import FastV, Pyramid, Schedule, Stages
@@ -36,6 +37,9 @@ SCORES = {
     "random": {"score": "random"},
     "merging": {"mode": "merge"},
 }
+# Schedules of one parameter that fit the budget in eight layers; a pyramid of equal parts would leave two layers whole,
+# which cost all of it.
+PYRAMIDS = ((1, 3, 5), (1, 2, 4, 6))
 QUESTIONS, SEARCHED, EVALUATIONS = 1500, 400, 24
 SEARCH_SEED, QUESTION_SEED = 1, 2
 CONFIDENCE = 1.96
@@ -98,14 +102,14 @@ def variants(
     for keep in keeps:
         for name, settings in SCORES.items():
             compared[f"{keep:.0%}, {name}"] = hasten.VisionTokens(FastV(LAYER, keep), **settings)
-    fixed = within(questions, model, lambda share: FastV(1, share))
-    pyramid = within(questions, model, lambda share: Pyramid(share))
     compared |= {
-        f"fixed ratio, {BUDGET:.0%} of operations": hasten.VisionTokens(fixed),
-        f"pyramid, {BUDGET:.0%} of operations": hasten.VisionTokens(pyramid),
+        f"fixed ratio, {BUDGET:.0%} of operations": hasten.VisionTokens(within(questions, model, partial(FastV, 1))),
         f"P-Sigmoid, {BUDGET:.0%} of operations": hasten.VisionTokens(found["P-Sigmoid"]),
         "G-Search, no loss": hasten.VisionTokens(found["G-Search"]),
     }
+    for parts in PYRAMIDS:
+        pyramid = within(questions, model, lambda share, parts=parts: Pyramid(share, parts))
+        compared[f"pyramid from {parts}, {BUDGET:.0%} of operations"] = hasten.VisionTokens(pyramid)
     compared["G-Search, random"] = hasten.VisionTokens(found["G-Search"], score="random")
     return compared
 
@@ -113,14 +117,19 @@ def variants(
 def within(
     questions: Questions, model: nn.Module, schedule_of: Callable[[float], Schedule], budget: float = BUDGET
 ) -> Schedule:
-    """The schedule of the largest share whose image tokens cause no more than BUDGET of all operations, by
-    bisection."""
+    """The schedule of the largest share whose image tokens cause no more than BUDGET of all operations, by bisection.
+
+    Raises:
+        ValueError: no share is that cheap.
+    """
     anatomy = Anatomy(model)
     layers, low, high = len(anatomy.images.layers), 1e-3, 1.0
     for _ in range(30):
         middle = (low + high) / 2
         cost = questions.cost(schedule_of(middle).shares(layers), anatomy)
         low, high = (middle, high) if cost <= BUDGET else (low, middle)
+    if questions.cost(schedule_of(low).shares(layers), anatomy) > BUDGET:
+        raise ValueError(f"{schedule_of(low)} costs more than {BUDGET:.0%} of the operations")
     return schedule_of(low)
 
 
@@ -176,7 +185,8 @@ def study(questions: int, searched: int, evaluations: int) -> dict:
     results = {result.name: result for result in compare(model, given, variants(model, given, found, KEEPS))}
     full = next(iter(results.values()))
     sigmoid, random = results[f"P-Sigmoid, {BUDGET:.0%} of operations"], results["G-Search, random"]
-    pairs = [(sigmoid, results[f"{name}, {BUDGET:.0%} of operations"]) for name in ("fixed ratio", "pyramid")]
+    same_cost = [name for name in results if name.endswith("% of operations") and results[name] is not sigmoid]
+    pairs = [(sigmoid, results[name]) for name in same_cost]
     pairs += [(results["G-Search, no loss"], full), (results["G-Search, no loss"], random)]
     pairs += [
         (results[f"{keep:.0%}, {name}"], results[f"{keep:.0%}, random"])

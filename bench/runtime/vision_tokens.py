@@ -21,9 +21,9 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfi
 import hasten
 from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.measure import seconds
-from hasten.acceleration.techniques.vision_token_layers import PrunedLayer, VisionTokenPruning
+from hasten.acceleration.techniques.vision_token_layers import Drop, PrunedLayer, VisionTokenPruning
+from hasten.acceleration.techniques.vision_token_search import tried
 from hasten.acceleration.techniques.vision_tokens import layer_shapes
-from hasten.acceleration.vision_token_search import tried
 from hasten.model_facts import device_of
 from hasten.sparsity.vision_tokens import prefill_cost
 
@@ -91,8 +91,16 @@ class Prompt:
 
 @contextlib.contextmanager
 def clocked(spent: list[float]) -> Iterator[None]:
-    """While open, adds to `spent` the seconds that choosing and gathering tokens takes, outside of the layers."""
-    places = [(VisionTokenPruning, "scores"), (VisionTokenPruning, "drop"), (PrunedLayer, "_shortened")]
+    """While open, adds to `spent` the seconds that all of hasten's own work takes outside of the model's layers; on a
+    GPU that of the launches alone."""
+    places = [
+        (VisionTokenPruning, "begin"),
+        (VisionTokenPruning, "scores"),
+        (VisionTokenPruning, "drop"),
+        (VisionTokenPruning, "restore"),
+        (PrunedLayer, "_shortened"),
+        (Drop, "__call__"),
+    ]
     kept = {place: getattr(*place) for place in places}
 
     def timed(method):
@@ -126,7 +134,7 @@ def compare(model: nn.Module, pictures: int, rounds: int, pixels: bool, variants
     for turn in range(rounds + 1):
         for name, prompt in prompts.items():
             inputs, cache, spent = prompt.inputs(model, pixels), DynamicCache(config=model.config.text_config), [0.0]
-            with tried(model, variants.get(name)), clocked(spent):
+            with clocked(spent), tried(model, variants.get(name)):
 
                 def prefill(inputs=inputs, cache=cache):
                     model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)

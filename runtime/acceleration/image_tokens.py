@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hasten.acceleration.parts import is_stock, kind_of
@@ -107,6 +108,14 @@ def refusal(images: ImageTokens, index: int, implementation: str | None) -> Refu
     reason, remedy = None, "drop behind it, or leave the model as it is"
     if not is_stock(layer):
         reason = "it is no layer of a model in transformers, and may look at more than the tokens it is given"
+    elif hooked := next((path for path, module in below.items() if hasattr(module, "_hf_hook")), None):
+        reason = f"hooks of accelerate move the inputs of {hooked or 'the layer'} between devices"
+        remedy = "load the whole model into the memory of one device"
+    elif "forward" in vars(layer):
+        reason, remedy = "its forward was replaced on the instance", "put the forward of its class back first"
+    elif _device(layer) != _device(next(iter(images.layers.values()))):
+        reason = f"it is on {_device(layer)}, the first layer on {_device(next(iter(images.layers.values())))}"
+        remedy = "move the model to one device"
     elif mixer := next((path for path, module in below.items() if isinstance(module, nn.Conv1d)), None):
         reason = f"{mixer} mixes each token with those right before it, and would mix in others were these left out"
     elif indexer := next((path for path in below if "indexer" in path), None):
@@ -124,3 +133,7 @@ def refusal(images: ImageTokens, index: int, implementation: str | None) -> Refu
         )
         remedy = "load the model with attn_implementation='sdpa'"
     return None if reason is None else Refusal(name, kind_of(layer), reason, remedy)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device

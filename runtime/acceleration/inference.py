@@ -245,11 +245,17 @@ class Inference:
     def image_length(self, tokens: int, image: int) -> int:
         """How many of the tokens of `prompt` stand for an image where so many are asked for: those that the example
         has, or as many as leave some of the `tokens` for text; none of a model that knows no token for images."""
-        known = [token for token in image_token_ids(self.target.config) if token < vocabulary(self.target)]
         if isinstance(self.example, Mapping):
-            ids = self.token_ids(self.cut(self.example, self.prompt_length(tokens)))
-            return int(torch.isin(ids, torch.tensor(known, device=ids.device)).sum(1).max())
-        return max(0, min(image, tokens - 2 * BEFORE_IMAGE)) if known else 0
+            return self.image_length_of(self.cut(self.example, self.prompt_length(tokens)))
+        return max(0, min(image, tokens - 2 * BEFORE_IMAGE)) if self._image_ids() else 0
+
+    def image_length_of(self, inputs: Inputs) -> int:
+        """How many tokens of the decoder stand for an image, the most of any row."""
+        ids = self.token_ids(inputs)
+        return int(torch.isin(ids, torch.tensor(self._image_ids(), dtype=ids.dtype, device=ids.device)).sum(1).max())
+
+    def _image_ids(self) -> list[int]:
+        return [token for token in image_token_ids(self.target.config) if token < vocabulary(self.target)]
 
     def prompt(self, tokens: int, batch: int = 1, image: int = 0) -> Inputs:
         """A prompt of `prompt_length(tokens)` tokens to measure on, in `batch` rows: random ids, `image` of which stand

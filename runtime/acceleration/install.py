@@ -92,6 +92,7 @@ def accelerate(
     regimes = dict.fromkeys(measure.possible(inference, regime) for regime in asked) if measure_speed else {}
     before = measure.times(inference, regimes) if measure_speed else {}
     dense_logits = measure.heldout_logits(inference, heldout_pieces) if measure_drift else []
+    with_images = any(inference.image_length_of(piece) for piece in heldout_pieces)
     no_drift = _why_no_drift(measure_drift, heldout_pieces, dense_logits)
     if statistics is None:
         statistics = gather(inference, assignments, pieces)
@@ -105,7 +106,9 @@ def accelerate(
                 entry.timings = [measure.Timing(regime, before[regime], after[regime]) for regime in regimes]
                 before = after
             entry.no_drift = no_drift
-            if dense_logits and not (entry.technique.exact and report.drift):
+            if entry.technique.of_images and dense_logits and not with_images:
+                entry.no_drift = "no held-out text has an image: give heldout= as a processor returns it"
+            elif dense_logits and not (entry.technique.exact and report.drift):
                 with measure.counted(edits) as activity:
                     entry.drift = measure.drift(dense_logits, measure.heldout_logits(inference, heldout_pieces))
                 entry.active_share = activity.share

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from hasten.errors import StateError
+
 
 @dataclass(frozen=True, slots=True)
 class Entries:
@@ -67,7 +69,7 @@ class ShortenedLayer(DynamicLayer):
 
     Attributes:
         entries: which tokens they are; None before the first.
-        next: the same with those that the next `update` adds, where they are not simply the tokens that follow.
+        next: the same with those that the next `update` adds, as a layer of the accelerated model says before it.
     """
 
     def __init__(self, window: int | None = None):
@@ -91,16 +93,16 @@ class ShortenedLayer(DynamicLayer):
         return other
 
     def update(self, key_states, value_states, *args, **kwargs):
-        after = self.next or self.following(Entries.all_of(key_states.shape[-2], len(key_states), key_states.device))
-        self.next = None
+        if self.next is None:
+            raise StateError(
+                "the cache holds fewer entries than tokens were read, for image tokens were dropped: go on with the "
+                "model that hasten.accelerate changed, by its own forward or generate, or read the prompt again"
+            )
+        after, self.next = self.next, None
         keys, values = super().update(key_states, value_states)
         self.entries = after
         self._forget()
         return keys, values
-
-    def following(self, entries: Entries) -> Entries:
-        """All entries when those of the next tokens have been added."""
-        return entries if self.entries is None else self.entries.followed_by(entries)
 
     def get_seq_length(self) -> int:
         return 0 if self.entries is None else self.entries.read
@@ -115,11 +117,18 @@ class ShortenedLayer(DynamicLayer):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens, so many as `tokens_to_remove` is below 0."""
+        """Removes the last tokens, so many as `tokens_to_remove` is below 0.
+
+        Raises:
+            ValueError: a number above 0, or dropped tokens among them.
+            RuntimeError: what would be in the window then was forgotten, as transformers' own layer raises.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove below 0, got {tokens_to_remove}")
         if self.entries is None:
             return
+        if self.sliding_window is not None and self.entries.read >= self.sliding_window and not self.record_past:
+            raise RuntimeError("crop behind a sliding window: call activate_past_recording before it is filled")
         read = self.entries.read + tokens_to_remove
         kept = (self.entries.tokens < read).sum(1)
         if not bool((kept == kept[0]).all()):

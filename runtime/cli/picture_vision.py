@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from hasten.acceleration.shortened_cache import ShortenedLayer
 from hasten.acceleration.techniques import VisionTokens
-from hasten.acceleration.vision_token_search import tried
+from hasten.acceleration.techniques.vision_token_search import tried
 from hasten.models.digit_questions import Sample
 
 DEFAULT = Path("hasten_vision.png")

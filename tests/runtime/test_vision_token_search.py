@@ -34,16 +34,11 @@ class Processor:
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return Inputs(input_ids=ids, attention_mask=mask, pixel_values=torch.stack(list(images)))
+        return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.stack(list(images))}
 
     def batch_decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
         return [" ".join(map(str, row.tolist())) for row in ids]
-
-
-class Inputs(dict):
-    def to(self, device):
-        return Inputs({name: value.to(device) for name, value in self.items()})
 
 
 @pytest.fixture(scope="module")
@@ -151,20 +146,46 @@ def test_an_interrupted_search_goes_on(model, samples, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tolerance": -0.1}, r"tolerance must be in \[0, 1\), got -0.1"),
+        ({"tolerance": -0.1}, "tolerance must be at least 0, got -0.1"),
+        ({"budget": 0.001}, "the budget must be at least"),
+        ({"levels": 1}, "levels must be an integer of at least 2, got 1"),
+        ({"stages": [9]}, "9"),
+        ({"evaluations": 0}, "evaluations must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"method": "grid"}, "method must be one of 'auto', 'gp', 'sobol', got 'grid'"),
+        ({"resume": "x.json", "metric": lambda text, sample: 1.0}, "resume needs a metric with a name"),
+        ({"samples": [{"images": 1}]}, r"samples\[0\] must be a mapping with a text, got \['images'\]"),
+        ({"samples": ["what"]}, r"samples\[0\] must be a mapping with a text, got str"),
+        ({"samples": [{"text": "what", "images": 1}]}, r"samples\[0\] has no 'answer'"),
         ({"budget": 1.5}, r"budget must be in \(0, 1\), got 1.5"),
         ({"budget": True}, r"budget must be in \(0, 1\), got True"),
         ({"metric": lambda text, sample: float("nan")}, "the metric of '.*' is nan: it must be finite"),
         ({"score": "attention"}, "score must be one of"),
         ({"samples": []}, "samples is empty"),
     ],
-    ids=["tolerance", "budget", "no number", "metric", "score", "samples"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_wrong_settings(model, samples, settings, message):
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         hasten.search_vision_tokens(**{"model": model, "processor": Processor(), "samples": samples} | settings)
     assert_unchanged(model, before)
+
+
+def test_a_folder_that_is_not_there(model, samples, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        hasten.search_vision_tokens(model, Processor(), samples, resume=tmp_path / "no" / "search.json")
+
+
+def test_a_metric_of_a_hundred_points(model, samples):
+    """Its tolerance is in points."""
+
+    def points(text, sample):
+        return 100 * by_prefix(text, sample)
+
+    found = hasten.search_vision_tokens(model, Processor(), samples, points, tolerance=30, **SETTINGS)
+    one = hasten.search_vision_tokens(model, Processor(), samples, by_prefix, tolerance=0.3, **SETTINGS)
+    assert found.by_layer == one.by_layer and found.metric == pytest.approx(100 * one.metric)
 
 
 def test_a_sample_without_an_image(model, samples):

@@ -67,6 +67,7 @@ class Technique(ABC):
         exact: predictions change by rounding only.
         calibrated: it listens to a calibration pass, and cannot do without.
         yields: it takes only what no other technique of the plan targets.
+        of_images: it changes predictions for prompts with an image alone, so drift is measured on such.
         portable: its settings hold on any machine, and are saved; else it settles anew when a folder is loaded.
         implies: techniques that are carried out after the plan unless the plan has one of their class.
     """
@@ -75,6 +76,7 @@ class Technique(ABC):
     exact: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     yields: ClassVar[bool] = False
+    of_images: ClassVar[bool] = False
     portable: ClassVar[bool] = True
     known: ClassVar[dict[str, type[Technique]]] = {}
 

@@ -105,6 +105,10 @@ class Pass:
             self._made[key] = (make(*of), of)  # kept with `of`, so that no other object gets its id
         return self._made[key][0]
 
+    def forget(self) -> None:
+        """Lets go of what was made for it, some of which refers to it."""
+        self._made.clear()
+
     def all_entries(self, like: torch.Tensor) -> Entries:
         """Those of all T tokens, for hidden states [B, T, D]."""
         if self._all is None:
@@ -147,8 +151,15 @@ class VisionTokenPruning:
 
     @property
     def present(self) -> Pass | None:
-        """The pass that runs in this thread; None outside of one."""
-        return getattr(self._local, "present", None)
+        """The pass that runs in this thread, the inner one where a hook runs one in another; None outside of any."""
+        passes = self._passes
+        return passes[-1] if passes else None
+
+    @property
+    def _passes(self) -> list[Pass]:
+        if not hasattr(self._local, "passes"):
+            self._local.passes = []
+        return self._local.passes
 
     @property
     def flash(self) -> bool:
@@ -169,15 +180,15 @@ class VisionTokenPruning:
                     f"image tokens cannot be found in inputs_embeds {list(embeddings.shape)}: give input_ids, or call "
                     "hasten.revert(model) first"
                 )
-            self._local.present = Pass(1, 1, ids)
+            self._passes.append(Pass(1, 1, ids))
             return
         images = torch.isin(ids, self.ids.to(ids.device)) if ids.shape[1] > 1 else None
         if images is not None and not bool(images.any()):
             images = None
         cache = next(iter(caches(given).values()), None)
-        if images is not None:
+        if self.stages and images is not None:
             _refuse_cache(cache)
-        if images is not None or is_shortened(cache):
+        if self.stages and (images is not None or is_shortened(cache)):
             _refuse_outputs(given, model.config, self.config)
         real = None if images is None else _real(given.get("attention_mask"))
         predictions = given.get("logits_to_keep")
@@ -186,8 +197,8 @@ class VisionTokenPruning:
         dropping = None if images is None else images & ~_wanted(images, real, prompt)
         encoded = (given.get("mm_encoder_outputs") or {}).items()
         features = {kind: output.hasten_scores for kind, output in encoded if hasattr(output, "hasten_scores")}
-        self._local.present = Pass(
-            ids.shape[1], prompt, ids, features=features, placeholders=images, images=dropping, real=real
+        self._passes.append(
+            Pass(ids.shape[1], prompt, ids, features=features, placeholders=images, images=dropping, real=real)
         )
 
     @contextlib.contextmanager
@@ -210,7 +221,8 @@ class VisionTokenPruning:
 
     def end(self, model: nn.Module, arguments: tuple, output: Any) -> None:
         """A forward hook of the model, called after errors too."""
-        self._local.present = None
+        if self._passes:  # not after an error before it began
+            self._passes.pop().forget()
 
     def restore(self, layer: nn.Module, arguments: tuple, output: Any) -> Any:
         """A forward hook of the last layer: puts every token [B, T, D] in its place again."""
@@ -223,6 +235,7 @@ class VisionTokenPruning:
         full.scatter_(1, entries.tokens[..., None].expand_as(hidden_states), hidden_states)
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
+    @torch.compiler.disable
     def drop(self, layer: int, hidden_states: torch.Tensor) -> Drop:
         """What this layer leaves out of the pass, whose hidden states before it are [B, n, D]; decided once."""
         present = self.present
@@ -230,6 +243,7 @@ class VisionTokenPruning:
             present.drops[layer] = self._decide(present, layer, hidden_states)
         return present.drops[layer]
 
+    @torch.compiler.disable
     def scores(self, call: "Attended") -> torch.Tensor | None:
         """float32 [B, n]: of the tokens of the pass by the attention of the layer before a stage."""
         present = self.present
@@ -385,7 +399,8 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _cache(keywords: Mapping[str, Any]) -> Cache | None:
-    return next(iter(caches(keywords).values()), None)
+    """The cache among a layer's arguments."""
+    return next((keywords[name] for name in CACHES if keywords.get(name) is not None), None)
 
 
 def _length(cache: Cache | None, index: int) -> int:

@@ -47,13 +47,16 @@ class Score(ABC):
 
 
 class Random(Score):
-    """The baseline: no order at all, the same for the same tokens and seed."""
+    """The baseline: no order at all, the same for the same tokens and seed; with `per_turn`, for the same image
+    tokens."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, seed: int, per_turn: bool):
+        self.seed, self.per_turn = seed, per_turn
 
     def __call__(self, present, layer, entries):
         ids, device = present.ids, entries.tokens.device
+        if self.per_turn:
+            ids = present.placeholders.long()
         real = torch.ones_like(ids) if present.real is None else present.real[:, -present.count :].long()
         places = real.cumsum(1) * real  # from 1 on, whatever padding stands before them
         sums = (ids * places * places).sum(1).tolist()
@@ -110,8 +113,13 @@ class TextRaters(Attention):
             text &= present.real[:, -present.count :]
         images = present.images | ~present.images.any(1, keepdim=True)  # a row without any rates all the same
         places = _packed(torch.arange(present.count, device=text.device).expand_as(text), text, -1)
+        if not places.shape[1]:
+            return text
         rows = torch.arange(len(text), device=text.device)[:, None]
-        rated = text_raters(present.embeddings, present.embeddings[rows, places.clamp(min=0)], images, places >= 0)
+        some = places >= 0
+        some[:, 0] |= ~some.any(1)  # and so does one without text
+        rated = text_raters(present.embeddings, present.embeddings[rows, places.clamp(min=0)], images, some)
+        rated &= places >= 0
         return torch.zeros_like(text).int().scatter_reduce(1, places.clamp(min=0), rated.int(), "amax").bool()
 
 

@@ -42,8 +42,9 @@ class VisionTokens(Technique):
             2412.04467); "random", the baseline.
         mode: "drop"; or "merge": tokens that are most alike become one (ToMe, arXiv 2210.09461), whatever they score,
             and later tokens attend to it as to all that it was made of.
-        when: "prompt" ranks by the whole prompt; "per_turn" by what the image alone says, so that later questions on
-            the same cache find their tokens: of "last_token", by the last image token.
+        when: "prompt" ranks by the whole prompt; "per_turn" without what follows the image, so that later questions on
+            the same cache find their tokens: of "last_token", by the last image token, which has read what stands
+            before it (and, where attention over a prompt goes both ways as in PaliGemma, what follows).
         seed: of random scores.
 
     Raises:
@@ -55,13 +56,17 @@ class VisionTokens(Technique):
     mode: str = "drop"
     when: str = "prompt"
     seed: int = 0
-    exact: ClassVar[bool] = False
+    of_images: ClassVar[bool] = True
 
     def __post_init__(self):
         object.__setattr__(self, "schedule", schedule(self.schedule))
         for name, known in (("score", SCORES), ("mode", MODES), ("when", TURNS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        if self.mode == "merge" and self.score != "last_token":
+            raise ValueError(
+                f"mode='merge' goes by likeness and takes no score, got score={self.score!r}: leave it out"
+            )
         if self.when == "per_turn" and self.score == "text_raters":
             raise ValueError("when='per_turn' ranks without the text, and score='text_raters' by the text: use another")
         if type(self.seed) is not int or self.seed < 0:
@@ -127,7 +132,7 @@ class VisionTokens(Technique):
         if self.score == "vision":
             return VisionSide(anatomy.vision_tower, anatomy.images.video_ids)
         if self.score == "random":
-            return Random(self.seed)
+            return Random(self.seed, self.when == "per_turn")
         return TextRaters() if self.score == "text_raters" else LastToken(self.when == "per_turn")
 
 

@@ -22,11 +22,12 @@ from hasten.acceleration.preflight import refuse_unready
 from hasten.acceleration.techniques.vision_tokens import VisionTokens, layer_shapes
 from hasten.acceleration.undisturbed import undisturbed
 from hasten.model_facts import device_of, progress
-from hasten.sparsity.vision_tokens import Stages, g_search, p_sigmoid_search, prefill_cost
+from hasten.sparsity.vision_tokens import PSigmoid, Stages, g_search, p_sigmoid_search, prefill_cost
 
 Sample = Mapping[str, Any]
 Shares = tuple[float, ...]
-ANSWER = "answer"
+ANSWER, MEDIA = "answer", ("images", "videos")
+METHODS = ("auto", "gp", "sobol")
 FULL = Stages({1: 1.0})
 
 
@@ -65,8 +66,8 @@ def search_vision_tokens(
         samples: a hundred or more questions like those to come, as mappings: what the processor takes, one text each,
             and whatever the metric reads, such as "answer".
         metric: of the text that the model wrote and the sample, greater is better; its mean over samples counts.
-        tolerance: by how much the mean may fall below that with all image tokens. None is 0.01 where there is no
-            budget, and the standard error of the mean for the G-Search that a budget starts from.
+        tolerance: by how much the mean may fall below that with all image tokens, at least 0. None is 0.01 where there
+            is no budget, and the standard error of the mean for the G-Search that a budget starts from.
         budget: the operations of a prefill that image tokens may cause, as a share of all that they cause, in (0, 1).
         score, mode, when: as of `VisionTokens`.
         levels: the shares that G-Search tries, as `hasten.sparsity.vision_tokens.g_search` takes them.
@@ -76,23 +77,25 @@ def search_vision_tokens(
             `[search]`), "sobol", or "auto", the former where it is installed.
         max_new_tokens, batch_size: of each answer, and how many are written at once.
         seed: of random scores and of the sigmoids.
-        resume: a JSON file that every evaluation is added to; a search that was interrupted goes on from there.
+        resume: a JSON file that every evaluation is added to; a search that was interrupted goes on from there. The
+            metric must have a name then, by which another one is told from it.
 
     Raises:
-        ValueError: no samples, samples without an image, neither tolerance nor budget sensible, a metric that is not
-            finite, or a `resume` file of another search; the message names the value.
+        ValueError: no samples, samples without an image, a tolerance, budget or the like that cannot be met, a metric
+            that is not finite, or a `resume` file of another search; the message names the value.
+        FileNotFoundError: the folder of `resume` does not exist.
         UnsupportedModelError, StateError: as `hasten.accelerate`.
     """
     samples = list(samples)
-    if not samples:
-        raise ValueError("samples is empty: give a hundred or more questions with their images")
-    _check_share("tolerance", tolerance, 0.0)
-    _check_share("budget", budget, None)
+    _check(samples, metric, tolerance, budget, evaluations, batch_size, max_new_tokens, method, resume)
     refuse_unready(model)
     technique, anatomy = VisionTokens(FULL, score=score, mode=mode, when=when, seed=seed), Anatomy(model)
     technique.targets(anatomy)
     questions = Questions(model, processor, samples, batch_size, max_new_tokens)
     search = _Search(technique, questions, metric, anatomy)
+    first = search.first
+    places = list(range(first, search.layers)) if stages is None else list(stages)
+    search.check(levels, places, budget)
     known = _Known(resume, search.fingerprint() if resume is not None else "")
     before = len(known.values)
     with progress(None, "searching", unit="schedule") as bar:
@@ -102,14 +105,12 @@ def search_vision_tokens(
             bar.update()
             bar.set_postfix_str(f"metric {value:.3f} at {search.cost(shares):.0%} of the operations")
 
-        first = search.first
-        full = known.values.get((1.0,) * search.layers)
+        full = known.values.get((1.0,) * search.layers) if tolerance is not None or budget is None else None
         if full is None:
             full = search.evaluate((1.0,) * search.layers)
             evaluated((1.0,) * search.layers, full)
         if tolerance is None:
-            tolerance = 0.01 if budget is None else math.sqrt(max(full * (1 - full), 0) / len(samples))
-        places = [layer for layer in range(first, search.layers)] if stages is None else list(stages)
+            tolerance = 0.01 if budget is None else search.standard_error
         found = g_search(
             search.evaluate,
             search.layers,
@@ -174,8 +175,8 @@ class Questions:
         ids, image_tokens, tokens = torch.tensor(Anatomy(model).images.ids), 0, 0
         for first in range(0, len(samples), batch_size):
             batch = samples[first : first + batch_size]
-            inputs = _processed(processor, batch).to(device_of(model))
-            images = torch.isin(inputs["input_ids"], ids.to(inputs["input_ids"].device)).sum(1)
+            inputs = _processed(processor, batch)
+            images = torch.isin(inputs["input_ids"], ids).sum(1)
             if not bool((images > 0).all()):
                 wrong = first + int((images == 0).nonzero()[0])
                 raise ValueError(f"samples[{wrong}] has no image token in its prompt: {sorted(samples[wrong])}")
@@ -191,9 +192,10 @@ class Questions:
         Raises:
             ValueError: a metric that is not finite.
         """
-        values = []
+        values, device = [], device_of(self.model)
         with undisturbed(self.model):
             for batch, inputs in self.batches:
+                inputs = {name: value.to(device) for name, value in inputs.items()}
                 written = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
                 texts = self.processor.batch_decode(
                     written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -236,6 +238,7 @@ class _Search:
     ):
         self.technique, self.questions, self.metric, self.anatomy = technique, questions, metric, anatomy
         self.layers, self.first = len(anatomy.images.layers), max(1, anatomy.images.deep_stack)
+        self.standard_error = 0.0  # of the mean metric with all image tokens
 
     def fingerprint(self) -> str:
         """Of all that evaluations depend on."""
@@ -244,11 +247,16 @@ class _Search:
             for name in sorted(inputs):
                 if isinstance(inputs[name], torch.Tensor):
                     digest.update(inputs[name].detach().cpu().contiguous().numpy().tobytes())
-            digest.update(repr([sample.get(ANSWER) for sample in batch]).encode())
-        technique = self.technique
-        metric = f"{getattr(self.metric, '__module__', '')}.{getattr(self.metric, '__qualname__', '')}"
+            digest.update(repr([_words(sample) for sample in batch]).encode())
+        technique, metric = self.technique, f"{self.metric.__module__}.{self.metric.__qualname__}"
         options = technique.score, technique.mode, technique.when, technique.seed, self.questions.max_new_tokens, metric
         return f"{sampled(self.questions.model)}-{digest.hexdigest()[:16]}-{options}"
+
+    def check(self, levels: int | Sequence[float], stages: list[int], budget: float | None) -> None:
+        """Raises ValueError for what the searches would refuse, before the model answers anything."""
+        g_search(lambda shares: 1.0, self.layers, tolerance=0, levels=levels, start=self.first, stages=stages)
+        if budget is not None:
+            PSigmoid.within(budget, 10.0, 0.0, self.layers, first=self.first, cost=self.cost)
 
     def cost(self, shares: Shares) -> float:
         return self.questions.cost(shares, self.anatomy)
@@ -258,7 +266,10 @@ class _Search:
         falls = _falls(shares)
         technique = dataclasses.replace(self.technique, schedule=Stages(falls)) if falls else None
         with tried(self.questions.model, technique):
-            return statistics.fmean(self.questions.metrics(self.metric))
+            values = self.questions.metrics(self.metric)
+        if not falls:
+            self.standard_error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        return statistics.fmean(values)
 
 
 class _Known:
@@ -294,21 +305,49 @@ def _falls(shares: Shares) -> dict[int, float]:
     return {layer: shares[layer] for layer in range(1, len(shares)) if shares[layer] < shares[layer - 1]}
 
 
-def _processed(processor, batch: list[Sample]):
+def _words(sample: Sample) -> list[tuple[str, Any]]:
+    """What a sample holds besides pictures: a metric may read it."""
+    return [(name, value) for name, value in sorted(sample.items()) if isinstance(value, str | int | float | bool)]
+
+
+def _processed(processor, batch: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """What the processor returns for some samples, padded on the left."""
-    given = {name: [sample[name] for sample in batch] for name in ("images", "videos") if name in batch[0]}
+    given = {name: [sample[name] for sample in batch] for name in MEDIA if name in batch[0]}
     tokenizer = getattr(processor, "tokenizer", processor)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        return processor(text=[sample["text"] for sample in batch], return_tensors="pt", padding=True, **given)
+        inputs = processor(text=[sample["text"] for sample in batch], return_tensors="pt", padding=True, **given)
     finally:
         tokenizer.padding_side = side
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 
-def _check_share(name: str, value: float | None, least: float | None) -> None:
-    if value is None:
-        return
-    inside = isinstance(value, int | float) and not isinstance(value, bool)
-    inside = inside and (least <= value < 1 if least is not None else 0 < value < 1)
-    if not inside:
-        raise ValueError(f"{name} must be in {'[0, 1)' if least is not None else '(0, 1)'}, got {value!r}")
+def _check(samples, metric, tolerance, budget, evaluations, batch_size, max_new_tokens, method, resume) -> None:
+    """Raises ValueError or FileNotFoundError for an argument of `search_vision_tokens` that cannot be meant."""
+    if not samples:
+        raise ValueError("samples is empty: give a hundred or more questions with their images")
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or not isinstance(sample.get("text"), str):
+            raise ValueError(f"samples[{number}] must be a mapping with a text, got {_shown(sample)}")
+        if [name in sample for name in MEDIA] != [name in samples[0] for name in MEDIA]:
+            raise ValueError(f"samples[{number}] must have what samples[0] has of {', '.join(MEDIA)}")
+        if metric is exact_match and ANSWER not in sample:
+            raise ValueError(f"samples[{number}] has no {ANSWER!r}, which exact_match reads: {_shown(sample)}")
+    for name, value, most in (("tolerance", tolerance, math.inf), ("budget", budget, 1)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and (value >= 0 if most > 1 else 0 < value < 1) and math.isfinite(value)):
+            raise ValueError(f"{name} must be {'at least 0' if most > 1 else 'in (0, 1)'}, got {value!r}")
+    for name, value in (("evaluations", evaluations), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if resume is not None:
+        if "<lambda>" in getattr(metric, "__qualname__", "<lambda>"):
+            raise ValueError("resume needs a metric with a name, a function: another metric could not be told from it")
+        if not Path(resume).resolve().parent.is_dir():
+            raise FileNotFoundError(f"resume: there is no folder {Path(resume).resolve().parent}")
+
+
+def _shown(sample: object) -> str:
+    return str(sorted(sample)) if isinstance(sample, Mapping) else type(sample).__name__
