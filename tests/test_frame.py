@@ -334,7 +334,7 @@ def test_prose_in_readmes_is_wrapped():
 
 def test_cards_of_models_are_wrapped_as_their_scripts_write_them():
     cards = [path for path in tracked() if path.match("runtime/models/*/README.md")]
-    assert len(cards) == 2
+    assert len(cards) == 3
     for path in cards:
         assert wrapped(text_of(path)) == text_of(path)
 
