@@ -27,7 +27,7 @@ from hasten.acceleration.techniques.vision_tokens import layer_shapes
 from hasten.model_facts import device_of
 from hasten.sparsity.vision_tokens import prefill_cost
 
-IMAGE_TOKEN, TEXT_TOKENS, DECODE_STEPS = 32000, 64, 16
+IMAGE_TOKEN, TEXT_TOKENS, DECODE_STEPS = 32000, 64, 8
 PER_IMAGE = 576
 QUARTER = hasten.FastV(layer=2, keep=0.25)
 VARIANTS = {
