@@ -16,12 +16,12 @@ constexpr int64_t COLUMNS_OF_JOB = 256;  // of the sums over rows
 // query [B][Q][H][D], key of B, G, T and D with strides in elements; mask [B][1][T], or [B][Q][T] (mask_per_query), or
 // null; softcap 0 for none; scores [B][T].
 struct TokenScoresArguments {
-    int32_t dtype, threads, mask_per_query;
+    int32_t dtype, threads;
     float scale, softcap;
     float* scores;
     const void *query, *key;
     const uint8_t* mask;
-    int64_t B, Q, H, D, G, T, row_stride, group_stride, key_stride;
+    int64_t B, Q, H, D, G, T, row_stride, group_stride, key_stride, mask_per_query;
 };
 
 // Lane l of the result is lane l ^ D of v.

@@ -10,7 +10,6 @@ class TokenScoresArguments(cpu.Arguments):
     _fields_ = (
         ("dtype", cpu.FLAG),
         ("threads", cpu.FLAG),
-        ("mask_per_query", cpu.FLAG),
         ("scale", cpu.REAL),
         ("softcap", cpu.REAL),
         ("scores", cpu.POINTER),
@@ -26,6 +25,7 @@ class TokenScoresArguments(cpu.Arguments):
         ("row_stride", cpu.SIZE),
         ("group_stride", cpu.SIZE),
         ("key_stride", cpu.SIZE),
+        ("mask_per_query", cpu.SIZE),
     )
 
 

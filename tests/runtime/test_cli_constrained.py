@@ -76,4 +76,4 @@ def test_the_demo_shows_weights_and_what_it_shows_is_true(tmp_path):
     assert all(0 < each["mass_kept"] <= 1.5 and len(each["log_weights"]) == 8 for each in (extracted, watched))
     assert "mass kept" in shown and "checks per token" in shown and "log weights" in shown
     line = command_line.refused("demo", "constrained", "--quick")
-    assert line == "hasten: --plot and --quick are for the demos of sparsity and guidance"
+    assert line == "hasten: --plot and --quick are for the demos of sparsity, guidance and vision"

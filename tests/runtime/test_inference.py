@@ -70,7 +70,8 @@ def test_pictures_and_speech(kind, model_type):
         expected, _ = run.prefill(inputs)
     found = run.decode(inputs, 3)
     assert found.shape[1] == run.token_ids(inputs).shape[1] - max(3, run.shortest_prefix(inputs)) + 1
-    assert distance(found, expected[:, -found.shape[1] :]) < TOLERANCE
+    if model_type != "paligemma":  # in its prompts all tokens see all others, so a longer one has other predictions
+        assert distance(found, expected[:, -found.shape[1] :]) < TOLERANCE
     assert distance(run.forward(inputs)[:, -1], expected[:, -1]) < TOLERANCE
 
 

@@ -108,8 +108,8 @@ def test_a_prompt_with_a_picture_is_timed_under_its_own_length(at, monkeypatch):
         ran = measure.possible(run, asked)
         measure.times(run, [ran])
         assert shapes == [(ran.batch, ran.context), (ran.batch, 1)] if ran.context else [(ran.batch, ran.tokens)]
-    assert measure.possible(run, Regime(context=90)) == Regime(context=90 if at == 4 else 40)
-    assert measure.possible(run, Regime(context=3)) == Regime(context=20 if at == 4 else 40)
+    assert measure.possible(run, Regime(context=90)) == Regime(context=90 if at == 4 else 40, image=16)
+    assert measure.possible(run, Regime(context=3)) == Regime(context=20 if at == 4 else 40, image=16)
 
 
 def test_a_picture_at_the_end_leaves_nothing_to_predict():
