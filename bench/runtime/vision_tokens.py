@@ -21,7 +21,8 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfi
 import hasten
 from hasten.acceleration.anatomy import Anatomy
 from hasten.acceleration.measure import seconds
-from hasten.acceleration.techniques.vision_token_layers import Drop, PrunedLayer, VisionTokenPruning
+from hasten.acceleration.techniques.vision_token_layers import PrunedLayer
+from hasten.acceleration.techniques.vision_token_pass import Drop, VisionTokenPruning
 from hasten.acceleration.techniques.vision_token_search import tried
 from hasten.acceleration.techniques.vision_tokens import layer_shapes
 from hasten.model_facts import device_of

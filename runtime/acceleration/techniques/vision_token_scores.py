@@ -27,7 +27,7 @@ from hasten.kernels.token_scores import token_scores
 from hasten.sparsity.vision_tokens import random_scores, text_raters
 
 if TYPE_CHECKING:
-    from hasten.acceleration.techniques.vision_token_layers import Pass, VisionTokenPruning
+    from hasten.acceleration.techniques.vision_token_pass import Pass, VisionTokenPruning
 
 LISTENED = "hasten_listened"  # the name by which transformers knows `listened_attention`
 KINDS = ("image", "video")

@@ -11,7 +11,8 @@ from hasten.acceleration.found_schedule import FoundSchedule
 from hasten.acceleration.image_tokens import ImageTokens, refusal
 from hasten.acceleration.parts import kind_of
 from hasten.acceleration.techniques.base import DECODE, Regime, Settings, Technique
-from hasten.acceleration.techniques.vision_token_layers import PrunedLayer, VisionTokenPruning, WatchPasses
+from hasten.acceleration.techniques.vision_token_layers import PrunedLayer
+from hasten.acceleration.techniques.vision_token_pass import VisionTokenPruning, WatchPasses
 from hasten.acceleration.techniques.vision_token_scores import (
     Attention,
     LastToken,
