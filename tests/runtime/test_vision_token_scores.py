@@ -102,20 +102,27 @@ def test_scores_of_patches_land_on_the_tokens_that_are_made_of_them(name):
         handle.remove()
 
 
+def tower_weights(model, given):
+    """The attention weights [1, H, n, n] of the layer of the tower that ranks, by eager attention."""
+    config, notes = model.model.vision_tower.config, {}
+    config._attn_implementation = "eager"
+    with noted(model.get_submodule(Anatomy(model).vision_tower.attention), "attention", notes):
+        model(**given)
+    config._attn_implementation = "sdpa"
+    return notes["attention"][0][1]
+
+
+def best(scores, given, count=8):
+    """The image tokens whose patches score best, in order."""
+    images = (given["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    return sorted(images[scores.topk(count).indices].tolist())
+
+
 @torch.no_grad()
 def test_the_class_token_of_the_tower_ranks():
     model = vision_models.build("llava")
     given = inputs("llava", model, PROMPT)
-    tower = Anatomy(model).vision_tower
-    model.model.vision_tower.config._attn_implementation = "eager"
-    notes: dict = {}
-    with noted(model.get_submodule(tower.attention), "attention", notes):
-        model(**given)
-    weights = notes["attention"][0][1]  # [1, H, 1 + P, 1 + P]
-    scores = weights.mean(1)[0, 0, 1:]
-    images = (given["input_ids"][0] == IMAGE).nonzero()[:, 0]
-    expected = sorted(images[scores.topk(8).indices].tolist())
-    model.model.vision_tower.config._attn_implementation = "sdpa"
+    expected = best(tower_weights(model, given).mean(1)[0, 0, 1:], given)
     for when in ("prompt", "per_turn"):
         with accelerated(model, STAGES, given, score="vision", when=when):
             assert run(model, given)[1] == [expected]
@@ -125,15 +132,8 @@ def test_the_class_token_of_the_tower_ranks():
 def test_a_tower_without_a_class_token_ranks_by_its_patches():
     model = vision_models.build("paligemma")
     given = inputs("paligemma", model, PROMPT)
-    tower = Anatomy(model).vision_tower
-    model.model.vision_tower.config._attn_implementation = "eager"
-    notes: dict = {}
-    with noted(model.get_submodule(tower.attention), "attention", notes):
-        model(**given)
-    scores = notes["attention"][0][1].mean((1, 2))[0]  # fewer patches than are asked, so all of them are
-    images = (given["input_ids"][0] == IMAGE).nonzero()[:, 0]
-    expected = sorted(images[scores.topk(8).indices].tolist())
-    model.model.vision_tower.config._attn_implementation = "sdpa"
+    weights = tower_weights(model, given)  # of fewer patches than are asked, so all of them are
+    expected = best(weights.mean((1, 2))[0], given)
     with accelerated(model, STAGES, given, score="vision"):
         assert run(model, given)[1] == [expected]
 

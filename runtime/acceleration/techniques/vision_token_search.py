@@ -90,10 +90,10 @@ def search_vision_tokens(
     _check(samples, metric, tolerance, budget, evaluations, batch_size, max_new_tokens, method, resume)
     refuse_unready(model)
     technique, anatomy = VisionTokens(FULL, score=score, mode=mode, when=when, seed=seed), Anatomy(model)
-    technique.targets(anatomy)
+    first = max(1, anatomy.images.deep_stack)
+    dataclasses.replace(technique, schedule=Stages({first: 0.5})).targets(anatomy)  # refuses what no schedule can do
     questions = Questions(model, processor, samples, batch_size, max_new_tokens)
-    search = _Search(technique, questions, metric, anatomy)
-    first = search.first
+    search = _Search(technique, questions, metric, anatomy, first)
     places = list(range(first, search.layers)) if stages is None else list(stages)
     search.check(levels, places, budget)
     known = _Known(resume, search.fingerprint() if resume is not None else "")
@@ -234,10 +234,15 @@ class _Search:
     """What evaluates schedules."""
 
     def __init__(
-        self, technique: VisionTokens, questions: Questions, metric: Callable[[str, Sample], float], anatomy: Anatomy
+        self,
+        technique: VisionTokens,
+        questions: Questions,
+        metric: Callable[[str, Sample], float],
+        anatomy: Anatomy,
+        first: int,
     ):
         self.technique, self.questions, self.metric, self.anatomy = technique, questions, metric, anatomy
-        self.layers, self.first = len(anatomy.images.layers), max(1, anatomy.images.deep_stack)
+        self.layers, self.first = len(anatomy.images.layers), first
         self.standard_error = 0.0  # of the mean metric with all image tokens
 
     def fingerprint(self) -> str:
