@@ -4,7 +4,7 @@ state in place for decode."""
 import torch
 
 from ... import backend, checks, sequence
-from . import reference
+from . import cpu, reference
 
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
@@ -121,19 +121,34 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens=None, state_name="in
 
 def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
-    _check_growth(dt, A, dt_bias, dt_softplus)
     bounds = None if cu_seqlens is None else sequence.boundaries(cu_seqlens, x.shape[1])
-    y, state = reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bounds)
+    arguments = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bounds)
+    if backend.choose(x) == "cpu":
+        return _unless_it_grows(cpu.launch, arguments, dt, A, dt_bias, dt_softplus)
+    _check_growth(dt, A, dt_bias, dt_softplus)
+    y, state = reference.selective_scan(*arguments)
     return y.contiguous(), state
 
 
 def _run_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus):
     _check(x, dt, A, B, C, D, z, dt_bias, state, state_name="state")
     checks.check_writable("state", state)
+    if backend.choose(x) == "cpu":
+        arguments = (x, dt, A, B, C, state, D, z, dt_bias, dt_softplus)
+        return _unless_it_grows(cpu.step, arguments, dt, A, dt_bias, dt_softplus)
     _check_growth(dt, A, dt_bias, dt_softplus)
     y, new = reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, None)
     state.copy_(new)
     return y.contiguous()
+
+
+def _unless_it_grows(launcher, arguments, dt, A, dt_bias, dt_softplus):
+    """What the compiled kernel returns. Where dt cannot be negative it finds a positive A itself, at once."""
+    found = launcher(*arguments, True) if dt_softplus else None
+    if found is None:
+        _check_growth(dt, A, dt_bias, dt_softplus)
+        found = launcher(*arguments, False)
+    return found
 
 
 @torch.no_grad()
