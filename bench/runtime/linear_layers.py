@@ -24,7 +24,9 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.minimax import modeling_minimax
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from hasten.acceleration.techniques import linear_attention_layers as adapters
+from hasten.acceleration.techniques.delta_rule_adapters import chunk_delta_rule, step_delta_rule
+from hasten.acceleration.techniques.linear_attention_layers import LAYERS
+from hasten.acceleration.techniques.mamba2_adapters import chunk_mamba2, step_mamba2
 from hasten.kernels.recurrence.linear_attention import linear_attention_step
 from hasten.model_facts import progress
 
@@ -57,7 +59,7 @@ def layer_of(layer: nn.Module) -> nn.Module:
 
 
 def fast(layer: nn.Module) -> Callable:
-    forward = adapters.LAYERS[type(layer).__name__].make(layer)
+    forward = LAYERS[type(layer).__name__].make(layer)
     return lambda *arguments, **keywords: forward(layer, *arguments, **keywords)
 
 
@@ -130,7 +132,7 @@ def delta_prefill(kind: str) -> tuple:
     else:
         stock, arguments = modeling_kimi_linear.chunk_kimi_delta_attention, _delta_inputs(PREFILL, 8, 8, kind)
     settings = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
-    return lambda: stock(*arguments, **settings), lambda: adapters.chunk_delta_rule(*arguments, **settings)
+    return lambda: stock(*arguments, **settings), lambda: chunk_delta_rule(*arguments, **settings)
 
 
 def delta_step() -> tuple:
@@ -143,7 +145,7 @@ def delta_step() -> tuple:
         states.append(states.pop(0))
         return states[-1].copy_(function(*arguments, initial_state=states[-1], **settings)[1])  # as the cache does
 
-    return lambda: call(stock), lambda: call(adapters.step_delta_rule)
+    return lambda: call(stock), lambda: call(step_delta_rule)
 
 
 def _mamba_inputs(T: int) -> tuple:
@@ -156,7 +158,7 @@ def mamba2_prefill() -> tuple:
     arguments = (*_mamba_inputs(PREFILL), 256)
     settings = {"D": torch.ones(80), "dt_bias": torch.zeros(80), "dt_softplus": True, "return_final_states": True}
     stock = modeling_mamba2.mamba2_chunk_scan
-    return lambda: stock(*arguments, **settings), lambda: adapters.chunk_mamba2(*arguments, **settings)
+    return lambda: stock(*arguments, **settings), lambda: chunk_mamba2(*arguments, **settings)
 
 
 def mamba2_step() -> tuple:
@@ -173,7 +175,7 @@ def mamba2_step() -> tuple:
         states.append(states.pop(0))
         return function(states[-1], x, dt, A, B, C, D, dt_bias=bias, dt_softplus=True)
 
-    return lambda: call(modeling_mamba2.mamba2_selective_state_update), lambda: call(adapters.step_mamba2)
+    return lambda: call(modeling_mamba2.mamba2_selective_state_update), lambda: call(step_mamba2)
 
 
 def layer_prefill(make: Callable[[], nn.Module], tokens: int = PREFILL) -> tuple:

@@ -12,25 +12,34 @@ import transformers as tf
 from running import distance, logits
 
 import hasten
-from hasten.acceleration.techniques import fast_linear_attention, linear_attention_layers
+from hasten.acceleration.techniques import (
+    convolution_adapters,
+    delta_rule_adapters,
+    fast_linear_attention,
+    linear_attention_layers,
+    mamba2_adapters,
+    minimax_adapters,
+)
 
 FAMILIES = list(linear_models.CONFIGS)
 ONE_OF_EACH = ["minimax", "qwen3_next", "kimi_linear", "mamba2", "falcon_h1"]
 PLAN = hasten.FastLinearAttention()
+KERNELS = {"linear_attention", "linear_attention_step", "delta_rule", "delta_rule_step"}
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How often each kernel was called."""
     counts = {}
-    for name in ("linear_attention", "linear_attention_step", "delta_rule", "delta_rule_step"):
-        kernel = getattr(linear_attention_layers, name)
+    for module in (delta_rule_adapters, mamba2_adapters, minimax_adapters):
+        for name in KERNELS & vars(module).keys():
+            kernel = getattr(module, name)
 
-        def counted(*arguments, name=name, kernel=kernel, **settings):
-            counts[name] = counts.get(name, 0) + 1
-            return kernel(*arguments, **settings)
+            def counted(*arguments, name=name, kernel=kernel, **settings):
+                counts[name] = counts.get(name, 0) + 1
+                return kernel(*arguments, **settings)
 
-        monkeypatch.setattr(linear_attention_layers, name, counted)
+            monkeypatch.setattr(module, name, counted)
     return counts
 
 
@@ -196,14 +205,14 @@ def test_minimax_in_bfloat16_keeps_its_state_in_float32():
     with torch.no_grad():
         for parameter, rounded in zip(exact.parameters(), layer.parameters(), strict=True):
             parameter.copy_(rounded)
-    fast = linear_attention_layers.minimax_forward(layer)
+    fast = minimax_adapters.minimax_forward(layer)
     theirs, ours = tf.models.minimax.modeling_minimax.MiniMaxCache(), tf.models.minimax.modeling_minimax.MiniMaxCache()
     states = tf.models.minimax.modeling_minimax.MiniMaxCache()
     x = torch.randn(1, 501, 64).bfloat16()
     with torch.no_grad():
         for t in range(501):
             token = x[:, t : t + 1]
-            linear_attention_layers.minimax_forward(exact)(exact, token.float(), None, None, states)
+            minimax_adapters.minimax_forward(exact)(exact, token.float(), None, None, states)
             layer(token, None, None, theirs)
             _, state = fast(layer, token, None, None, ours)
     assert state.dtype == torch.float32
@@ -290,25 +299,24 @@ def test_packed_sequences_are_refused():
 
 
 ADAPTERS = {
-    "chunk_delta_rule": "query key value g beta",
-    "step_delta_rule": "query key value g beta initial_state output_final_state",
-    "chunk_mamba2": "hidden_states dt A B C chunk_size",
-    "step_mamba2": "state hidden_states dt A B C",
-    "conv1d": "hidden_states weight",
+    delta_rule_adapters.chunk_delta_rule: "query key value g beta",
+    delta_rule_adapters.step_delta_rule: "query key value g beta initial_state output_final_state",
+    mamba2_adapters.chunk_mamba2: "hidden_states dt A B C chunk_size",
+    mamba2_adapters.step_mamba2: "state hidden_states dt A B C",
+    convolution_adapters.conv1d: "hidden_states weight",
 }
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapters_refuse_what_they_do_not_compute(adapter):
     """Whatever is passed besides, but for None and for what no layer's output depends on."""
-    function = getattr(linear_attention_layers, adapter)
     arguments = dict.fromkeys(ADAPTERS[adapter].split())
     for name, value in {"head_first": True, "A_log": torch.zeros(3), "is_causal": False, "z_gate": 0}.items():
         with pytest.raises(ValueError, match=rf"does not compute {name}, got "):
-            function(**arguments, **{name: value})
+            adapter(**arguments, **{name: value})
     for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
         with pytest.raises(ValueError, match=rf"packed sequences \({name}\)"):
-            function(**arguments, **{name: torch.tensor([0, 2])})
+            adapter(**arguments, **{name: torch.tensor([0, 2])})
 
 
 def test_a_state_in_half_precision_is_updated_in_place():
@@ -318,8 +326,8 @@ def test_a_state_in_half_precision_is_updated_in_place():
     exact = torch.randn(B, H, P, N)
     half = exact.bfloat16()
     before = half.clone()
-    expected = linear_attention_layers.step_mamba2(exact, x, dt, rates, b, c)
-    assert distance(linear_attention_layers.step_mamba2(half, x, dt, rates, b, c), expected) < 0.02
+    expected = mamba2_adapters.step_mamba2(exact, x, dt, rates, b, c)
+    assert distance(mamba2_adapters.step_mamba2(half, x, dt, rates, b, c), expected) < 0.02
     assert half.dtype == torch.bfloat16 and distance(half.float(), exact) < 0.02 < distance(before.float(), exact)
 
 

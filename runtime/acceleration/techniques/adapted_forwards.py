@@ -1,0 +1,43 @@
+"""What the adapters of linear-attention layers share: a forward made anew with other functions in it, and the arguments
+that no adapter computes.
+
+An adapter has the name, the arguments and the side effects of the function that it replaces.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+
+from torch import nn
+
+# Layers pass along what their model was called with; what is neither an argument of the adapter nor in IGNORED must be
+# None, for it is not computed.
+IGNORED = (
+    *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
+    *("position_ids", "position_embeddings"),
+)
+PACKED = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def remade(**replacements: Callable) -> Callable[[nn.Module], Callable]:
+    """Makes the forward of a layer anew, calling `replacements` instead of the functions of those names."""
+
+    def make(layer: nn.Module) -> Callable:
+        stock = inspect.unwrap(type(layer).forward)
+        # Without a name for the module, torch.compile too reads these globals and not those of the module.
+        scope = {name: value for name, value in stock.__globals__.items() if name != "__name__"} | replacements
+        made = FunctionType(stock.__code__, scope, stock.__name__, stock.__defaults__, stock.__closure__)
+        made.__kwdefaults__ = stock.__kwdefaults__
+        return made
+
+    return make
+
+
+def refuse_others(others: dict) -> None:
+    for name, value in others.items():
+        if value is None or name in IGNORED:
+            continue
+        if name in PACKED:
+            reason = f"packed sequences ({name}) are not kept apart by this layer: pass them as rows of a batch"
+            raise ValueError(reason)
+        raise ValueError(f"hasten's kernel for this layer does not compute {name}, got {value!r}: revert the model")
