@@ -7,14 +7,16 @@ An adapter has the name, the arguments and the side effects of the function that
 import inspect
 from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
+import torch
 from torch import nn
 
-# Layers pass along what their model was called with; what is neither an argument of the adapter nor in IGNORED must be
-# None, for it is not computed.
+# Layers pass along what their model was called with, and functions are told how to go about it. What is neither an
+# argument of the adapter nor in IGNORED must be None, for it is not computed.
 IGNORED = (
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
-    *("position_ids", "position_embeddings"),
+    *("position_ids", "position_embeddings", "chunk_size", "use_mambapy", "use_associative_scan"),
 )
 PACKED = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
@@ -33,7 +35,8 @@ def remade(**replacements: Callable) -> Callable[[nn.Module], Callable]:
     return make
 
 
-def refuse_others(others: dict) -> None:
+def refuse_others(others: dict[str, Any]) -> None:
+    """Raises ValueError for an argument that nothing computes, but for None and what no output depends on."""
     for name, value in others.items():
         if value is None or name in IGNORED:
             continue
@@ -41,3 +44,12 @@ def refuse_others(others: dict) -> None:
             reason = f"packed sequences ({name}) are not kept apart by this layer: pass them as rows of a batch"
             raise ValueError(reason)
         raise ValueError(f"hasten's kernel for this layer does not compute {name}, got {value!r}: revert the model")
+
+
+def check_state(name: str, state: torch.Tensor, expected: list[int]) -> None:
+    """Raises ValueError unless a cached state has the shape that this layer writes."""
+    if list(state.shape) != expected:
+        raise ValueError(
+            f"the {name} in the cache: expected shape {expected}, got shape {list(state.shape)}, as of another model "
+            "or batch: pass a cache that this model filled"
+        )

@@ -1,6 +1,6 @@
 """Adapters for the layers of the gated delta rule and of Kimi delta attention."""
 
-from hasten.acceleration.techniques.adapted_forwards import refuse_others
+from hasten.acceleration.techniques.adapted_forwards import check_state, refuse_others
 from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.sequence import state_dtype
 
@@ -19,7 +19,7 @@ def chunk_delta_rule(
 ):
     """For `torch_chunk_gated_delta_rule` and `chunk_kimi_delta_attention`; chunks are ours."""
     refuse_others(others)
-    state = None if initial_state is None else initial_state.to(state_dtype(query))
+    state = None if initial_state is None else _state(initial_state, query, value)
     settings = {"decay": g, "scale": query.shape[-1] ** -0.5, "l2_norm": use_qk_l2norm_in_kernel}
     output, state = delta_rule(query, key, value, beta, initial_state=state, return_state=True, **settings)
     return output, state if output_final_state else None
@@ -31,8 +31,8 @@ def step_delta_rule(
     value,
     g,
     beta,
-    initial_state,
-    output_final_state,
+    initial_state=None,
+    output_final_state=False,
     use_qk_l2norm_in_kernel=False,
     **others,
 ):
@@ -49,7 +49,13 @@ def step_delta_rule(
             output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         )
-    state = initial_state.to(state_dtype(query))
+    state = _state(initial_state, query, value)
     settings = {"decay": g, "scale": query.shape[-1] ** -0.5, "l2_norm": use_qk_l2norm_in_kernel}
     output = delta_rule_step(query, key, value, beta, state, **settings)
     return output, state if output_final_state else None
+
+
+def _state(state, query, value):
+    """A cached state in the dtype of the kernels."""
+    check_state("recurrent state", state, [query.shape[0], value.shape[2], query.shape[3], value.shape[3]])
+    return state.to(state_dtype(query))

@@ -10,6 +10,7 @@ from torch import nn
 
 from hasten.acceleration.edits import MarkStateful, ReplaceForward
 from hasten.acceleration.forwards import Forward
+from hasten.acceleration.techniques.adapted_forwards import refuse_others
 from hasten.acceleration.techniques.base import DECODE, PREFILL, Regime, Skip, Technique
 from hasten.acceleration.techniques.linear_attention_layers import LAYERS
 from hasten.errors import Refusal, UnsupportedModelError
@@ -21,10 +22,12 @@ class LinearAttentionLayer(Forward):
     def __init__(self, module: nn.Module, name: str):
         super().__init__(module, name)
         self.function = None
+        self.named = frozenset(inspect.signature(type(module).forward).parameters)
 
     def own(self, *arguments, **keywords):
         if self.function is None:  # made at the first call: a copy of the module is empty when this is copied
             self.function = LAYERS[type(self.module).__name__].make(self.module)
+        refuse_others({name: value for name, value in keywords.items() if name not in self.named})
         return self.function(self.module, *arguments, **keywords)
 
     def __getstate__(self):

@@ -45,8 +45,15 @@ LAYERS: dict[str, Layer] = (
         Qwen3_5GatedDeltaNet="Qwen3.5",
         Qwen3_5MoeGatedDeltaNet="Qwen3.5-MoE",
         OlmoHybridGatedDeltaNet="OLMo-hybrid",
+        Qwen4ExpTextGatedDeltaNet="Qwen4-exp",
     )
-    | _layers(_KIMI, KimiLinearDeltaAttention="Kimi-Linear", BailingHybridDeltaAttention="Bailing-hybrid")
+    | _layers(
+        _KIMI,
+        KimiLinearDeltaAttention="Kimi-Linear",
+        BailingHybridDeltaAttention="Bailing-hybrid",
+        Glm5NextTextLinearAttention="GLM-5-next",
+    )
+    | _layers(_CONV, Lfm2ShortConv="LFM2", Lfm2MoeShortConv="LFM2-MoE", Lfm3ShortConv="LFM3")
     | _layers(
         _MAMBA2,
         Mamba2Mixer="Mamba-2",

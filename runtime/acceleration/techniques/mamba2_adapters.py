@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from hasten.acceleration.techniques.adapted_forwards import refuse_others
+from hasten.acceleration.techniques.adapted_forwards import check_state, refuse_others
 from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 
 
@@ -22,12 +22,15 @@ def chunk_mamba2(
     return_final_states=False,
     **others,
 ):
-    """For `mamba2_chunk_scan`: k = B, v = dt x, q = C, decay = dt A. The state [K, V] is transformers'
-    [head_dim, state_size], transposed."""
+    """For `mamba2_chunk_scan`, in chunks of ours: k = B, v = dt x, q = C, decay = dt A.
+    The state [K, V] is transformers' [head_dim, state_size], transposed."""
     refuse_others(others)
     dt = _time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
     x = hidden_states.float()
-    state = None if initial_states is None else initial_states.float().transpose(-1, -2)
+    state = None
+    if initial_states is not None:
+        check_state("recurrent state", initial_states, [x.shape[0], *x.shape[2:], B.shape[-1]])
+        state = initial_states.float().transpose(-1, -2)
     output, state = linear_attention(
         C.float(), B.float(), x * dt[..., None], decay=dt * A.float(), initial_state=state, return_state=True
     )
@@ -52,6 +55,7 @@ def step_mamba2(
     """For `mamba2_selective_state_update`: the state is updated in place.
     dt, A, D and their biases are the same for a whole head there."""
     refuse_others(others)
+    check_state("recurrent state", state, [*hidden_states.shape, B.shape[-1]])
     dt = _time_step(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
     x = hidden_states.float()
     kept = state.float()
