@@ -2,6 +2,8 @@
 
 import torch
 import transformers as tf
+from running import read
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BASE = {"vocab_size": 300, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2} | TOKENS
@@ -130,6 +132,30 @@ CONFIGS = {
         chunk_size=32,
         **TOKENS,
     ),
+    "mamba": lambda: tf.MambaConfig(vocab_size=300, hidden_size=64, num_hidden_layers=3, state_size=12, **TOKENS),
+    "falcon_mamba": lambda: tf.FalconMambaConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=3, state_size=12, **TOKENS
+    ),
+    "jamba": lambda: tf.JambaConfig(
+        **BASE,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        num_experts=4,
+        mamba_d_state=12,
+    ),
+    "zamba": lambda: tf.ZambaConfig(
+        **BASE | {"num_key_value_heads": 4},
+        intermediate_size=48,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        mamba_d_state=12,
+        n_mamba_heads=2,
+    ),
+    "xlstm": lambda: tf.xLSTMConfig(
+        vocab_size=300, hidden_size=128, num_hidden_layers=2, num_heads=2, chunk_size=16, **TOKENS
+    ),
     "bamba": lambda: tf.BambaConfig(**BASE, **MAMBA, num_hidden_layers=3, intermediate_size=48, attn_layer_indices=[1]),
     "falcon_h1": lambda: tf.FalconH1Config(
         **BASE, **MAMBA, mamba_d_ssm=128, num_hidden_layers=2, intermediate_size=48, head_dim=16
@@ -170,9 +196,14 @@ CONFIGS = {
     ),
 }
 
-# What transformers 5.23 itself reads in parts otherwise than at once: MiniMax counts no tokens in its cache.
-WRONG_IN_PARTS = ("minimax",)
-WITHOUT_A_MASK = ()
+# What transformers 5.23 itself reads in parts otherwise than at once: MiniMax counts no tokens in its cache, and the scan
+# of Mamba begins at zero.
+WRONG_IN_PARTS = ("minimax", "mamba", "falcon_mamba", "jamba", "zamba")
+WITHOUT_A_MASK = ("xlstm",)
+STATES = {  # where a layer does not keep both kinds
+    **dict.fromkeys(("minimax", "xlstm"), ("recurrent",)),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("convolution",)),
+}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
@@ -186,8 +217,40 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("A_log"):
                 parameter.copy_(torch.rand_like(parameter) * 2)
-            elif parameter_name.endswith("dt_bias"):
+            elif parameter_name.endswith(("dt_bias", "dt_proj_bias")):
                 parameter.copy_(torch.rand_like(parameter) * 3 - 5)
             elif parameter.dim() >= 2:
                 parameter.normal_(std=0.15)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def ids(rows: int = 2, length: int = 112, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 290, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generated(model: torch.nn.Module, tokens: torch.Tensor, **settings):
+    """What `generate` returns for 8 more tokens; sampling is seeded."""
+    torch.manual_seed(1)
+    return model.generate(tokens, max_new_tokens=8, pad_token_id=0, eos_token_id=None, **settings)
+
+
+def expected_logits(
+    model: torch.nn.Module, family: str, tokens: torch.Tensor, parts: list[int], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of the unchanged model; what it would read wrong in parts it reads at once."""
+    return read(model, tokens, [tokens.shape[1]] if family in WRONG_IN_PARTS else parts, mask)
+
+
+def shorten(cache: object, kind: str) -> None:
+    """Gives the first linear-attention layer of a cache a state with heads or channels of another size."""
+    if hasattr(cache, "linear_cache"):
+        cache.linear_cache[0] = cache.linear_cache[0][..., 1:]
+    elif hasattr(cache, "rnn_state"):
+        first = cache.rnn_state[0]
+        cache.rnn_state[0] = (first[0][..., 1:], *first[1:])
+    else:
+        entry = next(entry for entry in cache.layers if isinstance(entry, LinearAttentionCacheLayerMixin))
+        if kind == "recurrent":
+            entry.recurrent_states[0] = entry.recurrent_states[0][..., 1:]
+        else:
+            entry.conv_states[0] = entry.conv_states[0][:, 1:]

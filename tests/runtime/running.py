@@ -35,7 +35,9 @@ def read(model: nn.Module, ids: torch.Tensor, parts: list[int], mask: torch.Tens
     positions = torch.arange(ids.shape[1])[None] if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     for part in ids.split(parts, 1):
         begin, end = end, end + part.shape[1]
-        words = {} if mask is None else {"attention_mask": mask[:, :end]}
+        words = {}
+        if mask is not None:  # models with states alone take that of the part
+            words["attention_mask"] = mask[:, begin if "cache_params" in takes else 0 : end]
         if "position_ids" in takes:
             words["position_ids"] = positions[:, begin:end].expand(ids.shape[0], -1)
         output = model(input_ids=part, use_cache=True, **words, **cache)
@@ -47,3 +49,7 @@ def read(model: nn.Module, ids: torch.Tensor, parts: list[int], mask: torch.Tens
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest relative distance of two rows of logits."""
     return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).max())
+
+
+def relative_error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())

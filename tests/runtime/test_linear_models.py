@@ -9,24 +9,38 @@ import linear_models
 import pytest
 import torch
 import transformers as tf
-from running import distance, logits, read
+from linear_models import expected_logits, generated, ids
+from running import distance, logits, read, relative_error
 
 import hasten
 from hasten.acceleration.techniques import (
     convolution_adapters,
     delta_rule_adapters,
-    fast_linear_attention,
-    linear_attention_layers,
     mamba2_adapters,
     minimax_adapters,
+    selective_scan_adapters,
+    xlstm_adapters,
 )
 
 FAMILIES = list(linear_models.CONFIGS)
 ONE_OF_EACH = ["minimax", "qwen3_next", "kimi_linear", "mamba2", "falcon_h1"]
 GENERATING = [*ONE_OF_EACH, "qwen4_exp", "glm5_next", "lfm2", "lfm2_moe", "lfm3"]
+GENERATING += ["mamba", "falcon_mamba", "jamba", "zamba", "xlstm"]
 PADDED = [family for family in FAMILIES if family not in linear_models.WITHOUT_A_MASK]
+IN_CHUNKS = [family for family in PADDED if family not in ("mamba", "falcon_mamba", "mamba2", "minimax")]
 PLAN = hasten.FastLinearAttention()
-RECURRENCES = {"linear_attention", "linear_attention_step", "delta_rule", "delta_rule_step"}
+ADAPTERS = (
+    convolution_adapters,
+    delta_rule_adapters,
+    mamba2_adapters,
+    minimax_adapters,
+    selective_scan_adapters,
+    xlstm_adapters,
+)
+RECURRENCES = {"linear_attention", "linear_attention_step", "delta_rule", "delta_rule_step"} | {
+    "selective_scan",
+    "selective_scan_step",
+}
 CONVOLUTIONS = {"causal_conv1d", "causal_conv1d_update"}
 
 
@@ -34,7 +48,7 @@ CONVOLUTIONS = {"causal_conv1d", "causal_conv1d_update"}
 def calls(monkeypatch):
     """How often each kernel was called; `counts_of` picks those of the recurrence."""
     counts = {}
-    for module in (convolution_adapters, delta_rule_adapters, mamba2_adapters, minimax_adapters):
+    for module in ADAPTERS:
         for name in (RECURRENCES | CONVOLUTIONS) & vars(module).keys():
             kernel = getattr(module, name)
 
@@ -46,27 +60,9 @@ def calls(monkeypatch):
     return counts
 
 
-def ids(rows=2, length=112, seed=0):
-    return torch.randint(3, 290, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(one, other):
-    return float((one - other).norm() / other.norm())
-
-
-def generated(model, tokens, **settings):
-    torch.manual_seed(1)
-    return model.generate(tokens, max_new_tokens=8, pad_token_id=0, eos_token_id=None, **settings)
-
-
 def counts_of(calls):
     """How often the kernels of a layer's recurrence were called, or of its convolution where it has no recurrence."""
     return sorted(count for name, count in calls.items() if name in (RECURRENCES & calls.keys() or CONVOLUTIONS))
-
-
-def expected_logits(model, family, tokens, parts, mask=None):
-    """Of the unchanged model; what it would read wrong in parts it reads at once."""
-    return read(model, tokens, [tokens.shape[1]] if family in linear_models.WRONG_IN_PARTS else parts, mask)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,10 +72,13 @@ def test_prefill_continuation_and_decode(family, calls):
     report = hasten.accelerate(model, PLAN, measure_speed=False)
     layers = len(report.techniques[0].edited)
     assert layers >= 2 and report.self_check < 1e-5
+    heads = 2 if family == "zamba" else 1  # which scans its heads one by one
     calls.clear()
     after = read(model, tokens, parts)
     assert relative_error(after, before) < 5e-6 and distance(after, before) < 2e-5
-    assert counts_of(calls) == [2 * layers, 20 * layers], "every layer in the prefill, the continuation and each step"
+    assert counts_of(calls) == [2 * layers * heads, 20 * layers * heads], (
+        "every layer in the prefill, the continuation and each step"
+    )
     hasten.revert(model)
     assert torch.equal(expected_logits(model, family, tokens, parts), before)
     assert not any("forward" in vars(module) for module in model.modules())
@@ -111,6 +110,8 @@ def test_as_near_to_float64_as_transformers(family):
 def test_generate(family):
     model, tokens = linear_models.build(family), ids(2, 40)
     ways = {"greedy": {}, "sampling": {"do_sample": True, "temperature": 1.5}, "beam": {"num_beams": 3}}
+    if family == "xlstm":  # whose cache transformers 5.23 cannot reorder
+        del ways["beam"]
     if family in PADDED:
         tokens[0, :9] = 0
         mask = tokens.ne(0).long()
@@ -118,7 +119,7 @@ def test_generate(family):
     # What transformers' own cache gets wrong, it computes without one.
     cached = {"use_cache": False} if family in linear_models.WRONG_IN_PARTS else {}
     expected = {way: generated(model, tokens, **settings, **cached) for way, settings in ways.items()}
-    if family not in ("mamba2", "minimax"):  # for which transformers 5.23 makes no cache before a prefill in chunks
+    if family in IN_CHUNKS:  # for the others transformers 5.23 makes no cache before it
         ways["in chunks"], expected["in chunks"] = {"prefill_chunk_size": 16}, expected["greedy"]
     with hasten.accelerated(model, PLAN, measure_speed=False):
         for way, settings in ways.items():
@@ -170,15 +171,6 @@ def test_caches_move_between_the_stock_and_the_fast_model(family):
                 for part in tokens[:, 50:].split([5, 1, 1, 1, 1, 1], 1)
             ]
             assert distance(torch.cat(steps, 1), expected[:, 50:]) < 2e-5
-
-
-def test_a_minimax_cache_that_counts_no_tokens_is_refused():
-    model, tokens = linear_models.build("minimax"), ids(2, 60)
-    cache = model(input_ids=tokens[:, :50], use_cache=True).past_key_values
-    hasten.accelerate(model, PLAN, measure_speed=False)
-    for begin in (50, 59):
-        with pytest.raises(ValueError, match="transformers' own layers filled: it counts 0 tokens"):
-            model(input_ids=tokens[:, begin:], past_key_values=cache, use_cache=True)
 
 
 def test_nothing_global_changes():
@@ -275,83 +267,6 @@ def test_report():
     assert report.to_dict()["techniques"][0]["edited"] == ["model.layers.0.mamba", "model.layers.1.mamba"]
 
 
-def test_a_model_without_such_layers():
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(**linear_models.BASE, intermediate_size=48, num_hidden_layers=1))
-    with pytest.raises(
-        hasten.UnsupportedModelError, match=r"no linear-attention layer .*'llama'.* known are those of MiniMax"
-    ):
-        hasten.accelerate(model.eval().requires_grad_(False), PLAN)
-
-
-def test_a_forward_of_someone_else():
-    model = linear_models.build("mamba2")
-    layer = model.backbone.layers[1].mixer
-    layer.forward = layer.forward
-    with pytest.raises(
-        hasten.UnsupportedModelError, match=r"backbone.layers.1.mixer.* forward was replaced on the instance"
-    ):
-        hasten.accelerate(model, PLAN, measure_speed=False)
-    report = hasten.accelerate(model, PLAN, strict=False, measure_speed=False)
-    assert [skip.name for skip in report.skipped] == ["backbone.layers.1.mixer"]
-    model.backbone.layers[0].mixer.forward = print
-    with pytest.raises(hasten.StateError, match=r"the forward of backbone.layers.0.mixer was replaced after"):
-        hasten.revert(model)
-
-
-def test_a_layer_on_the_meta_device():
-    model = linear_models.build("mamba2")
-    model.backbone.layers[0].mixer.to("meta")
-    with pytest.raises(hasten.UnsupportedModelError, match=r"layers.0.mixer.* meta device"):
-        hasten.accelerate(model, PLAN, measure_speed=False)
-
-
-def test_a_quantised_layer():
-    model = linear_models.build("mamba2")
-    layer = model.backbone.layers[0].mixer
-    layer.in_proj.weight = torch.nn.Parameter(layer.in_proj.weight.to(torch.int8), requires_grad=False)
-    refusal = fast_linear_attention._refusal("mixer", layer)
-    assert refusal.reason == "its in_proj.weight is quantised (torch.int8)" and "quantisation" in refusal.remedy
-
-
-def test_a_layer_of_another_transformers(monkeypatch):
-    """Whose forward does not call what would be replaced: it would be left as slow as it is, and say nothing."""
-    model = linear_models.build("mamba2")
-    other = linear_attention_layers.Layer("Mamba-2", None, ("causal_conv1d_fn", "a_scan_of_the_future"))
-    monkeypatch.setitem(linear_attention_layers.LAYERS, "Mamba2Mixer", other)
-    fast_linear_attention._missing.cache_clear()
-    with pytest.raises(hasten.UnsupportedModelError, match="its forward does not call a_scan_of_the_future"):
-        hasten.accelerate(model, PLAN, measure_speed=False)
-    fast_linear_attention._missing.cache_clear()
-
-
-def test_packed_sequences_are_refused():
-    model = linear_models.build("qwen3_next")
-    hasten.accelerate(model, PLAN, measure_speed=False)
-    with pytest.raises(ValueError, match="packed sequences"):
-        model(input_ids=ids(1, 20), cu_seq_lens_q=torch.tensor([0, 10, 20]))
-
-
-ADAPTERS = {
-    delta_rule_adapters.chunk_delta_rule: "query key value g beta",
-    delta_rule_adapters.step_delta_rule: "query key value g beta initial_state output_final_state",
-    mamba2_adapters.chunk_mamba2: "hidden_states dt A B C chunk_size",
-    mamba2_adapters.step_mamba2: "state hidden_states dt A B C",
-    convolution_adapters.conv1d: "hidden_states weight",
-}
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_adapters_refuse_what_they_do_not_compute(adapter):
-    """Whatever is passed besides, but for None and for what no layer's output depends on."""
-    arguments = dict.fromkeys(ADAPTERS[adapter].split())
-    for name, value in {"head_first": True, "A_log": torch.zeros(3), "is_causal": False, "z_gate": 0}.items():
-        with pytest.raises(ValueError, match=rf"does not compute {name}, got "):
-            adapter(**arguments, **{name: value})
-    for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
-        with pytest.raises(ValueError, match=rf"packed sequences \({name}\)"):
-            adapter(**arguments, **{name: torch.tensor([0, 2])})
-
-
 def test_a_state_in_half_precision_is_updated_in_place():
     B, H, P, N = 2, 4, 16, 24
     x, dt, b, c = torch.randn(B, H, P), torch.rand(B, H, 1).expand(B, H, P), torch.randn(B, H, N), torch.randn(B, H, N)
@@ -362,28 +277,3 @@ def test_a_state_in_half_precision_is_updated_in_place():
     expected = mamba2_adapters.step_mamba2(exact, x, dt, rates, b, c)
     assert distance(mamba2_adapters.step_mamba2(half, x, dt, rates, b, c), expected) < 0.02
     assert half.dtype == torch.bfloat16 and distance(half.float(), exact) < 0.02 < distance(before.float(), exact)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_arguments_that_a_model_is_called_with(family):
-    """Flags of outputs change nothing; what transformers' kernels would be told besides is refused."""
-    model, tokens = linear_models.build(family), ids(1, 20)
-    hasten.accelerate(model, PLAN, measure_speed=False)
-    with torch.no_grad():
-        expected = model(input_ids=tokens).logits
-        output = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
-    assert torch.equal(output.logits, expected) and len(output.hidden_states) >= 2
-    if family != "mamba2":  # whose forward takes no other arguments
-        with pytest.raises(ValueError, match=r"packed sequences \(seq_idx\)"):
-            model(input_ids=tokens, seq_idx=torch.zeros(1, 20, dtype=torch.int32))
-
-
-@pytest.mark.parametrize("family", ["minimax", "qwen3_next", "mamba2"])
-def test_what_a_recurrent_state_cannot_do(family):
-    """Crop, and assisted decoding, which needs it: refused before a wrong token comes out."""
-    model = linear_models.build(family)
-    hasten.accelerate(model, PLAN, measure_speed=False)
-    with pytest.raises(ValueError, match="not supported with stateful models"):
-        generated(model, ids(1, 30), assistant_model=linear_models.build(family))
-    with pytest.raises(ValueError, match="not supported with stateful models"):
-        generated(model, ids(1, 30), prompt_lookup_num_tokens=3)

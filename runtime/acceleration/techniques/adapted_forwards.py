@@ -5,7 +5,7 @@ An adapter has the name, the arguments and the side effects of the function that
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -35,15 +35,20 @@ def remade(**replacements: Callable) -> Callable[[nn.Module], Callable]:
     return make
 
 
-def refuse_others(others: dict[str, Any]) -> None:
+def refuse_others(others: Mapping[str, Any]) -> None:
     """Raises ValueError for an argument that nothing computes, but for None and what no output depends on."""
+    refuse_packed(others)
     for name, value in others.items():
-        if value is None or name in IGNORED:
-            continue
-        if name in PACKED:
-            reason = f"packed sequences ({name}) are not kept apart by this layer: pass them as rows of a batch"
-            raise ValueError(reason)
-        raise ValueError(f"hasten's kernel for this layer does not compute {name}, got {value!r}: revert the model")
+        if value is not None and name not in IGNORED:
+            raise ValueError(f"hasten's kernel for this layer does not compute {name}, got {value!r}: revert the model")
+
+
+def refuse_packed(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument that says where packed sequences begin."""
+    for name in PACKED:
+        if arguments.get(name) is not None:
+            reason = f"packed sequences ({name}) are not kept apart by linear-attention layers"
+            raise ValueError(f"{reason}: pass them as rows of a batch")
 
 
 def check_state(name: str, state: torch.Tensor, expected: list[int]) -> None:

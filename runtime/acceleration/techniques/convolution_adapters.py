@@ -13,3 +13,6 @@ def conv1d(hidden_states, weight, bias=None, activation=None, **others):
 def conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None):
     """For `causal_conv1d_update`: the state is shifted in place."""
     return causal_conv1d_update(hidden_states, conv_state, weight, bias, activation=activation)
+
+
+CONVOLUTION = {"causal_conv1d_fn": conv1d, "causal_conv1d_update": conv1d_update}
