@@ -27,7 +27,14 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISAS = {"scalar": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISAS = {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": AVX2, "scalar": []}
+    AVX512BF16 = [*AVX512, "-mavx512bf16"]
+    ISAS = {
+        "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
+        "avx512bf16": AVX512BF16,
+        "avx512": AVX512,
+        "avx2": AVX2,
+        "scalar": [],
+    }
 
 
 def packages() -> list[str]:
@@ -83,6 +90,7 @@ class BuildKernels(build_ext):
             "-Wall",
             "-Wno-psabi",
             "-Wno-maybe-uninitialized",
+            "-Wno-uninitialized",
         ]
         openmp = self.openmp(compiler, linker)
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,14 @@
 
 HASTEN_SUPPORTED(scalar, 1)
 #if defined(__x86_64__)
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+// Linux wants to be asked before a process uses the tiles: ARCH_REQ_XCOMP_PERM for their data.
+#define HASTEN_TILE_PERMISSION (syscall(SYS_arch_prctl, 0x1023, 18) == 0)
+#else
+#define HASTEN_TILE_PERMISSION 0
+#endif
 #define HASTEN_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
 #define HASTEN_AVX512                                                                                              \
     (HASTEN_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                      \
@@ -11,4 +19,6 @@ HASTEN_SUPPORTED(scalar, 1)
 HASTEN_SUPPORTED(avx2, HASTEN_AVX2)
 HASTEN_SUPPORTED(avx512, HASTEN_AVX512)
 HASTEN_SUPPORTED(avx512bf16, HASTEN_AVX512&& __builtin_cpu_supports("avx512bf16"))
+HASTEN_SUPPORTED(amx, HASTEN_AVX512&& __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") &&
+                          HASTEN_TILE_PERMISSION)
 #endif

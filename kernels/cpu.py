@@ -5,12 +5,11 @@ of it is called. What a function takes is declared in its operator's folder, twi
 and as a `ctypes.Structure` in `cpu.py`, the same names in the same order. A new operator does three things. (1) Its
 `cpu.cpp` declares `struct MyArguments` with named fields (pointers, `int64_t` sizes, `int32_t` flags in pairs; nothing
 that needs padding) and defines `HASTEN_EXPORT(my_operator, MyArguments)(const MyArguments& in) { ... }`, which returns
-0, 1 for a dtype that it does not know, or 2 for no memory. (2) Its `cpu.py` declares `class MyArguments(Arguments)`
-with `__slots__ = ()` and `_fields_` of POINTER, SIZE, FLAG and REAL, and
-`_my_operator = Function("my_operator", MyArguments)`. (3) Its launcher, in the same file, takes checked tensors, makes
-the output and calls
-`_my_operator(MyArguments(dtype=..., threads=torch.get_num_threads(), y=y.data_ptr(), bias=address(bias), ...))`; a
-field that is not named is 0 or null. setup.py compiles every `kernels/**/cpu.cpp`, and tests/kernels/test_cpu.py
+0, 1 for a dtype that it does not know, 2 for no memory, or 3 for a value out of its range. (2) Its `cpu.py` declares
+`class MyArguments(Arguments)` with `__slots__ = ()` and `_fields_` of POINTER, SIZE, FLAG and REAL, and `_my_operator =
+Function("my_operator", MyArguments)`. (3) Its launcher, in the same file, takes checked tensors, makes the output and
+calls `_my_operator(MyArguments(dtype=..., threads=torch.get_num_threads(), y=y.data_ptr(), bias=address(bias), ...))`;
+a field that is not named is 0 or null. setup.py compiles every `kernels/**/cpu.cpp`, and tests/kernels/test_cpu.py
 compares names, order and size of all these structs.
 """
 
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch  # its OpenMP runtime is loaded first, and the library shares it
 
-ISAS = ("avx512bf16", "avx512", "avx2", "scalar")  # best first
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "scalar")  # best first
 LIBRARY = Path(__file__).with_name("_cpu.so")
 
 POINTER, SIZE, FLAG, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float  # the types of fields
@@ -42,14 +41,16 @@ class Function:
         self._of = {}  # by instruction set
 
     def __call__(self, arguments: Arguments) -> None:
-        """Raises MemoryError or RuntimeError for what the function returns."""
+        """Raises MemoryError, ValueError or RuntimeError for what the function returns."""
         name = isa()
         found = self._of.get(name)
         if found is None:
             found = self._of[name] = self._find(name)
         code = found(arguments)
+        if code == 2:
+            raise MemoryError(f"no memory for {self.name}")
         if code:
-            raise MemoryError(f"no memory for {self.name}") if code == 2 else RuntimeError(f"{self.name}: code {code}")
+            raise (ValueError if code == 3 else RuntimeError)(f"{self.name}: code {code}")
 
     def struct_size(self) -> int:
         """Bytes that the struct of its arguments has in C."""

@@ -15,7 +15,8 @@
 #define HASTEN_JOIN_(name, isa) name##_##isa
 #define HASTEN_JOIN(name, isa) HASTEN_JOIN_(name, isa)
 #define HASTEN_PUBLIC extern "C" __attribute__((visibility("default")))
-// int hasten_<name>_<isa>(const Arguments&): 0, or 1 for a dtype that it does not know, or 2 when there is no memory.
+// int hasten_<name>_<isa>(const Arguments&): 0, or 1 for a dtype that it does not know, 2 when there is no memory, 3 for
+// a value that is out of its range.
 // Beside it the size of the struct, for the test that holds it equal to its twin in Python (see cpu.py).
 #define HASTEN_EXPORT(name, Arguments)                                                                    \
     HASTEN_PUBLIC int64_t HASTEN_JOIN(hasten_##name##_size, HASTEN_ISA)() { return sizeof(Arguments); }   \
@@ -181,7 +182,8 @@ template <class T> struct Columns {
     static void in_order(Vec*) {}
 };
 
-#if defined(__AVX512BF16__)  // two products and sums per lane, without converting to float
+// Two products and sums per lane, without converting to float. (CPUs with matrix units take longer for it than for that.)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <> struct Dot<bf16> {
     using X = bf16;
     struct Weights {
