@@ -68,6 +68,8 @@ inline Vec larger(Vec a, Vec b) {
     return _mm512_max_ps(a, b);
 #elif defined(__AVX2__)
     return _mm256_max_ps(a, b);
+#elif defined(__x86_64__)
+    return _mm_max_ps(a, b);
 #else
     return a > b ? a : b;
 #endif

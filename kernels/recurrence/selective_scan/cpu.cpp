@@ -1,15 +1,16 @@
 // The selective scan: h = exp(dt A) h + dt B x and y = (C h + D x) silu(z), where every channel has N components.
 //
 // Lanes are channels: the sum over components then takes no sum across lanes, and a few components at a time stay in
-// registers from token to token, each a chain of its own. A thread takes blocks of channels, whose tokens it first
-// brings into its cache as floats, whatever their dtype and layout are.
+// registers from token to token, each a chain of its own. States lie with their components together, and are transposed
+// before and after; for a single token, where that would be most of the work, lanes are components. A thread takes
+// blocks of channels, whose tokens it first brings into its cache as floats, whatever their dtype and layout are.
 #include "../../vector_math.h"
 
 namespace {
 
 constexpr int64_t TOKENS = 32;    // of a chunk: what a block of channels needs of them stays in the first cache
 constexpr int64_t CHANNELS = 32;  // of a block: a cache line of halves
-constexpr int COMPONENTS = REGISTERS / 2;
+constexpr int COMPONENTS = 4;       // whose states stay in registers
 
 // A tensor of rows, tokens, and channels or components, with its strides in elements.
 struct StridedTokens {
@@ -189,6 +190,33 @@ template <int COUNT> inline void scan_from(const Chunk& chunk, int64_t n, int64_
     if constexpr (COUNT > 1) scan_from<COUNT / 2>(chunk, n, N, A, h);
 }
 
+// Lane i: the sum of row i.
+inline Vec row_sums(Vec* rows) {
+#pragma GCC unroll 4
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) rows[i] = low(rows[i], rows[i + half]) + high(rows[i], rows[i + half]);
+    return rows[0];
+}
+
+// One token: y += C h for WIDTH channels, of which there are `count`, and N components, a multiple of WIDTH. A, h and
+// `state`, where h is written, are N floats apart.
+inline void step(const Chunk chunk, int64_t count, int64_t N, const float* A, const float* h, float* state) {
+    Vec sums[WIDTH];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < WIDTH; i++) {
+        sums[i] = Vec{};
+        if (i >= count) continue;
+        for (int64_t n = 0; n < N; n += WIDTH) {
+            const Vec exponent = load(A + i * N + n) * chunk.exponents[i], added = load(chunk.B + n) * chunk.added[i];
+            const Vec next = decayed(load(h + i * N + n), exponent, added);
+            store(state + i * N + n, next);
+            sums[i] += next * load(chunk.C + n);
+        }
+    }
+    store(chunk.y, load(chunk.y) + row_sums(sums));
+}
+
 // The work of one thread.
 template <class T> struct SelectiveScan {
     const SelectiveScanArguments& in;
@@ -215,6 +243,15 @@ template <class T> struct SelectiveScan {
             unpack(C, pitch, in.C, row, t, 0, tokens, N);
             for (int64_t block = first; block < last; block++) {
                 const int64_t c = block * CHANNELS, count = smaller(CHANNELS, in.channels - c);
+                read_block(row, t, tokens, c, count);
+                if (end - begin == 1 && N % WIDTH == 0) {
+                    if (!initial) memset(final + c * N, 0, sizeof(float) * N * count);
+                    for (int64_t i = 0; i < count; i += WIDTH)
+                        step(chunk(i, 1), count - i, N, in.A + (c + i) * N, (initial ? initial : final) + (c + i) * N,
+                             final + (c + i) * N);
+                    write_block(row, t, 1, c, count);
+                    continue;
+                }
                 float* A = blocks + (block - first) % slots * 2 * N * CHANNELS;
                 float* h = A + N * CHANNELS;
                 if (t == begin) {
@@ -222,13 +259,20 @@ template <class T> struct SelectiveScan {
                     if (initial) unpack(h, CHANNELS, initial + c * N, 1, N, N, count);
                     else memset(h, 0, sizeof(float) * N * CHANNELS);
                 }
-                run_block(row, t, tokens, c, count, A, h);
+                for (int64_t i = 0; i < count; i += WIDTH)
+                    scan_from<COMPONENTS>(chunk(i, tokens), 0, N, A + i, h + i);
+                write_block(row, t, tokens, c, count);
                 if (t + tokens == end) store_transposed(final + c * N, h, N, count);
             }
         }
     }
 
-    void run_block(int64_t row, int64_t t, int64_t tokens, int64_t c, int64_t count, const float* A, float* h) {
+    Chunk chunk(int64_t channel, int64_t tokens) const {
+        return {exponents + channel, added + channel, B, C, y + channel, tokens, pitch};
+    }
+
+    // exponents, added, and y = D x of channels c to c + count
+    void read_block(int64_t row, int64_t t, int64_t tokens, int64_t c, int64_t count) {
         unpack(exponents, CHANNELS, in.dt, row, t, c, tokens, count);
         unpack(y, CHANNELS, in.x, row, t, c, tokens, count);
         for (int64_t i = 0; i < count; i += WIDTH) {
@@ -243,8 +287,9 @@ template <class T> struct SelectiveScan {
                 store(y + at, in.D ? skip * x : Vec{});
             }
         }
-        for (int64_t i = 0; i < count; i += WIDTH)
-            scan_from<COMPONENTS>({exponents + i, added + i, B, C, y + i, tokens, pitch}, 0, in.N, A + i, h + i);
+    }
+
+    void write_block(int64_t row, int64_t t, int64_t tokens, int64_t c, int64_t count) {
         float* z = exponents;
         if (in.z.data) unpack(z, CHANNELS, in.z, row, t, c, tokens, count);
         for (int64_t token = 0; token < tokens; token++)

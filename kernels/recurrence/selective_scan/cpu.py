@@ -64,7 +64,7 @@ def launch(
 
 def step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, refuse_positive) -> torch.Tensor | None:
     """y, as `launch`; `state` [B, D, N] is updated in place."""
-    own = state if state[0].is_contiguous() else state.contiguous()
+    own = state if state.stride()[1:] == (A.shape[1], 1) else state.contiguous()
     y = _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, own, own, None, refuse_positive)
     if own is not state and y is not None:
         state.copy_(own)
@@ -72,9 +72,9 @@ def step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, refuse_positive) -> 
 
 
 def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, refuse_positive):
-    A, D, dt_bias = (tensor if tensor is None else tensor.float().contiguous() for tensor in (A, D, dt_bias))
-    dt, B, C, z = (tensor if tensor is None else _readable(tensor) for tensor in (dt, B, C, z))
+    A, D, dt_bias = _floats(A), _floats(D), _floats(dt_bias)
     packed = None if bounds is None else torch.tensor(bounds)
+    dt, B, C, z = _readable(dt), _readable(B), _readable(C), _readable(z)
     rows, T, channels = x.shape
     y = x.new_empty(rows, T, channels)
     grows = ctypes.c_int32(0)
@@ -97,20 +97,25 @@ def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, ref
             initial_stride=0 if initial is None else initial.stride(0),
             state_stride=state.stride(0),
             softplus=dt_softplus,
-            x=_tokens(x),
-            dt=_tokens(dt),
-            B=_tokens(B),
-            C=_tokens(C),
-            z=() if z is None else _tokens(z),
+            x=_strided(x),
+            dt=_strided(dt),
+            B=_strided(B),
+            C=_strided(C),
+            z=() if z is None else _strided(z),
         )
     )
     return None if grows.value else y
 
 
-def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype in storage.DTYPE_CODES else tensor.float()
+def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor if tensor is None else tensor.float().contiguous()
 
 
-def _tokens(tensor: torch.Tensor) -> tuple[int, ...]:
+def _readable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """In a dtype that the kernel reads."""
+    return tensor.float() if tensor is not None and tensor.dtype == torch.float64 else tensor
+
+
+def _strided(tensor: torch.Tensor) -> tuple[int, ...]:
     """The fields of StridedTokens."""
     return (tensor.data_ptr(), storage.DTYPE_CODES[tensor.dtype], *tensor.stride())

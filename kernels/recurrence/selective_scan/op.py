@@ -102,21 +102,33 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens=None, state_name="in
     if A.dim() != 2 or A.shape[0] != channels or not A.shape[1]:
         expected = f"[{channels}, N] with N of at least 1 for x of shape {list(x.shape)}"
         raise ValueError(f"A: expected shape {expected}, got shape {list(A.shape)}")
-    N = A.shape[1]
-    shapes = {"dt": [rows, T, channels], "A": [channels, N], "B": [rows, T, N], "C": [rows, T, N], "D": [channels]}
-    shapes |= {"z": [rows, T, channels], "dt_bias": [channels]}
-    for name, tensor in (("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z), ("dt_bias", dt_bias)):
-        if tensor is not None:
-            checks.check_shape(name, tensor, shapes[name])
-            checks.check_floating(name, tensor)
+    N, device = A.shape[1], x.device
+    tokens, writing, channel = (rows, T, channels), (rows, T, N), (channels,)
+    for name, tensor, shape in (
+        ("dt", dt, tokens),
+        ("A", A, A.shape),
+        ("B", B, writing),
+        ("C", C, writing),
+        ("D", D, channel),
+        ("z", z, tokens),
+        ("dt_bias", dt_bias, channel),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            checks.check_shape(name, tensor, list(shape))
+        checks.check_floating(name, tensor)
+        if tensor.device != device:
             checks.check_device(x, name, tensor)
     sequence.check_packing(x, cu_seqlens)
     if state is not None:
         sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        checks.check_shape(state_name, state, [sequences, channels, N])
+        if state.shape != (sequences, channels, N):
+            checks.check_shape(state_name, state, [sequences, channels, N])
         if state.dtype != sequence.state_dtype(x):
             raise TypeError(f"{state_name}: expected {sequence.state_dtype(x)}, got {state.dtype}")
-        checks.check_device(x, state_name, state)
+        if state.device != device:
+            checks.check_device(x, state_name, state)
 
 
 def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
@@ -132,7 +144,8 @@ def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
 
 def _run_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus):
     _check(x, dt, A, B, C, D, z, dt_bias, state, state_name="state")
-    checks.check_writable("state", state)
+    if not state.is_contiguous():
+        checks.check_writable("state", state)
     if backend.choose(x) == "cpu":
         arguments = (x, dt, A, B, C, state, D, z, dt_bias, dt_softplus)
         return _unless_it_grows(cpu.step, arguments, dt, A, dt_bias, dt_softplus)
