@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from hasten.acceleration.techniques.adapted_forwards import check_state, refuse_others
 from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
+from hasten.kernels.sequence import state_dtype
 
 
 def chunk_mamba2(
@@ -22,20 +23,26 @@ def chunk_mamba2(
     return_final_states=False,
     **others,
 ):
-    """For `mamba2_chunk_scan`, in chunks of ours: k = B, v = dt x, q = C, decay = dt A.
+    """For `mamba2_chunk_scan`, in chunks of ours: k = B, v = x, written with strength dt, q = C, decay = dt A.
     The state [K, V] is transformers' [head_dim, state_size], transposed."""
     refuse_others(others)
     dt = _time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
-    x = hidden_states.float()
-    state = None
+    state, dtype = None, state_dtype(B)
     if initial_states is not None:
-        check_state("recurrent state", initial_states, [x.shape[0], *x.shape[2:], B.shape[-1]])
-        state = initial_states.float().transpose(-1, -2)
+        check_state("recurrent state", initial_states, [B.shape[0], *hidden_states.shape[2:], B.shape[-1]])
+        state = initial_states.to(dtype).transpose(-1, -2)
     output, state = linear_attention(
-        C.float(), B.float(), x * dt[..., None], decay=dt * A.float(), initial_state=state, return_state=True
+        C,
+        B,
+        hidden_states,
+        beta=dt,
+        decay=dt * A.float(),
+        initial_state=state,
+        return_state=True,
+        out_dtype=dtype,
     )
     if D is not None:
-        output = output + D.float()[:, None] * x
+        output = torch.addcmul(output, D.to(dtype)[:, None], hidden_states.to(dtype))
     return (output, state.transpose(-1, -2)) if return_final_states else output
 
 
@@ -62,8 +69,9 @@ def step_mamba2(
     output = linear_attention_step(
         C.float()[:, None],
         B.float()[:, None],
-        (x * dt[..., None])[:, None],
+        x[:, None],
         kept.transpose(-1, -2),
+        beta=dt[:, None],
         decay=(dt * A[:, 0, 0].float())[:, None],
     )[:, 0]
     if kept is not state:

@@ -51,16 +51,18 @@ def mlstm_forward(layer: nn.Module) -> Callable:
             for state, shape in given.values()
         )
         decay, gate, stabilizer = _gates(igate, fgate, m)
-        q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
-        k = k * gate[..., None].to(dtype)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        settings = {"beta": gate, "decay": decay, "scale": K**-0.5}
         if T == 1:
+            q, k, v = (x.to(dtype) for x in (q, k, v))
             C = C.clone()
-            numerator = linear_attention_step(q, k, v, C, decay=decay, scale=K**-0.5)
-            n = n * decay[:, 0, :, None].exp() + k[:, 0]
+            numerator = linear_attention_step(q, k, v, C, **settings)
+            n = n * decay[:, 0, :, None].exp().to(dtype) + gate[:, 0, :, None].to(dtype) * k[:, 0]
             normalizer = K**-0.5 * (q[:, 0] * n).sum(-1)[:, None]
         else:
             v, both = torch.cat([v, v.new_ones(B, T, H, 1)], -1), torch.cat([C, n[..., None]], -1)
-            output, both = linear_attention(q, k, v, decay=decay, scale=K**-0.5, initial_state=both, return_state=True)
+            settings |= {"initial_state": both, "return_state": True, "out_dtype": dtype}
+            output, both = linear_attention(q, k, v, **settings)
             numerator, normalizer = output[..., :V], output[..., V]
             C, n = both[..., :V], both[..., V]
         denominator = torch.maximum(normalizer.abs(), (-stabilizer).exp().to(dtype)) + self.config.eps
