@@ -160,14 +160,14 @@ inline Vec decayed(Vec h, Vec exponent, Vec added) {
 }
 
 // What a block of channels needs of a chunk of tokens: rows of CHANNELS floats, and of N for B and C.
-struct Chunk {
+struct ScanTokens {
     const float *exponents, *added, *B, *C;  // dt / log(2), dt x
     float* y;
     int64_t tokens, pitch;
 };
 
 // y += C h for WIDTH channels and COUNT components, whose A and h are CHANNELS floats apart
-template <int COUNT> inline void scan(const Chunk chunk, int64_t n, const float* A, float* h) {
+template <int COUNT> inline void scan(const ScanTokens chunk, int64_t n, const float* A, float* h) {
     Vec state[COUNT];
     for (int i = 0; i < COUNT; i++) state[i] = load(h + i * CHANNELS);
     for (int64_t t = 0; t < chunk.tokens; t++) {
@@ -185,7 +185,7 @@ template <int COUNT> inline void scan(const Chunk chunk, int64_t n, const float*
 }
 
 // The components from n on, COUNT at a time, then the rest by half as many
-template <int COUNT> inline void scan_from(const Chunk& chunk, int64_t n, int64_t N, const float* A, float* h) {
+template <int COUNT> inline void scan_from(const ScanTokens& chunk, int64_t n, int64_t N, const float* A, float* h) {
     for (; n + COUNT <= N; n += COUNT) scan<COUNT>(chunk, n, A + n * CHANNELS, h + n * CHANNELS);
     if constexpr (COUNT > 1) scan_from<COUNT / 2>(chunk, n, N, A, h);
 }
@@ -201,7 +201,7 @@ inline Vec row_sums(Vec* rows) {
 
 // One token: y += C h for WIDTH channels, of which there are `count`, and N components, a multiple of WIDTH. A, h and
 // `state`, where h is written, are N floats apart.
-inline void step(const Chunk chunk, int64_t count, int64_t N, const float* A, const float* h, float* state) {
+inline void step(const ScanTokens chunk, int64_t count, int64_t N, const float* A, const float* h, float* state) {
     Vec sums[WIDTH];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < WIDTH; i++) {
@@ -267,7 +267,7 @@ template <class T> struct SelectiveScan {
         }
     }
 
-    Chunk chunk(int64_t channel, int64_t tokens) const {
+    ScanTokens chunk(int64_t channel, int64_t tokens) const {
         return {exponents + channel, added + channel, B, C, y + channel, tokens, pitch};
     }
 

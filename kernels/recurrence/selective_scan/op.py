@@ -133,12 +133,18 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens=None, state_name="in
 
 def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
-    bounds = None if cu_seqlens is None else sequence.boundaries(cu_seqlens, x.shape[1])
-    arguments = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bounds)
-    if backend.choose(x) == "cpu":
-        return _unless_it_grows(cpu.launch, arguments, dt, A, dt_bias, dt_softplus)
+    arguments, name = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state), backend.choose(x)
+    # Looking at values on a GPU would wait for it.
+    looked_at = cu_seqlens is not None and (cu_seqlens.is_cpu or name != "triton")
+    bounds = sequence.boundaries(cu_seqlens, x.shape[1]) if looked_at else None
+    if name == "cpu":
+        return _unless_it_grows(cpu.launch, (*arguments, bounds), dt, A, dt_bias, dt_softplus)
     _check_growth(dt, A, dt_bias, dt_softplus)
-    y, state = reference.selective_scan(*arguments)
+    if name == "triton":
+        from . import triton
+
+        return triton.launch(*arguments, cu_seqlens)
+    y, state = reference.selective_scan(*arguments, bounds)
     return y.contiguous(), state
 
 
@@ -146,10 +152,14 @@ def _run_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus):
     _check(x, dt, A, B, C, D, z, dt_bias, state, state_name="state")
     if not state.is_contiguous():
         checks.check_writable("state", state)
-    if backend.choose(x) == "cpu":
-        arguments = (x, dt, A, B, C, state, D, z, dt_bias, dt_softplus)
+    arguments, name = (x, dt, A, B, C, state, D, z, dt_bias, dt_softplus), backend.choose(x)
+    if name == "cpu":
         return _unless_it_grows(cpu.step, arguments, dt, A, dt_bias, dt_softplus)
     _check_growth(dt, A, dt_bias, dt_softplus)
+    if name == "triton":
+        from . import triton
+
+        return triton.step(*arguments)
     y, new = reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, None)
     state.copy_(new)
     return y.contiguous()
