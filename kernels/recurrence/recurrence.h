@@ -7,7 +7,7 @@
 // logarithms: no factor exceeds 1, zeros need no care, and nothing cancels. A state is multiplied as S += (a - 1) S, for a
 // factor near 1 that was rounded once would bias a state that is multiplied by it thousands of times.
 #pragma once
-#include "matrix.h"
+#include "../matrix.h"
 #include "../vector_math.h"
 
 namespace {

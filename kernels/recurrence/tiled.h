@@ -20,7 +20,7 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     using Memory::C, Memory::shape, Memory::wide_k, Memory::wide_v, Memory::deep, Memory::across, Memory::held;
     using Memory::Q, Memory::K, Memory::KT, Memory::q, Memory::k, Memory::scores, Memory::overlaps;
     using Memory::since_q, Memory::since_k, Memory::halves, Memory::weights, Memory::corrections;
-    using Memory::until_k, Memory::values, Memory::U, Memory::inner, Memory::A, Memory::block, Memory::line;
+    using Memory::keys_left, Memory::aged, Memory::until_end, Memory::values, Memory::U, Memory::inner, Memory::A, Memory::block, Memory::other, Memory::line;
     using Memory::row_stride, Memory::plane, Memory::between, Memory::strength, Memory::kept, Memory::padded, Memory::block_of;
 
     const Inputs<bf16>& in;
@@ -30,7 +30,7 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     BlockSums<> sums;
     int64_t loaded;  // the head of q and k that is in Q, K, ...
     bool finite_k, finite, grows = false;  // grows: a decay is positive
-    float beta[C], norm_q[C], norm_k[C];
+    float beta[C], norm_q[C], norm_k[C], of_q[C], of_k[C];
 
     // A chunk of a head: `count` tokens from `token` on of batch row `row`
     struct Place { int64_t row, head, token, count; };
@@ -126,13 +126,24 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
             finite_k &= load_row(K, k, norm_k[i], k_of(at) + i * shape.k.token, i, there);
         }
         if (VECTOR) return;
-        for (int64_t c = 0; c < deep; c++)
-            for (int64_t r = 0; r < rows / TILE; r++) transpose(KT.at(c, r), K.at(r, c));
+        transpose_keys(K, rows);
         for (int64_t i = 0; i < rows / BLOCK; i++)
             for (int64_t j = 0; j <= i; j++) {
                 products(block_of(scores, i, j), Q.from(2 * i, 0), KT.from(0, 2 * j), deep);
                 if (DELTA) products(block_of(overlaps, i, j), K.from(2 * i, 0), KT.from(0, 2 * j), deep);
             }
+    }
+    // Rows of keys transposed: KT and, as a left operand, keys_left
+    void transpose_keys(const Tiles& rows_of_keys, int64_t rows) {
+        for (int64_t c = 0; c < deep; c++) {
+            for (int64_t r = 0; r < rows / TILE; r++) transpose(KT.at(c, r), rows_of_keys.at(r, c));
+            for (int64_t p = 0; p < TILE; p++)
+                for (int64_t j = 0; j < rows / BLOCK; j++) {
+                    const int64_t row = c * TILE + p, component = c * DEPTH + 2 * p;
+                    put_halves(keys_left.row(component, j), keys_left.row(component + 1, j),
+                               load_bits<PairLanes>(KT.row(row, 2 * j)), load_bits<PairLanes>(KT.row(row, 2 * j + 1)));
+                }
+        }
     }
     // Row i of q or k, or zeros; whether all of it is finite. Where decays are scalars its norm is left to the factors of
     // its products, which are in float.
@@ -197,16 +208,16 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     // The weights of row i, which `factors` multiply, and for the delta rule what its token corrects
     void weigh(int64_t i, const float* factors) {
         const Lanes zero = {};
-        const float of_q = VECTOR ? 1.f : norm_q[i], of_k = -beta[i] * (VECTOR ? 1.f : norm_k[i]);
+        const float by_q = VECTOR ? 1.f : norm_q[i], by_k = -beta[i] * (VECTOR ? 1.f : norm_k[i]);
         for (int64_t j = 0; j <= i / BLOCK; j++) {
             const int64_t at = i % BLOCK * BLOCK;
             Lanes w[2], l[2];
             for (int64_t half = 0; half < 2; half++) {
                 const Lanes factor = factors ? lanes(factors + j * BLOCK + half * TILE) : zero + 1.f;
                 const Lanes by = factor * lanes(strength + j * BLOCK + half * TILE);
-                w[half] = factor == zero ? zero : lanes(block_of(scores, i / BLOCK, j) + at + half * TILE) * by * of_q;
+                w[half] = factor == zero ? zero : lanes(block_of(scores, i / BLOCK, j) + at + half * TILE) * by * by_q;
                 if constexpr (DELTA)
-                    l[half] = factor == zero ? zero : lanes(block_of(overlaps, i / BLOCK, j) + at + half * TILE) * by * of_k;
+                    l[half] = factor == zero ? zero : lanes(block_of(overlaps, i / BLOCK, j) + at + half * TILE) * by * by_k;
             }
             put_row(weights.row(i, j), w[0], w[1]);
             if constexpr (DELTA) {
@@ -226,7 +237,7 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
         if (constant) {
             for (int64_t i = 0; i < rows; i++) {
                 weigh(i, head.powers + C - i);
-                scale_row(i, head.powers[C - i - 1]);
+                set_factors(i, head.powers[C - i - 1]);
             }
             until = head.powers + C - at.count + 1;
             const double g = in.decay ? in.decay[at.head * shape.decay.head] : 0;
@@ -243,37 +254,35 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
                 all += log_decay;
                 grows |= log_decay > 0;
                 weigh(i, between);
-                scale_row(i, since *= factor);
+                set_factors(i, since *= factor);
             }
             until = between;
             kept[0] = float(__builtin_expm1(all));
         }
         for (int64_t c = 1; c < wide_k; c++) kept[c] = kept[0];
-        const PairLanes upper = PairLanes{} + 0xffff0000;
-        for (int64_t j = 0; j < rows; j += BLOCK) {
-            const Lanes first = lanes(until + j) * lanes(strength + j),
-                        second = lanes(until + j + TILE) * lanes(strength + j + TILE);
-            for (int64_t c = 0; c < wide_k; c += 2) {
-                const int64_t row = c / BLOCK * TILE + c % BLOCK / 2;
-                const PairLanes x = load_bits<PairLanes>(KT.row(row, j / TILE)),
-                                y = load_bits<PairLanes>(KT.row(row, j / TILE + 1));
-                put_row(until_k.row(c, j / BLOCK), bit_cast<Lanes>(x << 16) * first, bit_cast<Lanes>(y << 16) * second);
-                put_row(until_k.row(c + 1, j / BLOCK), bit_cast<Lanes>(x & upper) * first,
-                        bit_cast<Lanes>(y & upper) * second);
-            }
-        }
+        for (int64_t j = 0; j < rows; j += TILE) put(until_end + j, lanes(until + j) * lanes(strength + j));
     }
-    // Row i of q, and of k for the delta rule, times the decay since the chunk began
-    void scale_row(int64_t i, float since) {
-        for (int64_t c = 0; c < deep; c++) {
-            const bf16* row = (const bf16*)Q.row(i, c);
-            put_row(since_q.row(i, c), lanes(row) * (since * norm_q[i]), lanes(row + TILE) * (since * norm_q[i]));
-            if constexpr (DELTA) {
-                row = (const bf16*)K.row(i, c);
-                const float by = since * -beta[i] * norm_k[i];
-                put_row(since_k.row(i, c), lanes(row) * by, lanes(row + TILE) * by);
+    // What is left of the values when the chunk ends, as a right operand
+    void age_values(int64_t rows) {
+        const PairLanes upper = PairLanes{} + 0xffff0000;
+        for (int64_t i = 0; i < rows; i += 2)
+            for (int64_t j = 0; j < 2 * across; j++) {
+                Lanes even, odd;
+                if constexpr (DELTA) {
+                    const float* u = U + i * odd_lines(wide_v) + j * TILE;
+                    even = lanes(u), odd = lanes(u + odd_lines(wide_v));
+                } else {
+                    const PairLanes both = load_bits<PairLanes>(values.row(i / DEPTH * TILE + i % DEPTH / 2, j));
+                    even = bit_cast<Lanes>(both << 16), odd = bit_cast<Lanes>(both & upper);
+                }
+                put_pairs(aged.row(i / DEPTH * TILE + i % DEPTH / 2, j), even * until_end[i], odd * until_end[i + 1]);
             }
-        }
+    }
+
+    // What row i of Q S, and of K S for the delta rule, is multiplied by: the decay since the chunk began is one of them.
+    void set_factors(int64_t i, float since) {
+        of_q[i] = since * norm_q[i];
+        of_k[i] = since * norm_k[i] * -beta[i];
     }
 
     // Every component decays by itself. Halving: what the second half of a block sees of the first passes its middle,
@@ -295,7 +304,10 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
         }
         for (int64_t tile = 0; tile < rows / TILE; tile += 2) halve_tiles<1>(tile);
         if (rows > BLOCK) halve_tiles<2>(0);
-        for (int64_t i = 0; i < rows; i++) weigh(i, nullptr);
+        for (int64_t i = 0; i < rows; i++) {
+            weigh(i, nullptr);
+            of_q[i] = 1, of_k[i] = -beta[i];
+        }
         since_and_until(rows);
     }
     void load_decays(const Place& at, int64_t rows) {
@@ -408,35 +420,29 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
                 first *= lanes(A + from), second *= lanes(A + from + TILE);
                 put_row(since_q.row(i, c), lanes(q + from) * first, lanes(q + from + TILE) * second);
                 if (!DELTA) continue;
-                put_row(since_k.row(i, c), lanes(k + from) * first * -beta[i], lanes(k + from + TILE) * second * -beta[i]);
+                put_row(since_k.row(i, c), lanes(k + from) * first, lanes(k + from + TILE) * second);
             }
-            for (int64_t r = 0; r < rows / TILE; r++) transpose(KT.at(c, r), halves.at(r, c));
-            for (int64_t p = 0; p < TILE; p++)
-                for (int64_t j = 0; j < rows / BLOCK; j++) {
-                    const int64_t row = c * TILE + p, component = c * DEPTH + 2 * p;
-                    put_halves(until_k.row(component, j), until_k.row(component + 1, j),
-                               load_bits<PairLanes>(KT.row(row, 2 * j)), load_bits<PairLanes>(KT.row(row, 2 * j + 1)));
-                }
         }
+        transpose_keys(halves, rows);
     }
 
     // U = beta (V - K S) and what its own chunk's tokens wrote before, block after block: (I - L) U = ...
     void correct(const TiledHead& head, const Place& at, int64_t rows) {
         const Matrix all = {U, odd_lines(wide_v)};
         for (int64_t i = 0; i < rows; i += BLOCK) {
-            for (int64_t j = 0; j < across; j++) {
-                sums.clear();
-                sums.add(rows_from(since_k, i), head.read.from(0, 2 * j), deep);
-                sums.add(rows_from(corrections, i), values.from(0, 2 * j), i / BLOCK);
-                sums.finish(block);
-                for (int64_t r = 0; r < BLOCK; r++)
-                    for (int64_t h = 0; h < BLOCK; h += TILE)
-                        put(all.row(i + r) + j * BLOCK + h, lanes(block + r * BLOCK + h));
-            }
             for (int64_t r = i; r < i + BLOCK; r++) {
                 const bf16* v = value_row(at, r, padded);
-                for (int64_t j = 0; j < wide_v; j += TILE)
-                    put(all.row(r) + j, lanes(all.row(r) + j) + lanes(v + j) * beta[r]);
+                for (int64_t j = 0; j < wide_v; j += TILE) put(all.row(r) + j, lanes(v + j) * beta[r]);
+            }
+            for (int64_t j = 0; j < across; j++) {
+                products(block, rows_from(VECTOR ? since_k : K, i), head.read.from(0, 2 * j), deep);
+                if (i) products(other, rows_from(corrections, i), values.from(0, 2 * j), i / BLOCK);
+                for (int64_t r = 0; r < BLOCK; r++)
+                    for (int64_t h = 0; h < BLOCK; h += TILE) {
+                        float* const u = all.row(i + r) + j * BLOCK + h;
+                        const Lanes read = lanes(u) + lanes(block + r * BLOCK + h) * of_k[i + r];
+                        put(u, i ? read + lanes(other + r * BLOCK + h) : read);
+                    }
             }
             substitute(all.rows(i), {inner + i * BLOCK, BLOCK}, BLOCK, wide_v);
             for (int64_t r = 0; r < BLOCK; r += 2)
@@ -452,18 +458,19 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
         float factors[BLOCK];
         for (int64_t i = 0; i < at.count; i += BLOCK)
             for (int64_t j = across - 1; j >= 0; j--) {
-                sums.clear();
-                sums.add(rows_from(since_q, i), head.read.from(0, 2 * j), deep);
-                sums.add(rows_from(weights, i), values.from(0, 2 * j), i / BLOCK + 1);
-                sums.finish(block);
+                products(block, rows_from(VECTOR ? since_q : Q, i), head.read.from(0, 2 * j), deep);
+                products(other, rows_from(weights, i), values.from(0, 2 * j), i / BLOCK + 1);
                 const int64_t count = smaller(BLOCK, at.count - i), width = smaller(BLOCK, shape.V - j * BLOCK);
-                if (j + 1 == across)
-                    for (int64_t r = 0; r < count; r++)
-                        factors[r] = in.ones ? in.scale / (block[r * BLOCK + shape.V % BLOCK] + EPSILON) : in.scale;
-                for (int64_t r = 0; r < count && width > 0; r++) {
+                for (int64_t r = 0; r < count; r++) {
+                    float* const row = block + r * BLOCK;
+                    for (int64_t h = 0; h < BLOCK; h += TILE)
+                        put(row + h, lanes(row + h) * of_q[i + r] + lanes(other + r * BLOCK + h));
+                    if (j + 1 == across)
+                        factors[r] = in.ones ? in.scale / (row[shape.V % BLOCK] + EPSILON) : in.scale;
+                    if (width <= 0) continue;
                     const int64_t to = ((at.row * shape.T + at.token + i + r) * shape.Hv + at.head) * shape.V + j * BLOCK;
-                    if (in.wide) pack((float*)o + to, block + r * BLOCK, factors[r], width);
-                    else write_row((bf16*)o + to, block + r * BLOCK, factors[r], width);
+                    if (in.wide) pack((float*)o + to, row, factors[r], width);
+                    else write_row((bf16*)o + to, row, factors[r], width);
                 }
             }
     }
@@ -480,9 +487,10 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
 
     // S += (decay of the chunk - 1) S + K U
     void update_state(const TiledHead& head, int64_t rows) {
+        if constexpr (!VECTOR) age_values(rows);
         for (int64_t c = 0; c < deep; c++)
             for (int64_t j = 0; j < across; j++) {
-                products(block, until_k.from(2 * c, 0), values.from(0, 2 * j), rows / BLOCK);
+                products(block, keys_left.from(2 * c, 0), (VECTOR ? values : aged).from(0, 2 * j), rows / BLOCK);
                 for (int64_t r = 0; r < BLOCK; r++) {
                     float* const s = Memory::state_row(head, c * BLOCK + r, j);
                     for (int64_t h = 0; h < BLOCK; h += TILE)

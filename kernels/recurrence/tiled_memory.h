@@ -37,12 +37,12 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
     float *q, *k, *scores, *overlaps;
     // Left operands: q and k times the decay since the chunk began, q and k of one level of halving, weights of the
     // chunk's tokens, what blocks of them correct in later ones, k transposed times the decay until the chunk ends.
-    Tiles since_q, since_k, halves, weights, corrections, until_k;
-    Tiles values;     // v, or what the delta rule writes, as a right operand
+    Tiles since_q, since_k, halves, weights, corrections, keys_left;
+    Tiles values, aged;  // v, or what the delta rule writes, as a right operand; the same when the chunk ends
     float *U, *inner; // of the delta rule: what it writes [C, V]; what tokens of one block correct in each other
     float *A;         // decays [C, K], where they are vectors
-    float *block, *line, *plane;    // sums; a row of k, v or o; the state in rows
-    float *between, *strength, *kept;  // [C], [C], [K]
+    float *block, *other, *line, *plane;    // sums; a row of k, v or o; the state in rows
+    float *between, *strength, *until_end, *kept;  // [C], [C], [K]
     bf16* padded;
 
     static int64_t wide(int64_t size) { return round_up(size, BLOCK); }
@@ -75,16 +75,17 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
         for (int64_t i = 0; i < heads; i++)
             held[i] = {take(wide_k * wide_v), tiles(deep, 2 * across), take(2 * C + BLOCK)};
         Q = tiles(rows, deep), K = tiles(rows, deep), KT = tiles(deep, rows);
-        since_q = tiles(rows, deep), until_k = tiles(2 * deep, blocks);
+        keys_left = tiles(2 * deep, blocks), aged = tiles(blocks, 2 * across), until_end = take(C);
         weights = tiles(rows, blocks), values = tiles(blocks, 2 * across);
-        scores = take(C * C), block = take(BLOCK_SUMS), plane = take(wide_k * wide_v);
+        scores = take(C * C), block = take(BLOCK_SUMS), other = take(BLOCK_SUMS), plane = take(wide_k * wide_v);
         line = take(3 * (wide_k + wide_v)), padded = (bf16*)take(wide_k + wide_v);
         between = take(C + BLOCK), strength = take(C), kept = take(wide_k);
         if (DELTA) {
-            since_k = tiles(rows, deep), corrections = tiles(rows, blocks);
+            corrections = tiles(rows, blocks);
             overlaps = take(C * C), U = take(C * odd_lines(wide_v)), inner = take(C * BLOCK);
         }
         if (VECTOR) {
+            since_q = tiles(rows, deep), since_k = tiles(rows, deep);
             halves = tiles(2 * rows, deep);
             q = take(C * row_stride), k = take(C * row_stride), A = take(C * row_stride);
         }
