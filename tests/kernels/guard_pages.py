@@ -21,6 +21,7 @@ from hasten.kernels.linear import linear
 from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
 from hasten.kernels.recurrence.selective_scan import selective_scan, selective_scan_step
+from hasten.kernels.recurrence.wkv import wkv
 from hasten.kernels.row_sparse_linear import row_sparse_linear
 from hasten.kernels.suffix_array import suffix_array
 from hasten.kernels.token_scores import token_scores
@@ -167,6 +168,18 @@ def scans(dtype):
             yield selective_scan, arguments, {"cu_seqlens": torch.tensor([0, 2, T]), "dt_softplus": True}
 
 
+def weighted_means(dtype):
+    for T, D in [(1, 1), (1, 33), (5, 70), (9, 64)]:
+        tensors, state = (*torch.randn(2, D), *torch.randn(2, 2, T, D).to(dtype)), torch.randn(3, 2, D).unbind()
+
+        def with_state(*arguments):
+            y, after = wkv(*arguments[:4], state=arguments[4:] or None, return_state=True)
+            return y, *after
+
+        yield with_state, tensors, {}
+        yield with_state, (*tensors, *state), {}
+
+
 def attention(dtype):
     for Q, H, G, T, D in [
         (1, 1, 1, 1, 1),
@@ -189,7 +202,7 @@ def main() -> None:
     calls = itertools.chain(
         *(
             kind(dtype)
-            for kind in (linears, experts, convolutions, recurrences, scans, attention)
+            for kind in (linears, experts, convolutions, recurrences, scans, weighted_means, attention)
             for dtype in storage.DTYPE_CODES
         ),
         texts,

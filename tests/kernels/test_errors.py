@@ -16,6 +16,7 @@ from hasten.kernels.recurrence.linear_attention import (
     linear_attention_step,
 )
 from hasten.kernels.recurrence.selective_scan import selective_scan, selective_scan_step
+from hasten.kernels.recurrence.wkv import wkv
 from hasten.kernels.row_sparse_linear import row_sparse_linear
 from hasten.kernels.token_scores import token_scores
 
@@ -120,6 +121,15 @@ CASES = {  # the operator, and good arguments by name
         lambda: scanned(initial_state=torch.rand(2, 3, 2), cu_seqlens=torch.tensor([0, 2, 5])),
     ),
     "selective_scan_step": (selective_scan_step, lambda: scanned(state=torch.rand(1, 3, 2))),
+    "wkv": (
+        wkv,
+        lambda: {
+            "time_decay": torch.rand(3),
+            "time_first": torch.rand(3),
+            "key": torch.rand(1, 5, 3),
+            "value": torch.rand(1, 5, 3),
+        },
+    ),
     "token_scores": (
         token_scores,
         lambda: {"query": torch.rand(2, 1, 4, 3), "key": torch.rand(2, 2, 5, 3), "mask": torch.rand(2, 5) > 0.2},

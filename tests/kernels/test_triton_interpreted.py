@@ -23,6 +23,7 @@ pytest.importorskip("triton")
         "test_gpu_recurrences.py",
         "test_gpu_selective_scan.py",
         "test_gpu_token_scores.py",
+        "test_gpu_wkv.py",
     ],
 )
 def test_interpreted(checks):
