@@ -156,6 +156,9 @@ CONFIGS = {
     "xlstm": lambda: tf.xLSTMConfig(
         vocab_size=300, hidden_size=128, num_hidden_layers=2, num_heads=2, chunk_size=16, **TOKENS
     ),
+    "rwkv": lambda: tf.RwkvConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=4, context_length=256, rescale_every=2, **TOKENS
+    ),
     "bamba": lambda: tf.BambaConfig(**BASE, **MAMBA, num_hidden_layers=3, intermediate_size=48, attn_layer_indices=[1]),
     "falcon_h1": lambda: tf.FalconH1Config(
         **BASE, **MAMBA, mamba_d_ssm=128, num_hidden_layers=2, intermediate_size=48, head_dim=16
@@ -199,9 +202,11 @@ CONFIGS = {
 # What transformers 5.23 itself reads in parts otherwise than at once: MiniMax counts no tokens in its cache, and the scan
 # of Mamba begins at zero.
 WRONG_IN_PARTS = ("minimax", "mamba", "falcon_mamba", "jamba", "zamba")
-WITHOUT_A_MASK = ("xlstm",)
+WITHOUT_A_MASK = ("xlstm", "rwkv")
+ONE_ROW = ("rwkv",)  # in decode, where transformers 5.23 mixes the rows of a batch
+NO_BEAMS = ("xlstm", "rwkv")  # their caches cannot be reordered
 STATES = {  # where a layer does not keep both kinds
-    **dict.fromkeys(("minimax", "xlstm"), ("recurrent",)),
+    **dict.fromkeys(("minimax", "xlstm", "rwkv"), ("recurrent",)),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("convolution",)),
 }
 
@@ -228,6 +233,11 @@ def ids(rows: int = 2, length: int = 112, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 290, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def rows(family: str, count: int) -> int:
+    """Of a batch that the family can read and decode."""
+    return 1 if family in ONE_ROW else count
+
+
 def generated(model: torch.nn.Module, tokens: torch.Tensor, **settings):
     """What `generate` returns for 8 more tokens; sampling is seeded."""
     torch.manual_seed(1)
@@ -243,7 +253,9 @@ def expected_logits(
 
 def shorten(cache: object, kind: str) -> None:
     """Gives the first linear-attention layer of a cache a state with heads or channels of another size."""
-    if hasattr(cache, "linear_cache"):
+    if isinstance(cache, list):
+        cache[2] = cache[2][:, 1:]
+    elif hasattr(cache, "linear_cache"):
         cache.linear_cache[0] = cache.linear_cache[0][..., 1:]
     elif hasattr(cache, "rnn_state"):
         first = cache.rnn_state[0]

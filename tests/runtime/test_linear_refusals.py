@@ -8,7 +8,7 @@ import linear_models
 import pytest
 import torch
 import transformers as tf
-from linear_models import generated, ids
+from linear_models import generated, ids, rows
 
 import hasten
 from hasten.acceleration.caches import caches
@@ -176,8 +176,18 @@ def test_states_of_another_shape(family, tokens):
     model = linear_models.build(family)
     hasten.accelerate(model, PLAN, measure_speed=False)
     for kind in linear_models.STATES.get(family, ("recurrent", "convolution")):
-        output = model(input_ids=ids(3, 20), use_cache=True)
+        B = rows(family, 3)
+        output = model(input_ids=ids(B, 20), use_cache=True)
         cache = caches(output)
         linear_models.shorten(next(iter(cache.values())), kind)
         with pytest.raises(ValueError, match=r"in the cache: expected shape \[.*\], got shape \["):
-            model(input_ids=ids(3, tokens), use_cache=True, **cache)
+            model(input_ids=ids(B, tokens), use_cache=True, **cache)
+
+
+def test_rows_that_transformers_mixes_are_refused():
+    model = linear_models.build("rwkv")
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    state = model(input_ids=ids(3, 20), use_cache=True).state
+    with pytest.raises(ValueError, match=r"mixes the rows of a batch .* got a batch of 3"):
+        model(input_ids=ids(3, 1), state=state, use_cache=True)
+    assert generated(model, ids(3, 20), use_cache=False).shape == (3, 28)

@@ -61,9 +61,10 @@ def changed(report):
 
 @pytest.mark.parametrize("family", linear_models.CONFIGS)
 def test_linear_attention_and_dense_decode(family):
-    model, ids = linear_models.build(family), token_ids(2, 24)
+    model, ids = linear_models.build(family), token_ids(linear_models.rows(family, 2), 24)
     parts = [16] + 8 * [1]
-    before, tokens, logits = snapshot(model), generated(model, ids), expected_logits(model, family, ids, parts)
+    tokens, logits = generated(model, ids), expected_logits(model, family, ids, parts)
+    before = snapshot(model)  # RWKV scales its weights when it first runs
     report = accelerate(model, [hasten.FastLinearAttention(), DENSE])
     assert report.self_check < 5e-5 and report.drift.kl < 1e-6
     layers, products = (changed(report)[name] for name in ("FastLinearAttention", "DenseDecode"))

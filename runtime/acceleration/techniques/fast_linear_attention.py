@@ -148,7 +148,10 @@ def _package(layer: nn.Module) -> str | None:
         return None
     module = sys.modules[type(layer).__module__]
     for function in LAYERS[type(layer).__name__].replaced:
-        closure = inspect.getclosurevars(getattr(module, function)).nonlocals
+        called = getattr(module, function)
+        if not called.__closure__ and called.__module__ == module.__name__:
+            continue  # transformers' own, without a package in its place
+        closure = inspect.getclosurevars(called).nonlocals
         if closure.get("is_new_implementation", True):
             return getattr(closure.get("implementation"), "__module__", "another package").partition(".")[0]
     return None

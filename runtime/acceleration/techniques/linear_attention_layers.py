@@ -15,6 +15,7 @@ from hasten.acceleration.techniques.convolution_adapters import CONVOLUTION
 from hasten.acceleration.techniques.delta_rule_adapters import chunk_delta_rule, step_delta_rule
 from hasten.acceleration.techniques.mamba2_adapters import chunk_mamba2, step_mamba2
 from hasten.acceleration.techniques.minimax_adapters import minimax_forward
+from hasten.acceleration.techniques.rwkv_adapters import RWKV, rwkv_forward
 from hasten.acceleration.techniques.selective_scan_adapters import MAMBA, mamba_forward
 from hasten.acceleration.techniques.xlstm_adapters import mlstm_forward
 
@@ -83,4 +84,5 @@ LAYERS: dict[str, Layer] = (
         JambaMambaMixer="Jamba",
         ZambaMambaMixer="Zamba",
     )
+    | _layers(RWKV, rwkv_forward, RwkvSelfAttention="RWKV")
 )
