@@ -106,14 +106,14 @@ def _check(q, k, v, decay, state, normalize, cu_seqlens=None, name="initial_stat
 def _run(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens):
     _check(q, k, v, decay, initial_state, normalize, cu_seqlens)
     sequence.check_signs(decay)
-    bounds = None if cu_seqlens is None else sequence.boundaries(cu_seqlens, q.shape[1])
+    name = backend.choose(q, "chunked")
+    bounds = sequence.bounds(cu_seqlens, q, name == "triton")
     if reverse:
         q, k, v = q.flip(1), k.flip(1), v.flip(1)
         decay = decay if decay is None or decay.dim() == 1 else decay.flip(1)
-        if bounds:
-            bounds = [bounds[-1] - bound for bound in reversed(bounds)]
+        if bounds is not None:
+            bounds = sequence.reversed_bounds(bounds, q.shape[1])
             initial_state = None if initial_state is None else initial_state.flip(0)
-    name = backend.choose(q, "chunked")
     if name == "reference":
         o, state = reference.linear_attention(q, k, v, decay, scale, initial_state, normalize, bounds)
     else:
@@ -125,7 +125,7 @@ def _run(q, k, v, decay, scale, initial_state, normalize, reverse, cu_seqlens):
             o = (scale * o[..., :V].to(state.dtype) / (o[..., V:].to(state.dtype) + reference.EPSILON)).to(v.dtype)
     if reverse:
         o = o.flip(1)
-        state = state.flip(0) if bounds else state
+        state = state if bounds is None else state.flip(0)
     return o, state
 
 
@@ -141,7 +141,7 @@ def _cpu(q, k, v, decay, scale, initial_state, bounds):
 def _triton(q, k, v, decay, scale, initial_state, bounds):
     from .. import triton
 
-    return triton.launch(q, k, v, None, decay, scale, initial_state, False, bounds)
+    return triton.launch(q, k, v, None, decay, scale, initial_state, False, bounds, delta=False)
 
 
 def _with_ones(q, k, v):
@@ -165,7 +165,7 @@ def _run_step(q, k, v, state, decay, scale, normalize):
     if name == "triton":
         from .. import triton
 
-        o = triton.step(q, k, values, None, state, decay, scale_inside, False)
+        o = triton.step(q, k, values, None, state, decay, scale_inside, False, delta=False)
     else:
         o = cpu.step(q, k, values, state, decay, scale_inside)
     if normalize:
