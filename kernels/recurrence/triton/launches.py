@@ -61,8 +61,8 @@ def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk(K: int, dtype: torch.dtype) -> int:
-    """Tokens of a chunk: as many as shared memory holds beside a state of K rows."""
-    return 64 if K <= (256 if dtype == torch.bfloat16 else 128) else 32
+    """Tokens of a chunk: as many as registers and shared memory hold beside a state of K rows."""
+    return 64 if dtype == torch.bfloat16 and K <= 256 else 32
 
 
 def slots(N: int, T: int, C: int, packed: bool) -> int:
@@ -74,43 +74,41 @@ def grids(
     N: int, T: int, Hv: int, K: int, V: int, dtype: torch.dtype, kind: int, delta: bool, packed: bool, device: Device
 ) -> dict[str, Grid]:
     """The launches of whole sequences, by the names of their kernels, in order."""
-    C, S, half, hip = chunk(K, dtype), precision(dtype, device.hip), dtype == torch.bfloat16, device.hip
+    C, half = chunk(K, dtype), dtype == torch.bfloat16
     per_chunk = slots(N, T, C, packed) * Hv
     BK = min(64 if half else 32, _power(K))
-    stages = 2 if half and not hip else 1
-    warps = min(4, device.max_warps)
+    wide_warps, warps = min(8, device.max_warps), min(4, device.max_warps)
     chunked = {"C": C, "PACKED": packed}
+    finer = solve_precision(dtype, device.hip)
+    common = {**chunked, "DECAY": kind, "PRECISION": precision(dtype, device.hip)}
     found = {}
     if kind == VECTOR:
-        tile = {**chunked, "BK": BK, "PRECISION": S, "SOLVE_PRECISION": solve_precision(dtype, hip), "DELTA": delta}
-        found["pairs"] = Grid(per_chunk, tile, warps, 1)
+        tile = {**chunked, "BK": max(16, BK // 2), "PRECISION": common["PRECISION"], "SOLVE_PRECISION": finer, "DELTA": delta}
+        found["pairs"] = Grid(per_chunk, tile, wide_warps if delta and half else warps, 1)
     if delta:
-        tile = {**chunked, "BK": BK, "BV": min(BK, _power(V)), "DECAY": kind}
-        tile |= {"PRECISION": S, "SOLVE_PRECISION": solve_precision(dtype, hip)}
+        tile = {**common, "BK": BK, "BV": min(BK, _power(V)), "SOLVE_PRECISION": finer}
         found["corrections"] = Grid(per_chunk, tile, warps, 1)
     elif kind == SCALAR:
-        found["weights"] = Grid(per_chunk, dict(chunked), 1, 1)
-    found["states"] = _states(N, Hv, K, V, half, kind, delta, device, {**chunked, "DECAY": kind, "PRECISION": S})
-    tile = {**chunked, "BK": BK, "BV": min(128 if half else 64, _power(V)), "DECAY": kind, "PRECISION": S}
-    found["outputs"] = Grid(per_chunk * triton.cdiv(V, tile["BV"]), tile, warps, stages)
+        found["weights"] = Grid(per_chunk, chunked, 1, 1)
+    found["states"] = _states(N, Hv, K, V, half, delta, device, common)
+    tile = {**common, "BK": BK, "BV": min(128 if half else 64, _power(V))}
+    programs = per_chunk * triton.cdiv(V, tile["BV"])
+    found["outputs"] = Grid(programs, tile, wide_warps if tile["BV"] > 64 else warps, 2 if half and not device.hip else 1)
     return found
 
 
-def _states(N, Hv, K, V, half, kind, delta, device, tile) -> Grid:
+def _states(N, Hv, K, V, half, delta, device, tile) -> Grid:
     """Blocks of 64 x 64, or of all of K x 32 for the delta rule, halved while multiprocessors are left without one."""
     BK, BV = (_power(K), min(32, _power(V))) if delta else (min(64, _power(K)), min(64, _power(V)))
-
-    def programs():
-        return N * Hv * triton.cdiv(K, BK) * triton.cdiv(V, BV)
-
-    if delta:
-        if programs() < device.multiprocessors or BK > 128:
-            BV = 16
-    elif programs() < device.multiprocessors or not half:
+    few = N * Hv * triton.cdiv(K, BK) * triton.cdiv(V, BV) < device.multiprocessors
+    if delta and (few or BK > 128 or not half):
+        BV = 16
+    elif not delta and (few or not half):
         BK, BV = min(32, BK), min(32, BV)
-    warps = min(8 if BK * BV > 4096 else 4, device.max_warps)
-    stages = 2 if BK <= 128 and half and not device.hip else 1
-    return Grid(programs(), {**tile, "BK": BK, "BV": BV, "DELTA": delta}, warps, stages)
+    programs = N * Hv * triton.cdiv(K, BK) * triton.cdiv(V, BV)
+    warps = min(8 if BK * BV > 4096 or delta and not half else 4, device.max_warps)
+    stages = 1 if device.hip or not half else 3 if BK <= 128 else 2
+    return Grid(programs, {**tile, "BK": BK, "BV": BV, "DELTA": delta, "STAGES": stages}, warps, stages)
 
 
 def step_grid(B: int, Hv: int, K: int, V: int, kind: int, hip: bool) -> Grid:

@@ -64,35 +64,42 @@ def pairs_kernel(
             b_k = tl.load(p_k + o_tokens * k_stride + i_g * K + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
             b_q2 += tl.sum(b_q * b_q, axis=1)
             b_k2 += tl.sum(b_k * b_k, axis=1)
-        b_q2, b_k2 = tl.rsqrt(b_q2 + 1e-6)[:, None], tl.rsqrt(b_k2 + 1e-6)[:, None]
+        b_q2, b_k2 = tl.rsqrt(b_q2 + 1e-6), tl.rsqrt(b_k2 + 1e-6)
     if USE_BETA:
         b_beta = tl.load(p_beta + (i_t + o_c) * beta_stride + i_h, mask=m_t, other=0.0).to(tl.float32)
-    b_P = tl.zeros([C, C], dtype=tl.float32)
-    b_A = tl.zeros([C, C], dtype=tl.float32)
+    # Each of the loops keeps few tiles in registers; what they load again comes from caches.
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = (o_k < K)[None, :]
         m_tk = m_t[:, None] & m_k
+        o_rows = (o_tokens * Hv + i_h) * K + o_k[None, :]
+        p_g = p_decay + o_tokens * decay_stride + i_h * K + o_k[None, :]
+        b_g = sane(tl.load(p_g, mask=m_tk, other=0.0))
         b_q = tl.load(p_q + o_tokens * q_stride + i_g * K + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
         b_k = tl.load(p_k + o_tokens * k_stride + i_g * K + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
         if UNIT:
-            b_q *= b_q2
-            b_k *= b_k2
-        p_g = p_decay + o_tokens * decay_stride + i_h * K + o_k[None, :]
-        b_g = sane(tl.load(p_g, mask=m_tk, other=0.0))
-        b_next = sane(tl.load(p_g + decay_stride, mask=m_next[:, None] & m_k, other=0.0))
-        o_rows = (o_tokens * Hv + i_h) * K + o_k[None, :]
+            b_q *= b_q2[:, None]
+            b_k *= b_k2[:, None]
         b_since = tl.exp(tl.cumsum(b_g, axis=0))
         tl.store(p_read + o_rows, (b_q * b_since).to(p_read.dtype.element_ty), mask=m_tk)
         if DELTA:
             tl.store(p_since + o_rows, (b_k * b_since).to(p_since.dtype.element_ty), mask=m_tk)
+        tl.store(p_lost + i_sh * K + o_k, decline(tl.sum(b_g, axis=0)), mask=o_k < K)
+        b_next = sane(tl.load(p_g + decay_stride, mask=m_next[:, None] & m_k, other=0.0))
         b_until = b_k * tl.exp(tl.cumsum(b_next, axis=0, reverse=True))
         if USE_BETA:
             b_until *= b_beta[:, None]
         tl.store(p_until + o_rows, b_until.to(p_until.dtype.element_ty), mask=m_tk)
-        tl.store(p_lost + i_sh * K + o_k, decline(tl.sum(b_g, axis=0)), mask=o_k < K)
-
-        b_P += tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_q * b_k, axis=1)[:, None], 0.0)
+    b_P = tl.zeros([C, C], dtype=tl.float32)
+    b_A = tl.zeros([C, C], dtype=tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_tk = m_t[:, None] & (o_k < K)[None, :]
+        b_g = sane(tl.load(p_decay + o_tokens * decay_stride + i_h * K + o_k[None, :], mask=m_tk, other=0.0))
+        b_q = tl.load(p_q + o_tokens * q_stride + i_g * K + o_k[None, :], mask=m_tk, other=0.0)
+        b_k = tl.load(p_k + o_tokens * k_stride + i_g * K + o_k[None, :], mask=m_tk, other=0.0)
+        b_own = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), axis=1)
+        b_P += tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], 0.0)
         half = C // 2
         while half > 0:
             # The tokens between the middle and i: those after it up to i, or those after i up to it.
@@ -106,8 +113,12 @@ def pairs_kernel(
             if DELTA:
                 b_A += tl.where(m_pairs, product(b_decayed, tl.trans(b_decayed), SOLVE_PRECISION), 0.0)
             half //= 2
+    m_lower = o_c[:, None] >= o_c[None, :]
+    if UNIT:
+        b_P = tl.where(m_lower, b_P * (b_q2[:, None] * b_k2[None, :]), 0.0)
+        b_A = tl.where(m_lower, b_A * (b_k2[:, None] * b_k2[None, :]), 0.0)
     if USE_BETA:
-        b_P = tl.where(o_c[:, None] >= o_c[None, :], b_P * b_beta[None, :], 0.0)
+        b_P = tl.where(m_lower, b_P * b_beta[None, :], 0.0)
     o_pairs = i_sh * C * C + o_c[:, None] * C + o_c[None, :]
     tl.store(p_pairs + o_pairs, b_P.to(p_pairs.dtype.element_ty))
     if DELTA:

@@ -72,6 +72,7 @@ def states_kernel(
     PRECISION: tl.constexpr,
     DELTA: tl.constexpr,
     USE_INITIAL: tl.constexpr,
+    STAGES: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """A program takes BK x BV of one head's state through one sequence. The delta rule needs all of K: BK >= K."""
@@ -94,25 +95,26 @@ def states_kernel(
         b_S = tl.load(p_initial + i_nh * K * V + o_state, mask=m_kv, other=0.0)
     chunks = tl.where(valid, (end - i_t + C - 1) // C, 0).to(tl.int32)
     b_S = tl.where(valid, b_S, float("nan"))
-    for _ in range(0, chunks):
+    for _ in tl.range(0, chunks, num_stages=STAGES):
         i_sh = i_s * Hv + i_h
-        tl.store(p_states + i_sh * K * V + o_state, b_S.to(p_states.dtype.element_ty), mask=m_kv)
         m_t = o_c < end - i_t
         m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
         o_tokens = i_t + o_c[:, None]
-        b_k = tl.load(p_k + o_tokens * k_stride + i_g * K + o_k[None, :], mask=m_tk, other=0.0)
+        if DECAY == VECTOR:
+            b_lost = tl.load(p_lost + i_sh * K + o_k, mask=m_k, other=0.0)[:, None]
+        else:
+            b_lost = tl.load(p_lost + i_sh)
+            b_until = tl.load(p_until + (i_t + o_c) * Hv + i_h, mask=m_t, other=0.0)
         b_u = tl.load(p_u + o_tokens * u_stride + i_h * V + o_v[None, :], mask=m_tv, other=0.0)
+        tl.store(p_states + i_sh * K * V + o_state, b_S.to(p_states.dtype.element_ty), mask=m_kv)
         if DELTA:
             b_w = tl.load(p_w + (o_tokens * Hv + i_h) * K + o_k[None, :], mask=m_tk, other=0.0)
             b_u = b_u.to(tl.float32) - product(b_w, b_S, PRECISION)
             o_written = (o_tokens * Hv + i_h) * V + o_v[None, :]
             tl.store(p_written + o_written, b_u.to(p_written.dtype.element_ty), mask=m_tv)
-        if DECAY == VECTOR:
-            b_lost = tl.load(p_lost + i_sh * K + o_k, mask=m_k, other=0.0)[:, None]
-        else:
-            b_u = b_u.to(tl.float32)
-            b_u *= tl.load(p_until + (i_t + o_c) * Hv + i_h, mask=m_t, other=0.0)[:, None]
-            b_lost = tl.load(p_lost + i_sh)
+        if DECAY != VECTOR:
+            b_u = b_u.to(tl.float32) * b_until[:, None]
+        b_k = tl.load(p_k + o_tokens * k_stride + i_g * K + o_k[None, :], mask=m_tk, other=0.0)
         b_S += b_S * b_lost
         b_S += product(tl.trans(b_k), b_u, PRECISION)
         i_t += C
