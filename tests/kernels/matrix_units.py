@@ -5,25 +5,24 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-_cast, _fp_to_fp = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
-
 
 def install(monkeypatch) -> None:
     """What tensor cores of NVIDIA do: they ignore the last 13 bits of an operand in tf32; three products make tf32x3."""
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", lambda self, x, dtype: _rounded(x, dtype) or _cast(self, x, dtype))
-    monkeypatch.setattr(
-        InterpreterBuilder,
-        "create_fp_to_fp",
-        lambda self, x, dtype, mode: _rounded(x, dtype) or _fp_to_fp(self, x, dtype, mode),
-    )
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", _rounding(InterpreterBuilder.cast_impl))
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", _rounding(InterpreterBuilder.create_fp_to_fp))
 
 
-def _rounded(x, dtype):
-    if x.dtype.scalar.name == "fp32" and dtype.scalar.name == "bf16":
+def _rounding(convert):
+    """`convert`, but float32 to the nearest bfloat16."""
+
+    def converted(self, x, dtype, *mode):
+        if (x.dtype.scalar.name, dtype.scalar.name) != ("fp32", "bf16"):
+            return convert(self, x, dtype, *mode)
         halves = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16()
         return TensorHandle(halves.view(torch.uint16).numpy(), dtype.scalar)
-    return None
+
+    return converted
 
 
 def _dot(self, x, y, total, precision, *rest):

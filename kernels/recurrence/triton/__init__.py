@@ -1,5 +1,5 @@
-"""Linear attention and the delta rule on GPUs: states by a light serial scan over chunks of tokens, all else in parallel
-over the chunks.
+"""Linear attention and the delta rule on GPUs: states by a light serial scan over chunks of tokens, all else in
+parallel over the chunks.
 
 | file | kernels |
 | --- | --- |

@@ -12,7 +12,7 @@ VECTOR = tl.constexpr(2)  # kinds of decay: 1, one number per head; 2, one per c
 
 @triton.jit
 def locate(p_bounds, i_s, T, N, C: tl.constexpr, PACKED: tl.constexpr):
-    """Slot i_s -> (its sequence, its first token, the end of its sequence, whether p_bounds rise from 0 to T).
+    """Slot i_s -> (its first token, the end of its sequence, whether p_bounds rise from 0 to T).
 
     Sequence n of packed ones has its slots from bounds[n] // C + n on: nobody needs to count the chunks of those before
     it, and T // C + N slots suffice. The end is not behind the first token where a slot is left over.
@@ -20,8 +20,8 @@ def locate(p_bounds, i_s, T, N, C: tl.constexpr, PACKED: tl.constexpr):
     if PACKED:
         i_n = tl.full([], -1, dtype=tl.int32)
         broken = ((tl.load(p_bounds) != 0) | (tl.load(p_bounds + N) != T)).to(tl.int32)
-        for i in range(0, N, 128):
-            o_n = i + tl.arange(0, 128)
+        for i in range(0, N, 64):
+            o_n = i + tl.arange(0, 64)
             b_begin = tl.load(p_bounds + o_n, mask=o_n < N, other=0).to(tl.int64)
             b_end = tl.load(p_bounds + o_n + 1, mask=o_n < N, other=1).to(tl.int64)
             i_n += tl.sum(((o_n < N) & (b_begin // C + o_n <= i_s)).to(tl.int32), axis=0)
@@ -33,12 +33,11 @@ def locate(p_bounds, i_s, T, N, C: tl.constexpr, PACKED: tl.constexpr):
         valid = broken == 0
     else:
         chunks = (T + C - 1) // C
-        i_n = i_s // chunks
-        begin = i_n.to(tl.int64) * T
+        begin = (i_s // chunks).to(tl.int64) * T
         i_t = begin + i_s % chunks * C
         end = begin + T
         valid = i_s >= 0
-    return i_n, i_t, end, valid
+    return i_t, end, valid
 
 
 @triton.jit
@@ -100,8 +99,8 @@ def operand(b_x, PRECISION: tl.constexpr):
 def product(b_x, b_y, PRECISION: tl.constexpr):
     """x y in fp32, of operands rounded to bf16 or tf32, or ("tf32x3", "ieee") as they are.
 
-    float16 inputs are multiplied as they are where both operands are inputs. What is computed from them (decayed, summed
-    up, corrected) leaves the range of float16, and tf32 is as fine.
+    float16 inputs are multiplied as they are where both operands are inputs. What is computed from them (decayed,
+    summed up, corrected) leaves the range of float16, and tf32 is as fine.
     """
     if b_x.dtype == tl.float16 and b_y.dtype == tl.float16:
         b_z = tl.dot(b_x, b_y)

@@ -9,8 +9,8 @@ from .states import until
 
 @triton.jit
 def inverse(b_A, PRECISION: tl.constexpr):
-    """(I + A)^-1 of a strictly lower triangle A [C, C], by doubling: the inverse of a block of 2 half tokens from those X
-    of its halves, for [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]].
+    """(I + A)^-1 of a strictly lower triangle A [C, C], by doubling: the inverse of a block of 2 half tokens from
+    those X of its halves, for [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]].
 
     The powers of A, which a product of I + A^2^n would need, may be large where the inverse is not.
     """
@@ -61,7 +61,7 @@ def corrections_kernel(
     decay between them, for i > j. A program takes one chunk of one head."""
     i_s, i_h = (tl.program_id(0) // Hv).to(tl.int64), tl.program_id(0) % Hv
     i_g = i_h * H // Hv  # the head of k
-    i_n, i_t, end, valid = locate(p_bounds, i_s.to(tl.int32), T, N, C, PACKED)
+    i_t, end, valid = locate(p_bounds, i_s.to(tl.int32), T, N, C, PACKED)
     if (i_t >= end) | (valid == 0):
         return
     o_c = tl.arange(0, C)

@@ -83,7 +83,8 @@ def grids(
     common = {**chunked, "DECAY": kind, "PRECISION": precision(dtype, device.hip)}
     found = {}
     if kind == VECTOR:
-        tile = {**chunked, "BK": max(16, BK // 2), "PRECISION": common["PRECISION"], "SOLVE_PRECISION": finer, "DELTA": delta}
+        tile = {**common, "BK": max(16, BK // 2), "SOLVE_PRECISION": finer, "DELTA": delta}
+        del tile["DECAY"]
         found["pairs"] = Grid(per_chunk, tile, wide_warps if delta and half else warps, 1)
     if delta:
         tile = {**common, "BK": BK, "BV": min(BK, _power(V)), "SOLVE_PRECISION": finer}
@@ -93,7 +94,8 @@ def grids(
     found["states"] = _states(N, Hv, K, V, half, delta, device, common)
     tile = {**common, "BK": BK, "BV": min(128 if half else 64, _power(V))}
     programs = per_chunk * triton.cdiv(V, tile["BV"])
-    found["outputs"] = Grid(programs, tile, wide_warps if tile["BV"] > 64 else warps, 2 if half and not device.hip else 1)
+    stages = 2 if half and not device.hip else 1
+    found["outputs"] = Grid(programs, tile, wide_warps if tile["BV"] > 64 else warps, stages)
     return found
 
 
@@ -106,7 +108,7 @@ def _states(N, Hv, K, V, half, delta, device, tile) -> Grid:
     elif not delta and (few or not half):
         BK, BV = min(32, BK), min(32, BV)
     programs = N * Hv * triton.cdiv(K, BK) * triton.cdiv(V, BV)
-    warps = min(8 if BK * BV > 4096 or delta and not half else 4, device.max_warps)
+    warps = min(8 if BK * BV > 4096 or (delta and not half) else 4, device.max_warps)
     stages = 1 if device.hip or not half else 3 if BK <= 128 else 2
     return Grid(programs, {**tile, "BK": BK, "BV": BV, "DELTA": delta, "STAGES": stages}, warps, stages)
 

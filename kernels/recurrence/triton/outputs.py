@@ -38,14 +38,14 @@ def outputs_kernel(
     WEIGHTED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """o = scale (Q S + P u) of one chunk, for one head and BV of its columns. Where p_bounds do not rise from 0 to T, all
-    of o is NaN."""
+    """o = scale (Q S + P u) of one chunk, for one head and BV of its columns. Where p_bounds do not rise from 0 to T,
+    all of o is NaN."""
     pid = tl.program_id(0)
     i_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
     i_s, i_h = (pid // Hv).to(tl.int64), pid % Hv
     i_g = i_h * H // Hv  # the head of q and k
     o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    i_n, i_t, end, valid = locate(p_bounds, i_s.to(tl.int32), T, N, C, PACKED)
+    i_t, end, valid = locate(p_bounds, i_s.to(tl.int32), T, N, C, PACKED)
     if valid == 0:
         o_tokens = i_s * C + o_c[:, None]
         b_o = tl.full([C, BV], float("nan"), dtype=tl.float32).to(p_o.dtype.element_ty)

@@ -46,7 +46,7 @@ def pairs_kernel(
     """
     i_s, i_h = (tl.program_id(0) // Hv).to(tl.int64), tl.program_id(0) % Hv
     i_g = i_h * H // Hv  # the head of q and k
-    i_n, i_t, end, valid = locate(p_bounds, i_s.to(tl.int32), T, N, C, PACKED)
+    i_t, end, valid = locate(p_bounds, i_s.to(tl.int32), T, N, C, PACKED)
     if (i_t >= end) | (valid == 0):
         return
     o_c = tl.arange(0, C)

@@ -24,7 +24,7 @@ def weights_kernel(
 ):
     """Linear attention with one decay per head; a program takes one chunk and one head."""
     i_s, i_h = tl.program_id(0) // Hv, tl.program_id(0) % Hv
-    i_n, i_t, end, valid = locate(p_bounds, i_s, T, N, C, PACKED)
+    i_t, end, valid = locate(p_bounds, i_s, T, N, C, PACKED)
     if (i_t >= end) | (valid == 0):
         return
     o_c = tl.arange(0, C)
@@ -85,11 +85,8 @@ def states_kernel(
     m_k, m_v = o_k < K, o_v < V
     m_kv = m_k[:, None] & m_v[None, :]
     o_state = o_k[:, None] * V + o_v[None, :]  # [BK, BV]
-    if PACKED:
-        i_s = tl.load(p_bounds + i_n).to(tl.int64) // C + i_n
-    else:
-        i_s = i_n * tl.cdiv(T, C)
-    _, i_t, end, valid = locate(p_bounds, i_s.to(tl.int32), T, N, C, PACKED)
+    i_s = tl.load(p_bounds + i_n).to(tl.int64) // C + i_n if PACKED else i_n * tl.cdiv(T, C)
+    i_t, end, valid = locate(p_bounds, i_s.to(tl.int32), T, N, C, PACKED)
     b_S = tl.zeros([BK, BV], dtype=tl.float32)
     if USE_INITIAL:
         b_S = tl.load(p_initial + i_nh * K * V + o_state, mask=m_kv, other=0.0)
