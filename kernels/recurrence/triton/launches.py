@@ -263,7 +263,7 @@ def step(
     else:
         decay, decay_stride = _rows(decay)
     o = torch.empty(v.shape, dtype=out_dtype or v.dtype, device=v.device)
-    grid = step_grid(B, Hv, K, V, kind, torch.version.hip is not None)
+    grid = step_grid(B, Hv, K, V, kind, device_of(q.device).hip)
     with torch.cuda.device_of(q):
         step_kernel[(grid.programs,)](
             *(o, q, k, v, beta, decay, state, scale),
