@@ -12,6 +12,7 @@ import struct
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -150,7 +151,7 @@ class Machine:
         request += [name.encode(), arguments, *(struct.pack("<3q", *pointer) for pointer in pointers)]
         for buffer in buffers:
             request += [struct.pack("<q", len(buffer)), buffer]
-        command = [EMULATOR, "-cpu", PROCESSORS[self.isa], "-L", self.libraries(), "driver", "./kernels.so"]
+        command = [EMULATOR, "-cpu", PROCESSORS[self.isa], "-L", libraries(), "driver", "./kernels.so"]
         done = subprocess.run(command, input=b"".join(request), capture_output=True, cwd=self.folder)
         assert done.returncode == 0, f"{name}: code {done.returncode} {done.stderr.decode()}"
         code, *controls = struct.unpack_from(f"<{1 + threads}q", done.stdout)
@@ -161,10 +162,11 @@ class Machine:
             at += len(buffer)
         return code, contents
 
-    @staticmethod
-    def libraries() -> str:
-        """The folder in which lib/ has the C library of aarch64."""
-        return str(Path(_run([COMPILER, "-print-file-name=libc.so.6"]).strip()).resolve().parents[1])
+
+@cache
+def libraries() -> str:
+    """The folder in which lib/ has the C library of aarch64."""
+    return str(Path(_run([COMPILER, "-print-file-name=libc.so.6"]).strip()).resolve().parents[1])
 
 
 def pointer_fields(kind: type[cpu.Arguments], at: int = 0):
