@@ -4,13 +4,16 @@
 
 namespace {
 
-// Relative error below 2e-7; 0 below the smallest normal number, infinity above the largest, NaN for NaN. (Cephes'
-// polynomial)
-inline Vec exp(Vec x) {
-    // Adding `magic`, 1.5 * 2^23, rounds to an integer.
-    const float lowest = -87.33654f, highest = 88.72283f, magic = 12582912.f;
-    const Vec zero = {}, clamped = x < lowest ? zero + lowest : x > highest ? zero + highest : x;
-    const Vec shifted = clamped * 1.44269504f + magic, n = shifted - magic;
+// exp(x) = 2^n (1 + p) for the whole n, with x clamped to [lowest, highest], (Cephes' polynomial)
+struct Exponential {
+    Vec n, p;
+};
+constexpr float EXP_LOWEST = -87.33654f, EXP_HIGHEST = 88.72283f;
+
+inline Exponential exponential(Vec x) {
+    const float magic = 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
+    const Vec zero = {}, clamped = x < EXP_LOWEST ? zero + EXP_LOWEST : x > EXP_HIGHEST ? zero + EXP_HIGHEST : x;
+    const Vec n = clamped * 1.44269504f + magic - magic;
     const Vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
     Vec p = zero + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -18,13 +21,33 @@ inline Vec exp(Vec x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    // 2^n in two factors, since 2^128 is no float
-    const Bits whole = bit_cast<Bits>(shifted) - bit_cast<uint32_t>(magic),
-               half = bit_cast<Bits>(bit_cast<Ints>(whole) >> 1);
-    const Vec first = bit_cast<Vec>((half + 127) << 23), second = bit_cast<Vec>((whole - half + 127) << 23);
-    const Vec result = p * first * second;
-    return x < lowest ? zero : x > highest ? zero + __builtin_inff() : result;
+    return {n, p * r * r + r};
+}
+
+// x 2^n for whole n in [-126, 128]
+inline Vec times_power(Vec x, Vec n) {
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(x, n);
+#else
+    const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;  // two factors, since 2^128 is no float
+    return x * bit_cast<Vec>((half + 127) << 23) * bit_cast<Vec>((whole - half + 127) << 23);
+#endif
+}
+
+// Relative error below 2e-7; 0 below the smallest normal number, infinity above the largest, NaN for NaN.
+inline Vec exp(Vec x) {
+    const Vec zero = {};
+    const Exponential e = exponential(x);
+    const Vec result = times_power(e.p + 1.f, e.n);
+    return x < EXP_LOWEST ? zero : x > EXP_HIGHEST ? zero + __builtin_inff() : result;
+}
+
+// exp(x) - 1 with a relative error below 3e-7, NaN for NaN.
+inline Vec expm1(Vec x) {
+    const Vec zero = {};
+    const Exponential e = exponential(x);
+    const Vec power = times_power(zero + 1.f, e.n), result = power * e.p + (power - 1.f);
+    return x < EXP_LOWEST ? zero - 1.f : x > EXP_HIGHEST ? zero + __builtin_inff() : result;
 }
 
 // Relative error below 3e-7, NaN for NaN. (Cephes' polynomial below 0.625)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import cpu, storage
+from .. import cpu, sequence, storage
 
 
 class TokenStrides(cpu.Arguments):
@@ -49,36 +49,62 @@ class RecurrenceArguments(cpu.Arguments):
         ("bounds", cpu.POINTER),
         ("scale", cpu.REAL),
         ("unit", cpu.FLAG),
+        ("normalize", cpu.FLAG),
+        ("wide", cpu.FLAG),
         ("shape", Shape),
     )
 
 
 def launch(
-    kernel: cpu.Function, q, k, v, beta, decay, scale, initial_state, l2_norm, bounds
+    kernel: cpu.Function,
+    q,
+    k,
+    v,
+    beta,
+    decay,
+    scale,
+    initial_state,
+    bounds,
+    *,
+    l2_norm: bool = False,
+    normalize: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole sequences by a compiled kernel; beta is None for linear attention.
+    """Whole sequences by a compiled kernel.
 
-    q, k [B, T, H, K], v [B, T, Hv, V] -> o [B, T, Hv, V] and the final states [N, Hv, K, V].
+    q, k [B, T, H, K], v [B, T, Hv, V] -> o [B, T, Hv, V], of `out_dtype` (float32 or None, the dtype of v), and the
+    final states [N, Hv, K, V], with a column more for the normaliser if `normalize`.
+
+    Raises:
+        ValueError: a positive decay. It is the kernel that looks, for another pass over decays takes as long.
     """
-    q, k, v, beta, decay = _readable(q, k, v, beta, decay)
+    if decay is not None and decay.dim() == 1:
+        sequence.check_signs(decay)
+    q, k, v, beta, log_decay = _readable(q, k, v, beta, decay)
     N = q.shape[0] if bounds is None else len(bounds) - 1
     initial = None if initial_state is None else initial_state.contiguous()
     packed = None if bounds is None else torch.tensor(bounds)
-    o = v.new_empty(v.shape)
+    o = v.new_empty(v.shape, dtype=out_dtype)
     storage.ask_for_huge_pages(o)
-    final = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    arguments = _arguments(o, q, k, v, beta, decay, scale, final, l2_norm)
+    final = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3] + normalize, dtype=torch.float32)
+    arguments = _arguments(o, q, k, v, beta, log_decay, scale, final, l2_norm, normalize)
     arguments.initial, arguments.bounds, arguments.shape.N = cpu.address(initial), cpu.address(packed), N
-    kernel(arguments)
+    try:
+        kernel(arguments)
+    except ValueError:
+        sequence.check_signs(decay)
+        raise
     return o, final
 
 
-def step(kernel: cpu.Function, q, k, v, beta, state, decay, scale, l2_norm) -> torch.Tensor:
+def step(
+    kernel: cpu.Function, q, k, v, beta, state, decay, scale, *, l2_norm: bool = False, normalize: bool = False
+) -> torch.Tensor:
     """A few tokens, as `launch`; `state` [B, Hv, K, V] is updated in place."""
     q, k, v, beta, decay = _readable(q, k, v, beta, decay)
     S = _steppable(state)
     o = v.new_empty(v.shape)
-    kernel(_arguments(o, q, k, v, beta, decay, scale, S, l2_norm))
+    kernel(_arguments(o, q, k, v, beta, decay, scale, S, l2_norm, normalize))
     if S is not state:
         state.copy_(S)
     return o
@@ -105,7 +131,7 @@ def _steppable(state: torch.Tensor) -> torch.Tensor:
     return state if state.stride(3) == 1 or state.stride(2) == 1 else state.contiguous()
 
 
-def _arguments(o, q, k, v, beta, decay, scale, state, unit) -> RecurrenceArguments:
+def _arguments(o, q, k, v, beta, decay, scale, state, unit, normalize) -> RecurrenceArguments:
     """For B sequences of T tokens that are not packed and begin with a state of zeros."""
     B, T, H, K = q.shape
     Hv, V = v.shape[2:]
@@ -121,6 +147,8 @@ def _arguments(o, q, k, v, beta, decay, scale, state, unit) -> RecurrenceArgumen
         state=state.data_ptr(),
         scale=scale,
         unit=unit,
+        normalize=normalize,
+        wide=o.dtype != v.dtype,
         shape=Shape(
             N=B,
             T=T,

@@ -112,14 +112,14 @@ def _direction(q, k, v, decay):
 
 def _chunked(q, k, v, decay, normalize):
     wide, groups = sequence.state_dtype(q), v.shape[2] // q.shape[2]
-    if q.dtype == torch.float16:  # which sums over all tokens overflow
-        q, k, v = q.to(wide), k.to(wide), v.to(wide)
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1) if normalize else v
     constant = decay is None or decay.dim() == 1
-    forward = linear_attention(q, k, values, decay=decay if constant else _shifted(decay))
-    backward = linear_attention(q, k, values, decay=decay if constant else _shifted_back(decay), reverse=True)
+    # Both directions unrounded: what is left when the diagonal is taken away may be much smaller.
+    settings = {"out_dtype": wide}
+    forward = linear_attention(q, k, values, decay=decay if constant else _shifted(decay), **settings)
+    back = linear_attention(q, k, values, decay=decay if constant else _shifted_back(decay), reverse=True, **settings)
     diagonal = (q.to(wide) * k.to(wide)).sum(-1, keepdim=True).repeat_interleave(groups, 2) * values.to(wide)
-    o = forward.to(wide) + backward.to(wide) - diagonal
+    o = forward + back - diagonal
     return o[..., :-1] / o[..., -1:] if normalize else o
 
 

@@ -7,11 +7,12 @@ _chunks = cpu.Function("linear_attention", recurrence.RecurrenceArguments)
 _step = cpu.Function("linear_attention_step", recurrence.RecurrenceArguments)
 
 
-def launch(q, k, v, decay, scale, initial_state, bounds):
-    """Arguments and results as in `reference`, without a normaliser."""
-    return recurrence.launch(_chunks, q, k, v, None, decay, scale, initial_state, False, bounds)
+def launch(q, k, v, beta, decay, scale, initial_state, normalize, bounds, out_dtype):
+    """Arguments and results as in `reference`."""
+    settings = {"normalize": normalize, "out_dtype": out_dtype}
+    return recurrence.launch(_chunks, q, k, v, beta, decay, scale, initial_state, bounds, **settings)
 
 
-def step(q, k, v, state, decay, scale):
+def step(q, k, v, beta, state, decay, scale, normalize):
     """The outputs; `state` is updated in place."""
-    return recurrence.step(_step, q, k, v, None, state, decay, scale, False)
+    return recurrence.step(_step, q, k, v, beta, state, decay, scale, normalize=normalize)

@@ -13,28 +13,33 @@ def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    beta: torch.Tensor | None,
     decay: torch.Tensor | None,
     scale: float,
     initial_state: torch.Tensor | None,
     normalize: bool,
     bounds: list[int] | None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [B, T, H, K], v [B, T, Hv, V], decay None, [Hv], [B, T, Hv] or [B, T, Hv, K] -> o
+    """q, k [B, T, H, K], v [B, T, Hv, V], beta None or [B, T, Hv], decay None, [Hv], [B, T, Hv] or [B, T, Hv, K] -> o
     [B, T, Hv, V] and the final states [N, Hv, K, V (+ 1)].
 
-    S_t = Diag(exp(decay_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; with `normalize` o_t is divided by
-    q_t . z_t + EPSILON, where z_t = exp(decay_t) z_{t-1} + k_t is the last column of the state. `bounds` are
-    where packed sequences begin and end.
+    S_t = Diag(exp(decay_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale * S_t^T q_t; with `normalize` o_t is divided by
+    q_t . z_t + EPSILON, where z_t = exp(decay_t) z_{t-1} + beta_t k_t is the last column of the state. `bounds` are
+    where packed sequences begin and end. o is in `out_dtype`, by default that of v.
     """
     if bounds is not None:
-        alone = partial(linear_attention, scale=scale, normalize=normalize, bounds=None)
-        return per_sequence(alone, (q, k, v), decay, initial_state, bounds)
+        alone = partial(linear_attention, scale=scale, normalize=normalize, bounds=None, out_dtype=out_dtype)
+        tensors = (q, k, v, v.new_ones(v.shape[:3]) if beta is None else beta)
+        return per_sequence(alone, tensors, decay, initial_state, bounds)
     B, T, H, K = q.shape
     Hv, dtype, V = v.shape[2], state_dtype(q), v.shape[3]
     q, k = (x.to(dtype).repeat_interleave(Hv // H, dim=2) for x in (q, k))
     values = v.to(dtype)
     if normalize:
         values = torch.cat([values, values.new_ones(B, T, Hv, 1)], -1)
+    if beta is not None:
+        values = values * beta.to(dtype)[..., None]
     S = q.new_zeros(B, Hv, K, values.shape[-1]) if initial_state is None else initial_state
     outputs = []
     for t in range(T):
@@ -44,7 +49,7 @@ def linear_attention(
         outputs.append((S * q[:, t, :, :, None]).sum(-2))
     o = torch.stack(outputs, 1)
     o = scale * o[..., :V] / (o[..., V:] + EPSILON) if normalize else scale * o
-    return o.to(v.dtype), S
+    return o.to(out_dtype or v.dtype), S
 
 
 def factor(decay: torch.Tensor, t: int, dtype: torch.dtype) -> torch.Tensor:
