@@ -124,6 +124,16 @@ def test_generate(family):
             assert torch.equal(generated(model, tokens, **settings), expected[way]), way
 
 
+@pytest.mark.parametrize("family", ["lfm2", "lfm3"])
+def test_assisted_decoding_of_convolutions(family):
+    """Their last inputs are all that they keep, so that they can go back."""
+    model, tokens = linear_models.build(family), ids(1, 30)
+    expected = generated(model, tokens)
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    assert torch.equal(generated(model, tokens, assistant_model=linear_models.build(family, seed=1)), expected)
+    assert torch.equal(generated(model, tokens, prompt_lookup_num_tokens=3), expected)
+
+
 @pytest.mark.parametrize("family", ["minimax", "qwen3_next", "kimi_linear", "falcon_h1"])
 def test_a_left_padded_row_is_a_row_alone(family):
     model = linear_models.build(family)
