@@ -124,6 +124,16 @@ def test_generate(family):
             assert torch.equal(generated(model, tokens, **settings), expected[way]), way
 
 
+@pytest.mark.parametrize("family", ["lfm2", "lfm3"])
+def test_assisted_decoding_of_convolutions(family):
+    """Their last inputs are all that they keep, so that they can go back."""
+    model, tokens = linear_models.build(family), ids(1, 30)
+    expected = generated(model, tokens)
+    hasten.accelerate(model, PLAN, measure_speed=False)
+    assert torch.equal(generated(model, tokens, assistant_model=linear_models.build(family, seed=1)), expected)
+    assert torch.equal(generated(model, tokens, prompt_lookup_num_tokens=3), expected)
+
+
 @pytest.mark.parametrize("family", ["minimax", "qwen3_next", "kimi_linear", "falcon_h1"])
 def test_a_left_padded_row_is_a_row_alone(family):
     model = linear_models.build(family)
@@ -139,17 +149,20 @@ def test_a_left_padded_row_is_a_row_alone(family):
     assert distance(together[0, 13:], alone[0]) < 1e-4
 
 
-@pytest.mark.parametrize("family", ONE_OF_EACH)
+@pytest.mark.parametrize("family", [*ONE_OF_EACH, "lfm2", "mamba", "falcon_mamba", "jamba", "zamba"])
 def test_a_second_turn(family):
     """generate, then generate again with its cache and several new tokens."""
     model, first = linear_models.build(family), ids(1, 30)
-    name = "cache_params" if family == "mamba2" else "past_key_values"  # Mamba-2 takes it by another name than it gives
     second = torch.cat([generated(model, first), ids(1, 20, 3)], 1)
     expected = generated(model, second)
     hasten.accelerate(model, PLAN, measure_speed=False)
     turn = generated(model, first, return_dict_in_generate=True)
     assert torch.equal(turn.sequences, second[:, :38])
-    assert torch.equal(generated(model, second, **{name: turn.past_key_values}), expected)
+    if family in ("mamba", "falcon_mamba", "mamba2"):  # whose caches count no tokens: what was read is not given again
+        found = generated(model, second[:, 37:], cache_params=turn.past_key_values)
+        assert torch.equal(found, expected[:, 37:])
+    else:
+        assert torch.equal(generated(model, second, past_key_values=turn.past_key_values), expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "mamba2", "minimax"])

@@ -71,9 +71,9 @@ def _refuse_packed(model: nn.Module, arguments: tuple, keywords: dict[str, Any])
 
 @dataclass(frozen=True, slots=True)
 class FastLinearAttention(Technique):
-    """Exact: linear-attention layers (lightning attention, gated delta rule, Kimi delta attention, Mamba-2) run
-    hasten's kernels instead of transformers' torch fallbacks, in prefill, in the continuation of a cached prefix and in
-    decode, with their state in float32.
+    """Exact: linear-attention layers (lightning attention, gated delta rule, Kimi delta attention, Mamba and Mamba-2,
+    mLSTM, RWKV, short convolutions) run hasten's kernels instead of transformers' torch fallbacks, in prefill, in the
+    continuation of a cached prefix and in decode, with their state in float32.
     """
 
     exact: ClassVar[bool] = True
@@ -82,9 +82,11 @@ class FastLinearAttention(Technique):
         return tuple(_found(anatomy)[0])
 
     def edits(self, anatomy, settings):
-        edits = [ReplaceForward(name, LinearAttentionLayer) for name in _found(anatomy)[0]]
-        edits.append(RefusePacked())
-        return edits if getattr(anatomy.model, "_is_stateful", True) else [*edits, MarkStateful()]
+        found = _found(anatomy)[0]
+        edits = [*(ReplaceForward(name, LinearAttentionLayer) for name in found), RefusePacked()]
+        recurrent = any(LAYERS[type(layer).__name__].recurrent for layer in found.values())
+        known = getattr(anatomy.model, "_is_stateful", True)
+        return [*edits, MarkStateful()] if recurrent and not known else edits
 
     def skips(self, anatomy, settings):
         return _found(anatomy)[1]

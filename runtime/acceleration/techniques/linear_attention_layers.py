@@ -39,6 +39,11 @@ class Layer:
     make: Callable[[nn.Module], Callable]
     replaced: Mapping[str, Callable] = field(default_factory=dict)
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether it keeps a state that cannot go back in its text, unlike the last inputs of a convolution."""
+        return self.replaced != CONVOLUTION
+
 
 def _layers(replacements: dict[str, Callable], make: Callable | None = None, **models: str) -> dict[str, Layer]:
     """Layers by their classes, made by `make` or simply `remade` with the replacements."""
