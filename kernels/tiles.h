@@ -242,6 +242,30 @@ inline void transpose(Pair* to, const Pair* from, int64_t stride = TILE) {
 #endif
 }
 
+// `count` tokens as rows of `width` components, a multiple of DEPTH, with zeros beyond `size`, from rows of tokens, one
+// for each component.
+inline void gather_rows(bf16* to, const bf16* from, int64_t stride, int64_t count, int64_t size, int64_t width) {
+    alignas(64) Pair pairs[TILE_PAIRS], rows[TILE_PAIRS];
+    bf16 even[TILE], odd[TILE];
+    for (int64_t c = 0; c < width; c += DEPTH)
+        for (int64_t t = 0; t < count; t += TILE) {
+            const int64_t there = smaller(TILE, count - t);
+            for (int64_t p = 0; p < TILE; p++) {
+                const int64_t component = c + 2 * p;
+                if (there == TILE && component + 1 < size) {
+                    put_pairs(pairs + p * TILE, from + component * stride + t, from + (component + 1) * stride + t);
+                    continue;
+                }
+                memset(even, 0, sizeof(even)), memset(odd, 0, sizeof(odd));
+                if (component < size) memcpy(even, from + component * stride + t, sizeof(bf16) * there);
+                if (component + 1 < size) memcpy(odd, from + (component + 1) * stride + t, sizeof(bf16) * there);
+                put_pairs(pairs + p * TILE, even, odd);
+            }
+            transpose(rows, pairs);
+            for (int64_t i = 0; i < there; i++) memcpy(to + (t + i) * width + c, rows + i * TILE, sizeof(bf16) * DEPTH);
+        }
+}
+
 // Of 16 pairs each in two vectors, what stands first (low) or second in each: 32 bfloat16 in order.
 inline void put_halves(Pair* low, Pair* high, PairLanes first, PairLanes second) {
 #if defined(__AVX512F__)

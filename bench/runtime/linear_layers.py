@@ -64,7 +64,7 @@ def initialised(layer: nn.Module, family: type[PreTrainedModel], config: Pretrai
     model.config, model.mlstm_layer = config, layer  # xLSTM's rules look at names
     for module in layer.modules():
         model._init_weights(module)
-    return layer.to(dtype).eval().requires_grad_(False)
+    return layer.to(dtype).eval()
 
 
 def fast(layer: nn.Module) -> Callable:

@@ -61,17 +61,17 @@ template <class T, bool DELTA> struct Chunks {
                 continue;
             }
             const int64_t next = token + CHUNK, ahead = smaller(CHUNK, end - next);
-            expect(in.q_at(shape, row, head, next), shape.q.token, ahead, shape.K);
+            expect(in.q_at(shape, row, head, next), shape.q, ahead, shape.K);
             if (vector) vector_decays(rows);
             else scalar_decays(rows);
             if (DELTA) correct(rows);
             product(O, Q, S, rows, wide_v, false, [&](int64_t) { return wide_k; });
-            expect(in.k_at(shape, row, head, next), shape.k.token, ahead, shape.K);
+            expect(in.k_at(shape, row, head, next), shape.k, ahead, shape.K);
             product(O, P, U, rows, wide_v, true, [](int64_t r) { return r + TILE_ROWS; });
             for (int64_t c = 0; c < wide_k; c++)
                 for (int64_t j = 0; j < wide_v; j += WIDTH)
                     store(S.row(c) + j, load(S.row(c) + j) + load(S.row(c) + j) * kept[c]);
-            expect(in.v_at(shape, row, head, next), shape.v.token, ahead, shape.V);
+            expect(in.v_at(shape, row, head, next), shape.v, ahead, shape.V);
             product(S, vector ? Y.transposed() : X, U, wide_k, wide_v, true, [&](int64_t) { return rows; });
             for (int64_t i = 0; i < count; i++) in.write(o, shape, row, head, token + i, O.row(i));
         }
@@ -79,18 +79,15 @@ template <class T, bool DELTA> struct Chunks {
     }
 
     void load_chunk(int64_t row, int64_t head, int64_t token, int64_t count, int64_t rows) {
-        const T* q = in.q_at(shape, row, head, token);
-        const T* k = in.k_at(shape, row, head, token);
-        const T* v = in.v_at(shape, row, head, token);
+        gather(Q, in.q_at(shape, row, head, token), shape.q, count, rows, shape.K, wide_k);
+        gather(K, in.k_at(shape, row, head, token), shape.k, count, rows, shape.K, wide_k);
+        gather(U, in.v_at(shape, row, head, token), shape.v, count, rows, shape.V, wide_v);
         const float* b = in.beta_at(shape, row, head, token);
         const float* g = in.decay_at(shape, row, head, token);
         Vec found = {};  // zeros, unless something is not finite
         double all = 0;
         for (int64_t i = 0; i < rows; i++) {
             const bool there = i < count;
-            unpack(Q.row(i), q + i * shape.q.token, there ? shape.K : 0, wide_k);
-            unpack(K.row(i), k + i * shape.k.token, there ? shape.K : 0, wide_k);
-            unpack(U.row(i), v + i * shape.v.token, there ? shape.V : 0, wide_v);
             if (in.ones && there) U.row(i)[shape.V] = 1;
             for (int64_t j = 0; j < wide_v; j += WIDTH) found += load(U.row(i) + j) * 0.f;
             for (int64_t c = 0; DELTA && c < wide_k; c += WIDTH) found += load(K.row(i) + c) * 0.f;

@@ -44,6 +44,7 @@ class RecurrenceArguments(cpu.Arguments):
         ("v", cpu.POINTER),
         ("beta", cpu.POINTER),
         ("decay", cpu.POINTER),
+        ("skip", cpu.POINTER),
         ("initial", cpu.POINTER),
         ("state", cpu.POINTER),
         ("bounds", cpu.POINTER),
@@ -68,6 +69,7 @@ def launch(
     *,
     l2_norm: bool = False,
     normalize: bool = False,
+    skip: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole sequences by a compiled kernel.
@@ -88,6 +90,8 @@ def launch(
     storage.ask_for_huge_pages(o)
     final = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3] + normalize, dtype=torch.float32)
     arguments = _arguments(o, q, k, v, beta, log_decay, scale, final, l2_norm, normalize)
+    skip = None if skip is None else skip.float().contiguous()
+    arguments.skip = cpu.address(skip)
     arguments.initial, arguments.bounds, arguments.shape.N = cpu.address(initial), cpu.address(packed), N
     try:
         kernel(arguments)
@@ -98,22 +102,36 @@ def launch(
 
 
 def step(
-    kernel: cpu.Function, q, k, v, beta, state, decay, scale, *, l2_norm: bool = False, normalize: bool = False
+    kernel: cpu.Function,
+    q,
+    k,
+    v,
+    beta,
+    state,
+    decay,
+    scale,
+    *,
+    l2_norm: bool = False,
+    normalize: bool = False,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A few tokens, as `launch`; `state` [B, Hv, K, V] is updated in place."""
     q, k, v, beta, decay = _readable(q, k, v, beta, decay)
     S = _steppable(state)
     o = v.new_empty(v.shape)
-    kernel(_arguments(o, q, k, v, beta, decay, scale, S, l2_norm, normalize))
+    arguments = _arguments(o, q, k, v, beta, decay, scale, S, l2_norm, normalize)
+    skip = None if skip is None else skip.float().contiguous()
+    arguments.skip = cpu.address(skip)
+    kernel(arguments)
     if S is not state:
         state.copy_(S)
     return o
 
 
 def _readable(q, k, v, beta, decay) -> tuple:
-    """q, k and v with contiguous components; beta and decay, where there are any, in float32,
-    decay with contiguous components if it has some."""
-    q, k, v = (_components_contiguous(x) for x in (q, k, v))
+    """q, k and v with contiguous components or tokens; beta and decay, where there are any, in float32, decay with
+    contiguous components if it has some."""
+    q, k, v = (x if x.stride(1) == 1 else _components_contiguous(x) for x in (q, k, v))
     beta = None if beta is None else beta.float()
     if decay is not None:
         decay = decay.float()

@@ -21,8 +21,8 @@ struct StateStrides { int64_t row, head, k, v; };
 
 struct Shape {
     int64_t N, T, H, Hv, K, V;
-    TokenStrides q, k, v;      // components are contiguous
-    TokenStrides beta, decay;  // 0 where a decay does not depend on it
+    TokenStrides q, k, v;
+    TokenStrides beta, decay;  // 0 where a decay does not depend on it; its components are contiguous
     StateStrides state;
 };
 
@@ -31,6 +31,7 @@ struct RecurrenceArguments {
     void* o;
     const void *q, *k, *v;
     const float *beta, *decay;  // null: none
+    const float* skip;          // null: zeros; of each head of v what o takes of v itself
     const float* initial;       // null: zeros
     float* state;               // of whole sequences the final ones, contiguous; of steps what they continue and change
     const int64_t* bounds;      // null: sequence n is row n of the batch; else tokens bounds[n] to bounds[n + 1]
@@ -43,13 +44,14 @@ struct RecurrenceArguments {
 
 template <class T> struct Inputs {
     const T *q, *k, *v;
-    const float *decay, *beta;
+    const float *decay, *beta, *skip;
     const int64_t* bounds;
     float scale;
     bool unit, wide;
     int64_t ones;  // columns of the state beyond those of v
     explicit Inputs(const RecurrenceArguments& in)
-        : q((const T*)in.q), k((const T*)in.k), v((const T*)in.v), decay(in.decay), beta(in.beta), bounds(in.bounds),
+        : q((const T*)in.q), k((const T*)in.k), v((const T*)in.v), decay(in.decay), beta(in.beta), skip(in.skip),
+          bounds(in.bounds),
           scale(in.scale), unit(in.unit != 0), wide(in.wide != 0), ones(in.normalize != 0) {}
 
     // Token t of batch row `row` for head `head` of v
@@ -68,8 +70,8 @@ template <class T> struct Inputs {
     const float* decay_at(const Shape& shape, int64_t row, int64_t head, int64_t t) const {
         return decay + row * shape.decay.row + t * shape.decay.token + head * shape.decay.head;
     }
-    // o of a token: scale times `from`, whose last column is the normaliser where there is one
-    void write(void* o, const Shape& shape, int64_t row, int64_t head, int64_t t, const float* from) const;
+    // o of a token: scale times `from`, whose last column is the normaliser where there is one, and the skip
+    void write(void* o, const Shape& shape, int64_t row, int64_t head, int64_t t, float* from) const;
 };
 
 // A row stride that spreads over the cache's sets.
@@ -83,6 +85,25 @@ template <class T> inline void unpack(float* to, const T* from, int64_t count, i
     for (; i < width; i += WIDTH) store(to + i, Vec{});
 }
 
+// The same of components `stride` elements apart
+template <class T> inline void gather(float* to, const T* from, int64_t stride, int64_t count, int64_t width) {
+    if (stride == 1) return unpack(to, from, count, width);
+    for (int64_t i = 0; i < width; i++) to[i] = i < count ? to_float(from[i * stride]) : 0.f;
+}
+
+// The same of `count` tokens; `rows` rows, of which the others become zeros
+template <class T>
+inline void gather(const Matrix& to, const T* from, const TokenStrides& strides, int64_t count, int64_t rows,
+                   int64_t size, int64_t width) {
+    if (strides.component == 1) {
+        for (int64_t i = 0; i < rows; i++) unpack(to.row(i), from + i * strides.token, i < count ? size : 0, width);
+        return;
+    }
+    for (int64_t i = 0; i < rows; i++) memset(to.row(i), 0, sizeof(float) * width);
+    for (int64_t c = 0; c < size; c++)  // tokens are neighbours in memory
+        for (int64_t i = 0; i < count; i++) to.row(i)[c] = to_float(from[i * strides.token + c * strides.component]);
+}
+
 template <class T> inline void pack(T* to, const float* from, float scale, int64_t count) {
     int64_t i = 0;
     for (; i + WIDTH <= count; i += WIDTH) store(to + i, load(from + i) * scale);
@@ -90,9 +111,15 @@ template <class T> inline void pack(T* to, const float* from, float scale, int64
 }
 
 template <class T>
-void Inputs<T>::write(void* o, const Shape& shape, int64_t row, int64_t head, int64_t t, const float* from) const {
+void Inputs<T>::write(void* o, const Shape& shape, int64_t row, int64_t head, int64_t t, float* from) const {
     const int64_t to = ((row * shape.T + t) * shape.Hv + head) * shape.V;
-    const float factor = ones ? scale / (from[shape.V] + EPSILON) : scale;
+    float factor = ones ? scale / (from[shape.V] + EPSILON) : scale;
+    if (skip) {
+        const T* values = v_at(shape, row, head, t);
+        for (int64_t j = 0; j < shape.V; j++)
+            from[j] = from[j] * factor + skip[head] * to_float(values[j * shape.v.component]);
+        factor = 1;
+    }
     if (wide) pack((float*)o + to, from, factor, shape.V);
     else pack((T*)o + to, from, factor, shape.V);
 }
@@ -108,9 +135,11 @@ inline void make_unit(float* row, int64_t width) {
 }
 
 // Prefetches `rows` rows: memory is read in pieces of one head of one token, which no hardware prefetcher foresees
-template <class T> inline void expect(const T* from, int64_t stride, int64_t rows, int64_t size) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t c = 0; c < size; c += LINE<T>) prefetch(from + i * stride + c);
+template <class T> inline void expect(const T* from, const TokenStrides& strides, int64_t rows, int64_t size) {
+    const bool in_rows = strides.component == 1;
+    const int64_t stride = in_rows ? strides.token : strides.component, along = in_rows ? size : rows;
+    for (int64_t i = 0; i < (in_rows ? rows : size); i++)
+        for (int64_t c = 0; c < along; c += LINE<T>) prefetch(from + i * stride + c);
 }
 
 // (I - L) u = ... by forward substitution in place, L strictly lower: `rows` rows, a multiple of TILE_ROWS

@@ -78,9 +78,9 @@ template <class T, bool DELTA> struct Steps {
           a(k + wide_k), v(a + wide_k), o(v + round_up(width, 16)) {}
 
     void run(void* out, float* S, int64_t stride_k, int64_t stride_v, int64_t row, int64_t head, int64_t t) {
-        unpack(q, in.q_at(shape, row, head, t), shape.K, wide_k);
-        unpack(k, in.k_at(shape, row, head, t), shape.K, wide_k);
-        unpack(v, in.v_at(shape, row, head, t), shape.V, round_up(width, 16));
+        gather(q, in.q_at(shape, row, head, t), shape.q.component, shape.K, wide_k);
+        gather(k, in.k_at(shape, row, head, t), shape.k.component, shape.K, wide_k);
+        gather(v, in.v_at(shape, row, head, t), shape.v.component, shape.V, round_up(width, 16));
         if (in.ones) v[shape.V] = 1;
         if (in.unit) make_unit(q, wide_k), make_unit(k, wide_k);
         if (in.decay && shape.decay.component) {

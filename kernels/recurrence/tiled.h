@@ -20,8 +20,10 @@ constexpr PairLanes PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 
 struct Expected {
     const char* row;
     int64_t stride, size, rows, done;
-    template <class T> void set(const T* from, int64_t token_stride, int64_t count, int64_t components) {
-        row = (const char*)from, stride = sizeof(T) * token_stride, size = sizeof(T) * components, rows = count, done = 0;
+    template <class T> void set(const T* from, const TokenStrides& strides, int64_t tokens, int64_t components) {
+        const bool in_rows = strides.component <= 1;
+        row = (const char*)from, stride = sizeof(T) * (in_rows ? strides.token : strides.component);
+        rows = in_rows ? tokens : tokens ? components : 0, size = sizeof(T) * (in_rows ? components : tokens), done = 0;
     }
     int64_t prefetch_lines(int64_t count) {  // how many are left
         for (; count > 0 && rows > 0; count--) {
@@ -31,6 +33,12 @@ struct Expected {
         }
         return count;
     }
+};
+
+struct Source {
+    const bf16* first;
+    int64_t stride;
+    const bf16* row(int64_t i) const { return first + i * stride; }
 };
 
 template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTOR> {
@@ -49,6 +57,7 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     int64_t loaded;  // the head of q and k that is in Q, K, ...
     bool finite_k, finite, grows = false;  // grows: a decay is positive
     float beta[C], norm_q[C], norm_k[C], of_q[C], of_k[C];
+    Source of_values;
     Expected expected[4];  // what the next chunk reads
     int64_t next_expected = 0;
 
@@ -107,10 +116,10 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     void expect_next(const Place& at, const Place& next) {
         const bool other = next.token != at.token || next.head * shape.H / shape.Hv != loaded;
         next_expected = 0;
-        expected[0].set(q_of(next), shape.q.token, other ? next.count : 0, shape.K);
-        expected[1].set(k_of(next), shape.k.token, other ? next.count : 0, shape.K);
-        expected[2].set(v_of(next), shape.v.token, next.count, shape.V);
-        expected[3].set(decay_of(next), shape.decay.token, VECTOR ? next.count : 0, shape.K);
+        expected[0].set(q_of(next), shape.q, other ? next.count : 0, shape.K);
+        expected[1].set(k_of(next), shape.k, other ? next.count : 0, shape.K);
+        expected[2].set(v_of(next), shape.v, next.count, shape.V);
+        expected[3].set(decay_of(next), shape.decay, VECTOR ? next.count : 0, shape.K);
     }
     void expect_lines(int64_t count) {
         for (; next_expected < 4 && count > 0; next_expected += count > 0) count = expected[next_expected].prefetch_lines(count);
@@ -158,11 +167,13 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
         const int64_t number = at.head * shape.H / shape.Hv;
         if (number == loaded) return;
         loaded = number;
+        const Source of_queries = source(q_of(at), shape.q, at.count, shape.K, Memory::gathered_q),
+                     of_keys = source(k_of(at), shape.k, at.count, shape.K, Memory::gathered_k);
         finite_k = true;
         for (int64_t i = 0; i < rows; i++) {
             const bool there = i < at.count;
-            load_row(Q, q, norm_q[i], q_of(at) + i * shape.q.token, i, there);
-            finite_k &= load_row(K, k, norm_k[i], k_of(at) + i * shape.k.token, i, there);
+            load_row(Q, q, norm_q[i], of_queries.row(i), i, there);
+            finite_k &= load_row(K, k, norm_k[i], of_keys.row(i), i, there);
         }
         if (VECTOR) return;
         transpose_keys(K, rows);
@@ -171,6 +182,13 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
                 products(block_of(scores, i, j), Q.from(2 * i, 0), KT.from(0, 2 * j), deep);
                 if (DELTA) products(block_of(overlaps, i, j), K.from(2 * i, 0), KT.from(0, 2 * j), deep);
             }
+    }
+    // Rows of tokens: where they lie, or gathered where rows of components do
+    static Source source(const bf16* from, const TokenStrides& strides, int64_t count, int64_t size, bf16* gathered) {
+        if (strides.component == 1) return {from, strides.token};
+        const int64_t width = Memory::wide(size);
+        gather_rows(gathered, from, strides.component, count, size, width);
+        return {gathered, width};
     }
     // Rows of keys transposed: KT and, as a left operand, keys_left
     void transpose_keys(const Tiles& rows_of_keys, int64_t rows) {
@@ -213,6 +231,7 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
 
     // v as a right operand (the delta rule's follows in correct()); whether all is finite
     void load_values(const Place& at, int64_t rows) {
+        of_values = source(v_of(at), shape.v, at.count, shape.V, Memory::gathered_v);
         Largest largest;
         for (int64_t i = 0; i < rows; i += 2) {
             const bf16* from[2];
@@ -226,7 +245,7 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
         finite = largest.is_finite() && finite_k;
     }
     const bf16* value_row(const Place& at, int64_t i, bf16* copy) const {
-        const bf16* from = v_of(at) + i * shape.v.token;
+        const bf16* from = of_values.row(i);
         const bool there = i < at.count;
         if (there && shape.V == wide_v) return from;
         memset(copy, 0, sizeof(bf16) * wide_v);
@@ -515,16 +534,21 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
                           width = smaller(BLOCK, shape.V - j * BLOCK);
             for (int64_t r = 0; r < count; r++) {
                 const float *read = sums_of(n - 1) + r * BLOCK, *own = sums_of(n) + r * BLOCK;
-                const Lanes first = lanes(read) * of_q[i + r] + lanes(own),
-                            second = lanes(read + TILE) * of_q[i + r] + lanes(own + TILE);
+                Lanes first = lanes(read) * of_q[i + r] + lanes(own),
+                      second = lanes(read + TILE) * of_q[i + r] + lanes(own + TILE);
                 if (j + 1 == across) {
                     put(line, first), put(line + TILE, second);
                     factors[r] = in.ones ? in.scale / (line[shape.V % BLOCK] + EPSILON) : in.scale;
                 }
                 if (width <= 0) continue;
                 expect_lines(1);
-                write(o, ((at.row * shape.T + at.token + i + r) * shape.Hv + at.head) * shape.V + j * BLOCK,
-                      first * factors[r], second * factors[r], width);
+                const int64_t to = ((at.row * shape.T + at.token + i + r) * shape.Hv + at.head) * shape.V + j * BLOCK;
+                first *= factors[r], second *= factors[r];
+                if (in.skip) {
+                    const bf16* v = value_row(at, i + r, padded) + j * BLOCK;
+                    first += lanes(v) * in.skip[at.head], second += lanes(v + TILE) * in.skip[at.head];
+                }
+                write(o, to, first, second, width);
             }
         });
     }

@@ -43,7 +43,7 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
     float *A;         // decays [C, K], where they are vectors
     float *block, *line, *plane;       // sums, four blocks in turn; part of a row; the state in rows
     float *between, *strength, *until_end, *kept;  // [C], [C], [K]
-    bf16* padded;
+    bf16 *padded, *gathered_q, *gathered_k, *gathered_v;  // a row; rows of tokens, where those of components are given
 
     static int64_t wide(int64_t size) { return round_up(size, BLOCK); }
     static int64_t bytes_of_head(int64_t k, int64_t v) { return 6 * k * v + 4 * (2 * C + BLOCK); }
@@ -79,6 +79,11 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
         weights = tiles(rows, blocks), values = tiles(blocks, 2 * across);
         scores = take(C * C), block = take(4 * BLOCK_SUMS), plane = take(wide_k * wide_v);
         line = take(3 * (wide_k + wide_v)), padded = (bf16*)take(wide_k + wide_v);
+        const auto rows_of = [&](const TokenStrides& strides, int64_t width) {
+            return (bf16*)take(strides.component == 1 ? 0 : C * width / 2);
+        };
+        gathered_q = rows_of(shape.q, wide_k), gathered_k = rows_of(shape.k, wide_k);
+        gathered_v = rows_of(shape.v, wide(shape.V));
         between = take(C + BLOCK), strength = take(C), kept = take(wide_k);
         if (DELTA) {
             corrections = tiles(rows, blocks);

@@ -169,6 +169,26 @@ def packed_decay(decay, begin=0):
     return decay if decay is None or decay.dim() == 1 else decay[:1, begin:]
 
 
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalised"])
+def test_what_skips_the_state_is_added(isa, dtype, normalize):
+    q, k, v = (x.abs() for x in inputs("linear_attention", 70, V=40, dtype=dtype))
+    skip, decay, packed = torch.randn(HV), log_decay("token", 2, 70, 24), torch.tensor([0, 9, 70])
+    settings = {"normalize": normalize, "skip": skip}
+    o, state = run("linear_attention", (q, k, v), decay, **settings)
+    expected, _ = definition("linear_attention", (q, k, v), decay, normalize=normalize)
+    assert_close(o, expected + skip.double()[:, None] * v.double())
+    with backend.use("reference"):
+        assert_close(run("linear_attention", (q, k, v), decay, **settings)[0], expected + skip[:, None] * v.double())
+    first = linear_attention_step(q, k, v, torch.zeros_like(state), decay=decay, scale=0.3, **settings)
+    assert_close(first, o.double())
+    alone = run("linear_attention", [x[:1, 9:] for x in (q, k, v)], decay[:1, 9:], **settings)[0]
+    assert torch.equal(
+        run("linear_attention", [x[:1] for x in (q, k, v)], decay[:1], cu_seqlens=packed, **settings)[0][:, 9:], alone
+    )
+    with pytest.raises(ValueError, match=r"skip: expected shape \[4\], got shape \[3\]"):
+        linear_attention(q, k, v, skip=skip[:3])
+
+
 @pytest.mark.parametrize("kind", DECAYS)
 def test_outputs_of_halves_in_float32(isa, kind):
     for half in (torch.bfloat16, torch.float16):
@@ -206,14 +226,14 @@ def test_bits_do_not_depend_on_threads_or_calls(isa, operator, threads):
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
-def test_strides(isa, operator):
-    tensors, decay = inputs(operator, 70, 24, 24), log_decay("component", 2, 70, 24)
+def test_strides(isa, dtype, operator):
+    tensors, decay = inputs(operator, 70, 24, 24, dtype), log_decay("component", 2, 70, 24)
     expected = run(operator, tensors, decay)
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     tokens_last = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in tensors]
     fused = torch.cat([x.flatten(2) for x in tensors[:3]], -1)
     slices = [x.unflatten(-1, (-1, 24)) for x in fused.split([H * 24, H * 24, HV * 24], -1)] + tensors[3:]
-    for strided in (heads_first, tokens_last, slices):
+    for strided in (heads_first, tokens_last, slices):  # convolutions leave the second
         for other_decay in (decay, decay.transpose(1, 3).contiguous().transpose(1, 3)):
             found = run(operator, strided, other_decay)
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
@@ -330,5 +350,6 @@ def test_is_a_well_made_torch_operator(operator):
         torch.library.opcheck(step_op, (*tensors, state, decay, 1.0, True))
         return
     tensors.append(torch.rand(2, 20, HV))
-    torch.library.opcheck(chunk_op, (*tensors, decay, 1.0, state, False, False, None, torch.float32))
-    torch.library.opcheck(step_op, (*tensors, state, decay, 1.0, False))
+    skip = torch.randn(HV)
+    torch.library.opcheck(chunk_op, (*tensors, decay, 1.0, state, False, skip, False, None, torch.float32))
+    torch.library.opcheck(step_op, (*tensors, state, decay, 1.0, False, skip))

@@ -14,11 +14,11 @@ from . import chunked, cpu, reference
 _library = torch.library.Library("hasten", "FRAGMENT")
 _library.define(
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? decay, float scale, Tensor? initial_state, "
-    "bool normalize, bool reverse, Tensor? cu_seqlens, ScalarType? out_dtype) -> (Tensor, Tensor)"
+    "bool normalize, Tensor? skip, bool reverse, Tensor? cu_seqlens, ScalarType? out_dtype) -> (Tensor, Tensor)"
 )
 _library.define(
     "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor(a!) state, Tensor? decay, float scale, "
-    "bool normalize) -> Tensor"
+    "bool normalize, Tensor? skip) -> Tensor"
 )
 
 
@@ -33,6 +33,7 @@ def linear_attention(
     initial_state: torch.Tensor | None = None,
     return_state: bool = False,
     normalize: bool = False,
+    skip: torch.Tensor | None = None,
     reverse: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -56,6 +57,7 @@ def linear_attention(
         return_state: also return the final state, of the shape of `initial_state`.
         normalize: divide o_t by q_t . z_t + 1e-6 with z_t = exp(decay_t) z_{t-1} + beta_t k_t. The state is then
             [N, Hv, K, V + 1], z its last column.
+        skip: [Hv], of any floating dtype: o_t has skip_h v_t beside (Mamba-2's D), after scale and normaliser.
         reverse: from the last token to the first, as if every input were flipped along T.
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
         out_dtype: of o: torch.float32 keeps the sums of halves unrounded. None for the dtype of v.
@@ -68,14 +70,14 @@ def linear_attention(
             `hasten.kernels.backend.use("reference")` has.
     """
     tensors = {"q": q, "k": k, "v": v, "decay": decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    tensors |= {} if beta is None else {"beta": beta}
+    tensors |= _given(beta=beta, skip=skip)
     checks.check_tensors(**tensors)
     checks.check_number("scale", scale)
     if backend.is_reference():
-        o, state = _run(q, k, v, beta, decay, scale, initial_state, normalize, reverse, cu_seqlens, out_dtype)
+        o, state = _run(q, k, v, beta, decay, scale, initial_state, normalize, skip, reverse, cu_seqlens, out_dtype)
     else:
         checks.refuse_gradients(**tensors)
-        o, state = _op(q, k, v, beta, decay, scale, initial_state, normalize, reverse, cu_seqlens, out_dtype)
+        o, state = _op(q, k, v, beta, decay, scale, initial_state, normalize, skip, reverse, cu_seqlens, out_dtype)
     return (o, state) if return_state else o
 
 
@@ -89,21 +91,31 @@ def linear_attention_step(
     decay: torch.Tensor | None = None,
     scale: float = 1.0,
     normalize: bool = False,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same for a few tokens that continue `state`, token by token: decode. `state`
     [B, Hv, K, V (+ 1)] is updated in place.
 
     Arguments, shapes ([B, T, H, K] with T = 1 in decode) and errors as in `linear_attention`.
     """
-    tensors = {"q": q, "k": k, "v": v, "decay": decay, "state": state} | ({} if beta is None else {"beta": beta})
+    tensors = {"q": q, "k": k, "v": v, "decay": decay, "state": state} | _given(beta=beta, skip=skip)
     checks.check_tensors(**tensors)
     checks.check_number("scale", scale)
     checks.refuse_gradients(checks.IN_PLACE, **tensors)
-    return _step_op(q, k, v, beta, state, decay, scale, normalize)
+    return _step_op(q, k, v, beta, state, decay, scale, normalize, skip)
 
 
-def _check(q, k, v, beta, decay, state, normalize, cu_seqlens=None, name="initial_state"):
+def _given(**tensors):
+    """Those that are not None."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _check(q, k, v, beta, decay, state, normalize, skip, cu_seqlens=None, name="initial_state"):
     sequence.check_heads(q, k, v)
+    if skip is not None:
+        checks.check_shape("skip", skip, [v.shape[2]])
+        checks.check_floating("skip", skip)
+        checks.check_device(q, "skip", skip, "q")
     if beta is not None:
         sequence.check_beta(q, v, beta)
     sequence.check_decay(q, v, decay)
@@ -117,8 +129,8 @@ def _check_out_dtype(q, out_dtype):
         raise TypeError(f"out_dtype: expected {q.dtype}, {sequence.state_dtype(q)} or None, got {out_dtype}")
 
 
-def _run(q, k, v, beta, decay, scale, initial_state, normalize, reverse, cu_seqlens, out_dtype):
-    _check(q, k, v, beta, decay, initial_state, normalize, cu_seqlens)
+def _run(q, k, v, beta, decay, scale, initial_state, normalize, skip, reverse, cu_seqlens, out_dtype):
+    _check(q, k, v, beta, decay, initial_state, normalize, skip, cu_seqlens)
     _check_out_dtype(q, out_dtype)
     name = backend.choose(q, "chunked")
     if name != "cpu":  # whose kernel looks
@@ -131,29 +143,29 @@ def _run(q, k, v, beta, decay, scale, initial_state, normalize, reverse, cu_seql
             bounds = sequence.reversed_bounds(bounds, q.shape[1])
             initial_state = None if initial_state is None else initial_state.flip(0)
     forms = {"reference": reference.linear_attention, "chunked": _chunked, "cpu": cpu.launch, "triton": _triton}
-    o, state = forms[name](q, k, v, beta, decay, scale, initial_state, normalize, bounds, out_dtype)
+    o, state = forms[name](q, k, v, beta, decay, scale, initial_state, normalize, skip, bounds, out_dtype)
     if reverse:
         o = o.flip(1)
         state = state if bounds is None else state.flip(0)
     return o, state
 
 
-def _chunked(q, k, v, beta, decay, scale, initial_state, normalize, bounds, out_dtype):
+def _chunked(q, k, v, beta, decay, scale, initial_state, normalize, skip, bounds, out_dtype):
     alone = partial(chunked.linear_attention, scale=1.0)
     values = _with_ones(v, normalize).to(sequence.state_dtype(v))
     values = values if beta is None else values * beta.to(values.dtype)[..., None]
     o, state = sequence.per_sequence(alone, (q, k, values), decay, initial_state, bounds)
-    return _read(o, scale, normalize, out_dtype or v.dtype), state
+    return _read(o, v, scale, normalize, skip, out_dtype or v.dtype), state
 
 
-def _triton(q, k, v, beta, decay, scale, initial_state, normalize, bounds, out_dtype):
+def _triton(q, k, v, beta, decay, scale, initial_state, normalize, skip, bounds, out_dtype):
     from .. import triton
 
-    values, wide = _with_ones(v, normalize), torch.float32 if normalize else out_dtype
-    factor = 1.0 if normalize else scale
-    settings = {"delta": False, "out_dtype": wide}
+    values, more = _with_ones(v, normalize), normalize or skip is not None  # to be done with o
+    settings = {"delta": False, "out_dtype": torch.float32 if more else out_dtype}
+    factor = 1.0 if more else scale
     o, state = triton.launch(q, k, values, beta, decay, factor, initial_state, False, bounds, **settings)
-    return _read(o, scale, True, out_dtype or v.dtype) if normalize else o, state
+    return _read(o, v, scale, normalize, skip, out_dtype or v.dtype) if more else o, state
 
 
 def _with_ones(v, normalize):
@@ -161,41 +173,41 @@ def _with_ones(v, normalize):
     return torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1) if normalize else v
 
 
-def _read(o, scale, normalize, dtype):
-    """o in `dtype`, scaled, and divided by its last column if that is the normaliser."""
-    o = o[..., :-1] / (o[..., -1:] + reference.EPSILON) if normalize else o
-    return (scale * o).to(dtype)
+def _read(o, v, scale, normalize, skip, dtype):
+    """o in `dtype`: divided by its last column if that is the normaliser, scaled, and with the skip."""
+    o = scale * (o[..., :-1] / (o[..., -1:] + reference.EPSILON) if normalize else o)
+    return (o if skip is None else o + skip.to(o.dtype)[:, None] * v).to(dtype)
 
 
-def _run_step(q, k, v, beta, state, decay, scale, normalize):
-    _check(q, k, v, beta, decay, state, normalize, name="state")
+def _run_step(q, k, v, beta, state, decay, scale, normalize, skip):
+    _check(q, k, v, beta, decay, state, normalize, skip, name="state")
     checks.check_writable("state", state)
     sequence.check_signs(decay)
     name = backend.choose(q)
     if name == "reference":
-        o, new = reference.linear_attention(q, k, v, beta, decay, scale, state, normalize, None)
+        o, new = reference.linear_attention(q, k, v, beta, decay, scale, state, normalize, skip, None)
         state.copy_(new)
         return o
     if name == "cpu":
-        return cpu.step(q, k, v, beta, state, decay, scale, normalize)
+        return cpu.step(q, k, v, beta, state, decay, scale, normalize, skip)
     from .. import triton
 
-    values, wide = _with_ones(v, normalize), torch.float32 if normalize else None
-    factor = 1.0 if normalize else scale
-    o = triton.step(q, k, values, beta, state, decay, factor, False, delta=False, out_dtype=wide)
-    return _read(o, scale, True, v.dtype) if normalize else o
+    values, more = _with_ones(v, normalize), normalize or skip is not None
+    settings = {"delta": False, "out_dtype": torch.float32 if more else None}
+    o = triton.step(q, k, values, beta, state, decay, 1.0 if more else scale, False, **settings)
+    return _read(o, v, scale, normalize, skip, v.dtype) if more else o
 
 
-def _fake(q, k, v, beta, decay, scale, initial_state, normalize, reverse, cu_seqlens, out_dtype):
-    _check(q, k, v, beta, decay, initial_state, normalize, cu_seqlens)
+def _fake(q, k, v, beta, decay, scale, initial_state, normalize, skip, reverse, cu_seqlens, out_dtype):
+    _check(q, k, v, beta, decay, initial_state, normalize, skip, cu_seqlens)
     _check_out_dtype(q, out_dtype)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3] + normalize, dtype=sequence.state_dtype(q))
     return torch.empty_like(v, dtype=out_dtype, memory_format=torch.contiguous_format), state
 
 
-def _fake_step(q, k, v, beta, state, decay, scale, normalize):
-    _check(q, k, v, beta, decay, state, normalize, name="state")
+def _fake_step(q, k, v, beta, state, decay, scale, normalize, skip):
+    _check(q, k, v, beta, decay, state, normalize, skip, name="state")
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 

@@ -18,6 +18,7 @@ def linear_attention(
     scale: float,
     initial_state: torch.Tensor | None,
     normalize: bool,
+    skip: torch.Tensor | None,
     bounds: list[int] | None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,10 +27,12 @@ def linear_attention(
 
     S_t = Diag(exp(decay_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale * S_t^T q_t; with `normalize` o_t is divided by
     q_t . z_t + EPSILON, where z_t = exp(decay_t) z_{t-1} + beta_t k_t is the last column of the state. `bounds` are
-    where packed sequences begin and end. o is in `out_dtype`, by default that of v.
+    where packed sequences begin and end. With
+    `skip` [Hv] o_t has skip v_t beside. o is in `out_dtype`, by default that of v.
     """
     if bounds is not None:
-        alone = partial(linear_attention, scale=scale, normalize=normalize, bounds=None, out_dtype=out_dtype)
+        settings = {"scale": scale, "normalize": normalize, "skip": skip, "out_dtype": out_dtype}
+        alone = partial(linear_attention, bounds=None, **settings)
         tensors = (q, k, v, v.new_ones(v.shape[:3]) if beta is None else beta)
         return per_sequence(alone, tensors, decay, initial_state, bounds)
     B, T, H, K = q.shape
@@ -49,6 +52,8 @@ def linear_attention(
         outputs.append((S * q[:, t, :, :, None]).sum(-2))
     o = torch.stack(outputs, 1)
     o = scale * o[..., :V] / (o[..., V:] + EPSILON) if normalize else scale * o
+    if skip is not None:
+        o = o + skip.to(dtype)[:, None] * v.to(dtype)
     return o.to(out_dtype or v.dtype), S
 
 

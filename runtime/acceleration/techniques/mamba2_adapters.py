@@ -27,22 +27,20 @@ def chunk_mamba2(
     The state [K, V] is transformers' [head_dim, state_size], transposed."""
     refuse_others(others)
     dt = _time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
-    state, dtype = None, state_dtype(B)
+    state = None
     if initial_states is not None:
         check_state("recurrent state", initial_states, [B.shape[0], *hidden_states.shape[2:], B.shape[-1]])
-        state = initial_states.to(dtype).transpose(-1, -2)
+        state = initial_states.to(state_dtype(B)).transpose(-1, -2)
     output, state = linear_attention(
         C,
         B,
         hidden_states,
         beta=dt,
         decay=dt * A.float(),
+        skip=D,
         initial_state=state,
         return_state=True,
-        out_dtype=dtype,
     )
-    if D is not None:
-        output = torch.addcmul(output, D.to(dtype)[:, None], hidden_states.to(dtype))
     return (output, state.transpose(-1, -2)) if return_final_states else output
 
 
@@ -73,11 +71,10 @@ def step_mamba2(
         kept.transpose(-1, -2),
         beta=dt[:, None],
         decay=(dt * A[:, 0, 0].float())[:, None],
+        skip=None if D is None else D[:, 0],
     )[:, 0]
     if kept is not state:
         state.copy_(kept)
-    if D is not None:
-        output = output + D[:, :1].float() * x
     return (output if z is None else output * F.silu(z)).to(hidden_states.dtype)
 
 
