@@ -25,9 +25,8 @@ struct SelectiveScanArguments {
     const float* initial;       // null: zeros
     float* state;               // the final ones, [D][N] each
     const int64_t* bounds;      // null: sequence n is row n of the batch; else tokens bounds[n] to bounds[n + 1]
-    int32_t* grows;             // null, or where to write 1, and compute nothing, if an A is positive
     int64_t sequences, T, channels, N, initial_stride, state_stride;  // of a sequence
-    int32_t softplus, unused;
+    int32_t softplus, refuse;   // refuse: a positive A, and compute nothing
     StridedTokens x, dt, B, C, z;
 };
 
@@ -320,14 +319,13 @@ inline bool any_positive(const float* from, int64_t count) {
 
 HASTEN_EXPORT(selective_scan, SelectiveScanArguments)(const SelectiveScanArguments& in) {
     const int64_t blocks = (in.channels + CHANNELS - 1) / CHANNELS;
-    if (in.grows) {
-        int32_t grows = 0;
+    if (in.refuse) {
+        int32_t positive = 0;
         const int64_t count = in.channels * in.N;
         parallel(count, 4096, threads_for(count * sizeof(float), in.threads), [&](int64_t from, int64_t to) {
-            if (any_positive(in.A + from, to - from)) __atomic_store_n(&grows, 1, __ATOMIC_RELAXED);
+            if (any_positive(in.A + from, to - from)) __atomic_store_n(&positive, 1, __ATOMIC_RELAXED);
         });
-        *in.grows = grows;
-        if (grows) return 0;
+        if (positive) return 3;
     }
     return with_dtype(in.dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;
