@@ -246,13 +246,7 @@ template <class T> struct SelectiveScan {
                 const int64_t c = block * CHANNELS, count = smaller(CHANNELS, in.channels - c);
                 read_block(row, t, tokens, c, count);
                 if (end - begin == 1 && N % WIDTH == 0) {
-                    if (!initial) memset(final + c * N, 0, sizeof(float) * N * count);
-                    for (int64_t i = 0; i < count; i += WIDTH) {
-                        const int64_t at = (c + i) * N;
-                        const float* h = (initial ? initial : final) + at;
-                        if (N == 16) step<16>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
-                        else step<0>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
-                    }
+                    step_block(c, count, initial, final);
                     write_block(row, t, 1, c, count);
                     continue;
                 }
@@ -268,6 +262,17 @@ template <class T> struct SelectiveScan {
                 write_block(row, t, tokens, c, count);
                 if (t + tokens == end) store_transposed(final + c * N, h, N, count);
             }
+        }
+    }
+
+    void step_block(int64_t c, int64_t count, const float* initial, float* final) {
+        const int64_t N = in.N;
+        if (!initial) memset(final + c * N, 0, sizeof(float) * N * count);
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            const int64_t at = (c + i) * N;
+            const float* h = (initial ? initial : final) + at;
+            if (N == 16) step<16>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
+            else step<0>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
         }
     }
 
