@@ -9,14 +9,13 @@ from . import (
     row_sparse_linear,
     selective_scan,
     token_scores,
+    wkv,
 )
 
 
 def cases(device: str = "cpu") -> list[Case]:
     """All of them."""
-    linears, recurrences = (
-        (linear, column_sparse_linear, row_sparse_linear),
-        (linear_attention, delta_rule, selective_scan),
-    )
+    linears = (linear, column_sparse_linear, row_sparse_linear)
+    recurrences = (linear_attention, delta_rule, selective_scan, wkv)
     operators = (*linears, *recurrences, token_scores)
     return [case for operator in operators for case in operator.cases(device)]

@@ -25,9 +25,8 @@ struct SelectiveScanArguments {
     const float* initial;       // null: zeros
     float* state;               // the final ones, [D][N] each
     const int64_t* bounds;      // null: sequence n is row n of the batch; else tokens bounds[n] to bounds[n + 1]
-    int32_t* grows;             // null, or where to write 1, and compute nothing, if an A is positive
     int64_t sequences, T, channels, N, initial_stride, state_stride;  // of a sequence
-    int32_t softplus, unused;
+    int32_t softplus, refuse;   // refuse: a positive A, and compute nothing
     StridedTokens x, dt, B, C, z;
 };
 
@@ -247,13 +246,7 @@ template <class T> struct SelectiveScan {
                 const int64_t c = block * CHANNELS, count = smaller(CHANNELS, in.channels - c);
                 read_block(row, t, tokens, c, count);
                 if (end - begin == 1 && N % WIDTH == 0) {
-                    if (!initial) memset(final + c * N, 0, sizeof(float) * N * count);
-                    for (int64_t i = 0; i < count; i += WIDTH) {
-                        const int64_t at = (c + i) * N;
-                        const float* h = (initial ? initial : final) + at;
-                        if (N == 16) step<16>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
-                        else step<0>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
-                    }
+                    step_block(c, count, initial, final);
                     write_block(row, t, 1, c, count);
                     continue;
                 }
@@ -269,6 +262,17 @@ template <class T> struct SelectiveScan {
                 write_block(row, t, tokens, c, count);
                 if (t + tokens == end) store_transposed(final + c * N, h, N, count);
             }
+        }
+    }
+
+    void step_block(int64_t c, int64_t count, const float* initial, float* final) {
+        const int64_t N = in.N;
+        if (!initial) memset(final + c * N, 0, sizeof(float) * N * count);
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            const int64_t at = (c + i) * N;
+            const float* h = (initial ? initial : final) + at;
+            if (N == 16) step<16>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
+            else step<0>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
         }
     }
 
@@ -320,14 +324,13 @@ inline bool any_positive(const float* from, int64_t count) {
 
 HASTEN_EXPORT(selective_scan, SelectiveScanArguments)(const SelectiveScanArguments& in) {
     const int64_t blocks = (in.channels + CHANNELS - 1) / CHANNELS;
-    if (in.grows) {
-        int32_t grows = 0;
+    if (in.refuse) {
+        int32_t positive = 0;
         const int64_t count = in.channels * in.N;
         parallel(count, 4096, threads_for(count * sizeof(float), in.threads), [&](int64_t from, int64_t to) {
-            if (any_positive(in.A + from, to - from)) __atomic_store_n(&grows, 1, __ATOMIC_RELAXED);
+            if (any_positive(in.A + from, to - from)) __atomic_store_n(&positive, 1, __ATOMIC_RELAXED);
         });
-        *in.grows = grows;
-        if (grows) return 0;
+        if (positive) return 3;
     }
     return with_dtype(in.dtype, [&](auto stored) {
         using T = typename Pointed<decltype(stored)>::type;

@@ -1,7 +1,5 @@
 """The compiled selective scan: its C signature and launcher."""
 
-import ctypes
-
 import torch
 
 from ... import cpu, storage
@@ -30,7 +28,6 @@ class SelectiveScanArguments(cpu.Arguments):
         ("initial", cpu.POINTER),
         ("state", cpu.POINTER),
         ("bounds", cpu.POINTER),
-        ("grows", cpu.POINTER),
         ("sequences", cpu.SIZE),
         ("T", cpu.SIZE),
         ("channels", cpu.SIZE),
@@ -38,7 +35,7 @@ class SelectiveScanArguments(cpu.Arguments):
         ("initial_stride", cpu.SIZE),
         ("state_stride", cpu.SIZE),
         ("softplus", cpu.FLAG),
-        ("unused", cpu.FLAG),
+        ("refuse", cpu.FLAG),
         ("x", StridedTokens),
         ("dt", StridedTokens),
         ("B", StridedTokens),
@@ -52,21 +49,21 @@ _scan = cpu.Function("selective_scan", SelectiveScanArguments)
 
 def launch(
     x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bounds, refuse_positive
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Arguments and results as in `reference`; None, and nothing computed, where `refuse_positive` holds and some A is
-    positive."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results as in `reference`. ValueError, and nothing computed, where `refuse_positive` holds and some
+    A is positive."""
     sequences = x.shape[0] if bounds is None else len(bounds) - 1
     initial = None if initial_state is None else initial_state.contiguous()
     state = x.new_empty(sequences, *A.shape, dtype=torch.float32)
     y = _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, refuse_positive)
-    return None if y is None else (y, state)
+    return y, state
 
 
-def step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, refuse_positive) -> torch.Tensor | None:
+def step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, refuse_positive) -> torch.Tensor:
     """y, as `launch`; `state` [B, D, N] is updated in place."""
     own = state if state.stride()[1:] == (A.shape[1], 1) else state.contiguous()
     y = _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, own, own, None, refuse_positive)
-    if own is not state and y is not None:
+    if own is not state:
         state.copy_(own)
     return y
 
@@ -79,7 +76,6 @@ def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, ref
     y = x.new_empty(rows, T, channels)
     if T > 1:
         storage.ask_for_huge_pages(y)
-    grows = ctypes.c_int32(0)
     _scan(
         SelectiveScanArguments(
             dtype=storage.DTYPE_CODES[x.dtype],
@@ -91,7 +87,6 @@ def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, ref
             initial=cpu.address(initial),
             state=state.data_ptr(),
             bounds=cpu.address(packed),
-            grows=ctypes.addressof(grows) if refuse_positive else None,
             sequences=state.shape[0],
             T=T,
             channels=channels,
@@ -99,6 +94,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, ref
             initial_stride=0 if initial is None else initial.stride(0),
             state_stride=state.stride(0),
             softplus=dt_softplus,
+            refuse=refuse_positive,
             x=_strided(x),
             dt=_strided(dt),
             B=_strided(B),
@@ -106,7 +102,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, ref
             z=() if z is None else _strided(z),
         )
     )
-    return None if grows.value else y
+    return y
 
 
 def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:

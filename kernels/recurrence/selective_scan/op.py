@@ -134,16 +134,14 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens=None, state_name="in
 def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens):
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     arguments, name = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state), backend.choose(x)
-    # Looking at values on a GPU would wait for it.
-    looked_at = cu_seqlens is not None and (cu_seqlens.is_cpu or name != "triton")
-    bounds = sequence.boundaries(cu_seqlens, x.shape[1]) if looked_at else None
+    bounds = sequence.bounds(cu_seqlens, x, name == "triton")
     if name == "cpu":
         return _unless_it_grows(cpu.launch, (*arguments, bounds), dt, A, dt_bias, dt_softplus)
     _check_growth(dt, A, dt_bias, dt_softplus)
     if name == "triton":
         from . import triton
 
-        return triton.launch(*arguments, cu_seqlens)
+        return triton.launch(*arguments, bounds)
     y, state = reference.selective_scan(*arguments, bounds)
     return y.contiguous(), state
 
@@ -166,12 +164,14 @@ def _run_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus):
 
 
 def _unless_it_grows(launcher, arguments, dt, A, dt_bias, dt_softplus):
-    """What the compiled kernel returns. Where dt cannot be negative it finds a positive A itself, at once."""
-    found = launcher(*arguments, True) if dt_softplus else None
-    if found is None:
-        _check_growth(dt, A, dt_bias, dt_softplus)
-        found = launcher(*arguments, False)
-    return found
+    """What the compiled kernel returns. Where dt cannot be negative it looks for a positive A itself, faster."""
+    if dt_softplus:
+        try:
+            return launcher(*arguments, True)
+        except ValueError:  # a positive A: whether its dt is positive as well says the check
+            pass
+    _check_growth(dt, A, dt_bias, dt_softplus)
+    return launcher(*arguments, False)
 
 
 @torch.no_grad()

@@ -202,14 +202,14 @@ def carry_kernel(
     tl.store(p_final + i_n * D * N + o_h, b_h, mask=m_h)
 
 
-def launch(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and results as in `reference`, with `cu_seqlens` [S + 1] for its bounds. Nothing waits for the GPU."""
+def launch(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results as in `reference`, with bounds [S + 1] in a tensor. Nothing waits for the GPU."""
     rows, T, channels = x.shape
     A = A.float().contiguous()
     initial = None if initial_state is None else initial_state.contiguous()
     y = torch.empty(rows, T, channels, dtype=x.dtype, device=x.device)
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.to(x.device, torch.int64).contiguous()
+    if bounds is not None:
+        bounds = bounds.to(torch.int64)
         final = torch.empty(bounds.shape[0] - 1, *A.shape, dtype=torch.float32, device=x.device)
         _scan(y, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, final, None, bounds, 1, T)
         return y, final
