@@ -25,8 +25,11 @@ DIFFUSERS = "diffusers>=0.42,<0.43"  # the versions in runtime/pipelines/familie
 # Instruction sets, best first; kernels/cpu.py picks one at run time. Every set contains the one after it.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+NEON = {"neon_bf16": ["-march=armv8.2-a+bf16"], "neon": []}
 ISAS = {"scalar": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
+if platform.machine().lower() in ("aarch64", "arm64"):
+    ISAS = NEON
+elif platform.machine().lower() in ("x86_64", "amd64"):
     AVX512BF16 = [*AVX512, "-mavx512bf16"]
     ISAS = {
         "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
@@ -101,7 +104,7 @@ class BuildKernels(build_ext):
             run([*compiler, *flags, *openmp, *ISAS[isa], f"-DHASTEN_ISA={isa}", "-c", source, "-o", str(target)])
             return str(target)
 
-        jobs = [("kernels/cpu.cpp", "scalar")]
+        jobs = [("kernels/cpu.cpp", list(ISAS)[-1])]
         jobs += [(source, isa) for source in ext.sources if source != "kernels/cpu.cpp" for isa in ISAS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, jobs))

@@ -2,7 +2,28 @@
 #define HASTEN_SUPPORTED(name, test) \
     extern "C" __attribute__((visibility("default"))) int hasten_supported_##name() { return (test) != 0; }
 
+#if defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#define HASTEN_BF16 (getauxval(AT_HWCAP2) & 1 << 14)  // HWCAP2_BF16, which older headers do not name
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+namespace {
+int bf16() {
+    int found = 0;
+    size_t size = sizeof(found);
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found;
+}
+}  // namespace
+#define HASTEN_BF16 bf16()
+#else
+#define HASTEN_BF16 0
+#endif
+HASTEN_SUPPORTED(neon_bf16, HASTEN_BF16)
+HASTEN_SUPPORTED(neon, 1)
+#else
 HASTEN_SUPPORTED(scalar, 1)
+#endif
 #if defined(__x86_64__)
 #if defined(__linux__)
 #include <sys/syscall.h>

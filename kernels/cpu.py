@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch  # its OpenMP runtime is loaded first, and the library shares it
 
-ISAS = ("amx", "avx512bf16", "avx512", "avx2", "scalar")  # those of setup.py
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon_bf16", "neon", "scalar")  # those of setup.py
 LIBRARY = Path(__file__).with_name("_cpu.so")
 
 POINTER, SIZE, FLAG, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float  # the types of fields
@@ -92,10 +92,17 @@ def reason() -> str | None:
 
 
 @cache
+def compiled() -> tuple[str, ...]:
+    """The instruction sets that the library was compiled for: those of this kind of processor."""
+    library = _load()
+    return tuple(isa for isa in ISAS if hasattr(library, f"hasten_supported_{isa}"))
+
+
+@cache
 def isas() -> tuple[str, ...]:
     """The instruction sets that the library was compiled for and this CPU has."""
     library = _load()
-    return tuple(isa for isa in ISAS if getattr(library, f"hasten_supported_{isa}", int)())
+    return tuple(isa for isa in compiled() if getattr(library, f"hasten_supported_{isa}")())
 
 
 @cache

@@ -10,6 +10,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define HASTEN_JOIN_(name, isa) name##_##isa
@@ -28,6 +30,8 @@ namespace {
 constexpr int WIDTH = 16, REGISTERS = 32;
 #elif defined(__AVX2__)
 constexpr int WIDTH = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int WIDTH = 4, REGISTERS = 32;
 #else
 constexpr int WIDTH = 4, REGISTERS = 16;
 #endif
@@ -92,6 +96,8 @@ inline Vec load(const f16* from) {
     return _mm512_cvtph_ps(load_bits<__m256i>(from));
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(load_bits<__m128i>(from));
+#elif defined(__aarch64__)
+    return vcvt_f32_f16(load_bits<float16x4_t>(from));
 #else
     Vec to;
     for (int i = 0; i < WIDTH; i++) to[i] = to_float(from[i]);
@@ -108,9 +114,13 @@ template <class T> inline Vec load_part(const T* from, int64_t count) {
 
 inline void store(float* to, Vec v) { memcpy(to, &v, sizeof(v)); }
 inline void store(bf16* to, Vec v) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    const bfloat16x4_t halves = vcvt_bf16_f32(v);
+#else
     const Bits bits = bit_cast<Bits>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const Shorts halves =
         __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (Bits{} + 0x7fc0) : rounded, Shorts);
+#endif
     memcpy(to, &halves, sizeof(halves));
 }
 inline void store(f16* to, Vec v) {
@@ -119,6 +129,9 @@ inline void store(f16* to, Vec v) {
     memcpy(to, &halves, sizeof(halves));
 #elif defined(__AVX2__)
     const __m128i halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to, &halves, sizeof(halves));
+#elif defined(__aarch64__)
+    const float16x4_t halves = vcvt_f16_f32(v);
     memcpy(to, &halves, sizeof(halves));
 #else
     for (int i = 0; i < WIDTH; i++) from_float(v[i], to[i]);
@@ -142,6 +155,8 @@ inline float sum(Vec v) {  // always the same tree
 inline float quick_sum(Vec v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps(v);
+#elif defined(__aarch64__)
+    return vaddvq_f32(v);
 #else
     return sum(v);
 #endif
@@ -212,6 +227,37 @@ template <> struct Columns<bf16> {
         sums[0] = _mm512_permutex2var_ps(lo, first, hi);
         sums[1] = _mm512_permutex2var_ps(lo, second, hi);
     }
+};
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <> struct Dot<bf16> {
+    using X = bf16;
+    struct Weights {
+        bfloat16x8_t v[VECTORS<float>];
+        explicit Weights(const bf16* from) { memcpy(v, from, sizeof(v)); }
+    };
+    static X pack(bf16 x) { return x; }
+    static Vec add(Vec sum, const Weights& w, const X* x) {
+        const Weights with(x);
+        for (int i = 0; i < VECTORS<float>; i++) sum = vbfdotq_f32(sum, w.v[i], with.v[i]);
+        return sum;
+    }
+};
+
+template <> struct Columns<bf16> {
+    struct Weights {
+        uint16x8_t a[VECTORS<float>], b[VECTORS<float>];
+        Weights(const bf16* first, const bf16* second) { memcpy(a, first, sizeof(a)), memcpy(b, second, sizeof(b)); }
+    };
+    static void add(Vec* sums, const Weights& w, const bf16* x) {
+        const bfloat16x8_t both = vreinterpretq_bf16_u32(vdupq_n_u32(load_bits<uint32_t>(x)));
+        for (int i = 0; i < VECTORS<float>; i++) {
+            const bfloat16x8_t low = vreinterpretq_bf16_u16(vzip1q_u16(w.a[i], w.b[i])),
+                               high = vreinterpretq_bf16_u16(vzip2q_u16(w.a[i], w.b[i]));
+            sums[2 * i] = vbfdotq_f32(sums[2 * i], low, both);
+            sums[2 * i + 1] = vbfdotq_f32(sums[2 * i + 1], high, both);
+        }
+    }
+    static void in_order(Vec*) {}
 };
 #endif
 

@@ -7,9 +7,6 @@
 // elements 2p and 2p + 1. A product is made in blocks of BLOCK x BLOCK sums.
 #pragma once
 #include "simd.h"
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#include <arm_neon.h>
-#endif
 
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define HASTEN_TILES
@@ -170,13 +167,18 @@ inline Lanes lanes(const bf16* from) {
 }
 inline void put(float* to, Lanes x) { memcpy(to, &x, sizeof(x)); }
 
+// 16 columns of two rows of a right operand
+inline void put_pairs(Pair* to, const bf16* even, const bf16* odd) {
+    const PairLanes both = __builtin_convertvector(load_bits<HalfLanes>(even), PairLanes) |
+                           __builtin_convertvector(load_bits<HalfLanes>(odd), PairLanes) << 16;
+    memcpy(to, &both, sizeof(both));
+}
+
 #if defined(__AVX512BF16__)
-inline HalfLanes rounded(Lanes x) { return (HalfLanes)_mm512_cvtneps_pbh(x); }
 inline void put_row(Pair* to, Lanes first, Lanes second) {  // 32 columns of a row of a left operand
     const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
     memcpy(to, &both, sizeof(both));
 }
-// 16 columns of two rows of a right operand
 inline void put_pairs(Pair* to, Lanes even, Lanes odd) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
     const __m512i order =
@@ -185,27 +187,20 @@ inline void put_pairs(Pair* to, Lanes even, Lanes odd) {
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, halves));
 }
 #else
-inline HalfLanes rounded(Lanes x) {
-    const PairLanes bits = bit_cast<PairLanes>(x), up = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (PairLanes{} + 0x7fc0) : up, HalfLanes);
+inline void put(bf16* to, Lanes x) {
+    float values[TILE];
+    put(values, x);
+    for (int i = 0; i < TILE; i += WIDTH) store(to + i, load(values + i));
 }
 inline void put_row(Pair* to, Lanes first, Lanes second) {
-    const HalfLanes halves[2] = {rounded(first), rounded(second)};
-    memcpy(to, halves, sizeof(halves));
+    put((bf16*)to, first), put((bf16*)to + TILE, second);
 }
 inline void put_pairs(Pair* to, Lanes even, Lanes odd) {
-    const PairLanes both = __builtin_convertvector(rounded(even), PairLanes) |
-                           __builtin_convertvector(rounded(odd), PairLanes) << 16;
-    memcpy(to, &both, sizeof(both));
+    bf16 first[TILE], second[TILE];
+    put(first, even), put(second, odd);
+    put_pairs(to, first, second);
 }
 #endif
-
-// The same of bfloat16
-inline void put_pairs(Pair* to, const bf16* even, const bf16* odd) {
-    const PairLanes both = __builtin_convertvector(load_bits<HalfLanes>(even), PairLanes) |
-                           __builtin_convertvector(load_bits<HalfLanes>(odd), PairLanes) << 16;
-    memcpy(to, &both, sizeof(both));
-}
 
 // The tile of a right operand that is the transpose of a tile of a left one: 32 components of 16 rows become 16 columns.
 inline void transpose(Pair* to, const Pair* from, int64_t stride = TILE) {
@@ -230,8 +225,20 @@ inline void transpose(Pair* to, const Pair* from, int64_t stride = TILE) {
         for (int lane = 0; lane < 4; lane++) memcpy(to + (4 * lane + i) * TILE, &found[lane], sizeof(__m512i));
     }
 #else
-    for (int i = 0; i < TILE; i++)
-        for (int p = 0; p < TILE; p++) to[p * TILE + i] = from[i * stride + p];
+    for (int i = 0; i < TILE; i += 4)
+        for (int p = 0; p < TILE; p += 4) {
+            const Pair* rows = from + i * stride + p;
+            const uint32x4_t a = vld1q_u32(rows), b = vld1q_u32(rows + stride), c = vld1q_u32(rows + 2 * stride),
+                             d = vld1q_u32(rows + 3 * stride);
+            const uint64x2_t upper[2] = {vreinterpretq_u64_u32(vtrn1q_u32(a, b)),
+                                         vreinterpretq_u64_u32(vtrn2q_u32(a, b))};
+            const uint64x2_t lower[2] = {vreinterpretq_u64_u32(vtrn1q_u32(c, d)),
+                                         vreinterpretq_u64_u32(vtrn2q_u32(c, d))};
+            for (int n = 0; n < 2; n++) {
+                vst1q_u32(to + (p + n) * TILE + i, vreinterpretq_u32_u64(vtrn1q_u64(upper[n], lower[n])));
+                vst1q_u32(to + (p + n + 2) * TILE + i, vreinterpretq_u32_u64(vtrn2q_u64(upper[n], lower[n])));
+            }
+        }
 #endif
 }
 

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t TOKENS = 32;    // of a chunk: what a block of channels needs of them stays in the first cache
+constexpr int64_t TOKENS = 64;    // of a chunk: what a block of channels needs of them stays in the first cache
 constexpr int64_t CHANNELS = 32;  // of a block: a cache line of halves
 constexpr int COMPONENTS = 4;       // whose states stay in registers
 
@@ -199,9 +199,11 @@ inline Vec row_sums(Vec* rows) {
     return rows[0];
 }
 
-// One token: y += C h for WIDTH channels, of which there are `count`, and N components, a multiple of WIDTH. A, h and
-// `state`, where h is written, are N floats apart.
-inline void step(const ScanTokens chunk, int64_t count, int64_t N, const float* A, const float* h, float* state) {
+// One token: y += C h for WIDTH channels, of which there are `count`, and N components, a multiple of WIDTH, FIXED if
+// that is not 0. A, h and `state`, where h is written, are N floats apart.
+template <int64_t FIXED>
+inline void step(const ScanTokens chunk, int64_t count, int64_t size, const float* A, const float* h, float* state) {
+    const int64_t N = FIXED ? FIXED : size;
     Vec sums[WIDTH];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < WIDTH; i++) {
@@ -246,9 +248,12 @@ template <class T> struct SelectiveScan {
                 read_block(row, t, tokens, c, count);
                 if (end - begin == 1 && N % WIDTH == 0) {
                     if (!initial) memset(final + c * N, 0, sizeof(float) * N * count);
-                    for (int64_t i = 0; i < count; i += WIDTH)
-                        step(chunk(i, 1), count - i, N, in.A + (c + i) * N, (initial ? initial : final) + (c + i) * N,
-                             final + (c + i) * N);
+                    for (int64_t i = 0; i < count; i += WIDTH) {
+                        const int64_t at = (c + i) * N;
+                        const float* h = (initial ? initial : final) + at;
+                        if (N == 16) step<16>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
+                        else step<0>(chunk(i, 1), count - i, N, in.A + at, h, final + at);
+                    }
                     write_block(row, t, 1, c, count);
                     continue;
                 }

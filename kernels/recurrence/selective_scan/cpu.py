@@ -77,6 +77,8 @@ def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, ref
     dt, B, C, z = _readable(dt), _readable(B), _readable(C), _readable(z)
     rows, T, channels = x.shape
     y = x.new_empty(rows, T, channels)
+    if T > 1:
+        storage.ask_for_huge_pages(y)
     grows = ctypes.c_int32(0)
     _scan(
         SelectiveScanArguments(
