@@ -30,12 +30,12 @@ class Recorder:
 def record(monkeypatch):
     """The calls of kernels that a launcher makes on the target, for heads of one size."""
 
-    def recorded(target, dtype, size, kind, delta, packed=False):
+    def recorded(target, dtype, size, kind, delta, packed=False, multiprocessors=132):
         calls, device = [], torch.device("meta")
         with monkeypatch.context() as patch:
             for name in KERNELS:
                 patch.setattr(launches, name, Recorder(getattr(launches, name), calls))
-            patch.setattr(launches, "device_of", lambda _: launches.Device(hip=target == "gfx942"))
+            patch.setattr(launches, "device_of", lambda _: launches.Device(multiprocessors, target == "gfx942"))
             q, v = (torch.empty(1, T, heads, size, dtype=dtype, device=device) for heads in (H, HV))
             decay = torch.empty(1, T, HV, *[size] * (kind == "component"), device=device)
             beta, state = torch.empty(1, T, HV, device=device), torch.empty(1, HV, size, size, device=device)
@@ -66,6 +66,17 @@ def test_odd_and_wide_heads_compile(record, target, size, tmp_path):
     dtype = torch.bfloat16 if size == 24 else torch.float32
     for kernel, _, arguments, options in record(target, dtype, size, "component", True):
         check_fits(compile_call(kernel, arguments, options, target, tmp_path), target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scan_of_many_heads_compiles(record, kind, tmp_path):
+    """In the tiles that it has where there are as many programs as multiprocessors."""
+    for delta in (False, True):
+        calls = record("cuda90", torch.bfloat16, 128, kind, delta, multiprocessors=8)
+        (scan,) = (call for call in calls if call[0].fn.__name__ == "states_kernel")
+        made = compile_call(scan[0], *scan[2:], "cuda90", tmp_path)
+        check_fits(made, "cuda90")
+        check_no_spills(made)
 
 
 # How often the loops of a kernel run for a chunk of 64 tokens and heads of 128, in the order of the machine code.

@@ -54,6 +54,7 @@ def linear_attention(
             [N, Hv, K, V + 1], z its last column.
         reverse: from the last token to the first, as if every input were flipped along T.
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
+            On a GPU nothing waits to look at it: where it does not rise so, outputs and states are NaN.
 
     Raises:
         TypeError: dtypes that do not fit, or a scale that is no number.
