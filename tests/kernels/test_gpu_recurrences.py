@@ -131,6 +131,16 @@ def test_weights_of_linear_attention(kind):
     assert_all_close((o, state), expected, torch.float16)
 
 
+def test_normalized():
+    tensors, state = here(shared.inputs("linear_attention", 5)), torch.rand(2, shared.HV, 24, 18).to(DEVICE)
+    tensors = [x.abs() for x in tensors]
+    settings = {"decay": None, "state": state, "normalize": True}
+    assert_all_close(
+        poisoned_run(shared.run, "linear_attention", tensors, **settings),
+        shared.definition("linear_attention", tensors, **settings),
+    )
+
+
 @pytest.mark.parametrize("kind", ["token", "component"])
 def test_extreme_decays(operator, kind):
     tensors, shape = here(shared.inputs(operator, 40, B=1)), shared.log_decay(kind, 1, 40, 24).shape
@@ -213,7 +223,7 @@ def test_a_nan_stays_in_its_row(operator):
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("kind", ["none", "component"])
 def test_what_is_not_finite_does_not_reach_earlier_tokens(operator, kind):
-    tensors, decay = here(shared.inputs(operator, 40, B=1)), decays(kind, 40)
+    tensors, decay = here(shared.inputs(operator, 20, B=1)), decays(kind, 20)
     clean = poisoned_run(shared.run, operator, tensors, decay)[0]
     for i, value in enumerate((torch.nan, torch.inf, torch.nan)[: len(tensors) - 1], 1):
         spoilt = [x.clone() for x in tensors]
@@ -226,7 +236,7 @@ def test_what_is_not_finite_does_not_reach_earlier_tokens(operator, kind):
 def test_a_positive_decay_makes_nan(operator):
     """On a GPU nobody looks at the values of a decay before the kernel does."""
     for kind in KINDS:
-        tensors, decay = here(shared.inputs(operator, 40, B=1)), decays(kind, 40)
+        tensors, decay = here(shared.inputs(operator, 20, B=1)), decays(kind, 20)
         decay[...] = 0.5
         with patch("hasten.kernels.sequence.check_signs"):
             o, state = poisoned_run(shared.run, operator, tensors, decay)

@@ -28,7 +28,8 @@ class Recorder:
 
 @pytest.fixture
 def record(monkeypatch):
-    """The calls of kernels that a launcher makes on the target, for heads of one size."""
+    """The calls of kernels that the launchers make on the target, for heads of one size. The tensors have no values: a
+    launcher that looked at one, for which it would wait on a GPU, would raise."""
 
     def recorded(target, dtype, size, kind, delta, packed=False, multiprocessors=132):
         calls, device = [], torch.device("meta")
