@@ -53,6 +53,7 @@ def delta_rule(
         l2_norm: use q / sqrt(q . q + 1e-6) and the same of k. Without it keys should not be longer than 1:
             the recurrence may grow.
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
+            On a GPU nothing waits to look at it: where it does not rise so, outputs and states are NaN.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `hasten.kernels.recurrence.linear_attention.linear_attention`.

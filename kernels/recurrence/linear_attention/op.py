@@ -60,6 +60,7 @@ def linear_attention(
         skip: [Hv], of any floating dtype: o_t has skip_h v_t beside (Mamba-2's D), after scale and normaliser.
         reverse: from the last token to the first, as if every input were flipped along T.
         cu_seqlens: int32 or int64 [N + 1], rising from 0 to T: where packed sequences begin and end. B is 1 then.
+            On a GPU nothing waits to look at it: where it does not rise so, outputs and states are NaN.
         out_dtype: of o: torch.float32 keeps the sums of halves unrounded. None for the dtype of v.
 
     Raises:

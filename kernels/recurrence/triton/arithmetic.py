@@ -85,17 +85,6 @@ def rounded(b_x):
 
 
 @triton.jit
-def operand(b_x, PRECISION: tl.constexpr):
-    if PRECISION == "bf16":
-        b_x = b_x.to(tl.bfloat16)
-    elif PRECISION == "tf32" and b_x.dtype == tl.float32:
-        b_x = rounded(b_x)
-    else:
-        b_x = b_x.to(tl.float32)
-    return b_x
-
-
-@triton.jit
 def product(b_x, b_y, PRECISION: tl.constexpr):
     """x y in fp32, of operands rounded to bf16 or tf32, or ("tf32x3", "ieee") as they are.
 
@@ -105,9 +94,11 @@ def product(b_x, b_y, PRECISION: tl.constexpr):
     if b_x.dtype == tl.float16 and b_y.dtype == tl.float16:
         b_z = tl.dot(b_x, b_y)
     elif PRECISION == "bf16":
-        b_z = tl.dot(operand(b_x, PRECISION), operand(b_y, PRECISION))
+        b_z = tl.dot(b_x.to(tl.bfloat16), b_y.to(tl.bfloat16))
+    elif PRECISION == "tf32":
+        b_z = tl.dot(rounded(b_x.to(tl.float32)), rounded(b_y.to(tl.float32)), input_precision="tf32")
     else:
-        b_z = tl.dot(operand(b_x, PRECISION), operand(b_y, PRECISION), input_precision=PRECISION)
+        b_z = tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), input_precision=PRECISION)
     return b_z
 
 

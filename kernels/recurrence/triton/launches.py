@@ -4,7 +4,7 @@ Nothing here waits for the device: a launch can be captured in a CUDA graph, pac
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -38,6 +38,7 @@ class Grid:
     num_warps: int
     num_stages: int
 
+    @cached_property
     def options(self) -> dict:
         return {**self.tile, "num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
 
@@ -78,13 +79,12 @@ def grids(
     per_chunk = slots(N, T, C, packed) * Hv
     BK = min(64 if half else 32, _power(K))
     wide_warps, warps = min(8, device.max_warps), min(4, device.max_warps)
-    chunked = {"C": C, "PACKED": packed}
-    finer = solve_precision(dtype, device.hip)
-    common = {**chunked, "DECAY": kind, "PRECISION": precision(dtype, device.hip)}
+    chunked, finer = {"C": C, "PACKED": packed}, solve_precision(dtype, device.hip)
+    products = {**chunked, "PRECISION": precision(dtype, device.hip)}
+    common = {**products, "DECAY": kind}
     found = {}
     if kind == VECTOR:
-        tile = {**common, "BK": max(16, BK // 2), "SOLVE_PRECISION": finer, "DELTA": delta}
-        del tile["DECAY"]
+        tile = {**products, "BK": max(16, BK // 2), "SOLVE_PRECISION": finer, "DELTA": delta}
         found["pairs"] = Grid(per_chunk, tile, wide_warps if delta and half else warps, 1)
     if delta:
         tile = {**common, "BK": BK, "BV": min(BK, _power(V)), "SOLVE_PRECISION": finer}
@@ -113,6 +113,7 @@ def _states(N, Hv, K, V, half, delta, device, tile) -> Grid:
     return Grid(programs, {**tile, "BK": BK, "BV": BV, "DELTA": delta, "STAGES": stages}, warps, stages)
 
 
+@cache
 def step_grid(B: int, Hv: int, K: int, V: int, kind: int, hip: bool) -> Grid:
     """The launch of a step: 2048 numbers of the state a program."""
     BK = max(16, triton.next_power_of_2(K))
@@ -196,7 +197,7 @@ def launch(
             pairs_kernel[(grid["pairs"].programs,)](
                 *(pairs, products, read, since, keys, lost, *tokens),
                 *(T, N, H, Hv, K, *strides),
-                **grid["pairs"].options(),
+                **grid["pairs"].options,
                 UNIT=l2_norm,
                 USE_BETA=use_beta,
             )
@@ -212,7 +213,7 @@ def launch(
             corrections_kernel[(grid["corrections"].programs,)](
                 *(values, w, until, weight, lost, own, v, products if kind == VECTOR else None, beta, decay, bounds),
                 *(T, N, heads, Hv, K, V, own_stride, v_stride, beta_stride, decay_stride),
-                **grid["corrections"].options(),
+                **grid["corrections"].options,
                 UNIT=l2_norm,
             )
             values_stride, weight_stride = Hv * V, Hv
@@ -221,19 +222,19 @@ def launch(
             if kind == SCALAR:
                 weights_kernel[(grid["weights"].programs,)](
                     *(until, lost, decay, beta, bounds, T, N, Hv, decay_stride, beta_stride),
-                    **grid["weights"].options(),
+                    **grid["weights"].options,
                     USE_BETA=use_beta,
                 )
         states_kernel[(grid["states"].programs,)](
             *(states, final, written, keys, values, w, until, lost, initial, bounds),
             *(T, N, heads, Hv, K, V, keys_stride, values_stride),
-            **grid["states"].options(),
+            **grid["states"].options,
             USE_INITIAL=initial is not None,
         )
         outputs_kernel[(grid["outputs"].programs,)](
             *(o, read, k, written if delta else v, states, pairs, decay, weight, bounds, scale),
             *(T, N, heads, Hv, K, V, read_stride, k_stride, values_stride, decay_stride, weight_stride),
-            **grid["outputs"].options(),
+            **grid["outputs"].options,
             UNIT=l2_norm,
             WEIGHTED=weight is not None and kind == SCALAR,
         )
@@ -268,7 +269,7 @@ def step(
         step_kernel[(grid.programs,)](
             *(o, q, k, v, beta, decay, state, scale),
             *(T, H, Hv, K, V, q_stride, k_stride, v_stride, beta_stride, decay_stride, *state.stride()),
-            **grid.options(),
+            **grid.options,
             DELTA=delta,
             UNIT=l2_norm,
             USE_BETA=beta is not None,
@@ -290,9 +291,10 @@ def _rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     is contiguous in itself (parts of a fused projection are), else copied."""
     if x is None:
         return None, 0
+    if x.is_contiguous():
+        return x, x.shape[2:].numel()
     B, T = x.shape[:2]
-    token = x[0, 0]
     one_distance = B == 1 or T == 1 or x.stride(0) == T * x.stride(1)
-    if not (one_distance and token.is_contiguous()):
+    if not (one_distance and x[0, 0].is_contiguous()):
         x = x.contiguous()
     return x, x.stride(1) if T > 1 else x.stride(0)
