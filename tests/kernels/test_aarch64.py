@@ -21,7 +21,7 @@ from hasten.kernels.token_scores import token_scores
 from hasten.kernels.transpose import transpose
 
 pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
-FLUSH, DEFAULT_NAN, TO_ZERO = 1 << 24, 1 << 25, 3 << 22  # bits of the control register
+CONTROLS = {"as it starts": 0, "flushed": 1 << 24, "one NaN": 1 << 25, "rounded to zero": 3 << 22}
 
 
 @pytest.fixture(scope="session")
@@ -90,10 +90,10 @@ def test_steps(machine, dtype, operator, layout, poisoned):
 @pytest.mark.parametrize("kind", ["token", "component"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_extreme_decays(machine, dtype, operator, kind):
-    T = 100
-    tensors = inputs(operator, T, dtype=dtype)
+    T, K, V = 100, 64, 32  # tiles without padding
+    tensors = inputs(operator, T, K, V, dtype)
     for values in ([-50.0, -0.01, -torch.inf], [-1e-6, -104.0]):
-        decay = log_decay(kind, 2, T, 24)
+        decay = log_decay(kind, 2, T, K)
         decay = torch.tensor(values)[torch.randint(len(values), decay.shape)]
         o, final = run(operator, tensors, decay)
         expected_o, expected_final = definition(operator, tensors, decay)
@@ -214,10 +214,10 @@ def test_halves_are_rounded_to_nearest_even(machine, dtype, factor):
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("control", [0, FLUSH, DEFAULT_NAN, TO_ZERO])
+@pytest.mark.parametrize("control", CONTROLS)
 def test_control_is_restored_in_every_thread(machine, threads, control):
     """`Machine.run` looks at it."""
-    machine.control = control
+    machine.control = CONTROLS[control]
     torch.set_num_threads(2)
     x, weight, _ = linear_inputs(1, 256, 300, torch.float32)
     linear(x, weight)
