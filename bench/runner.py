@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from hasten.kernels import backend
+from hasten.kernels import backend, cpu
 
 COLD_BYTES = {"cpu": 600 << 20, "cuda": 1 << 30}  # weights to rotate through: more than any last-level cache
 OURS = "hasten"
@@ -45,12 +45,21 @@ def run(cases: Iterable[Case], seconds: float = 2.0, rounds: int = 25) -> list[d
 
     A case that takes longer than PATIENCE seconds has FEWEST rounds.
 
-    op, case, dtype, device, backend; baseline; seconds and baseline_seconds of one call; ratio = baseline_seconds /
+    op, case, dtype, device, backend, machine; baseline; seconds and baseline_seconds of one call; ratio =
+    baseline_seconds /
     seconds (above 1: hasten is faster); share_of_limit = the time that the machine's limits allow over the time taken.
     Limits are the bandwidth that torch reads at and, for a case with operations, the rate of torch's matrix product in
     the case's dtype, both in the same rounds.
     """
     return [record for case in cases for record in _run_case(case, seconds, rounds)]
+
+
+def machine(device: str) -> str:
+    """What the figures of a record are of: the GPU, or the CPU, its threads and the instruction set of the kernels."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    kernels = "no compiled kernels" if cpu.reason() else cpu.isa()
+    return f"{cpu.processor()}, {torch.get_num_threads()} threads, {kernels}"
 
 
 def bandwidth(device: str, turn: int) -> float:
@@ -90,6 +99,7 @@ def _run_case(case: Case, seconds: float, rounds: int) -> list[dict]:
             "dtype": str(case.dtype).removeprefix("torch."),
             "device": case.device,
             "backend": backend.choose(torch.empty(0, dtype=case.dtype, device=case.device)),
+            "machine": machine(case.device),
             "baseline": baseline,
             "seconds": ours,
             "baseline_seconds": medians[baseline],

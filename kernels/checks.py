@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-OPTIONAL = ("bias", "cutoff", "decay", "initial_state", "cu_seqlens", "mask")  # None for none
+OPTIONAL = ("bias", "cutoff", "decay", "initial_state", "cu_seqlens", "mask", "D", "z", "dt_bias")  # None for none
 DIFFERENTIABLE = 'call it under torch.no_grad(), or under hasten.kernels.backend.use("reference"), which has gradients'
 IN_PLACE = "call it under torch.no_grad(); the operator for whole sequences has gradients as reference"
 

@@ -37,9 +37,11 @@ HASTEN_SUPPORTED(scalar, 1)
 #define HASTEN_AVX512                                                                                              \
     (HASTEN_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                      \
      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+#define HASTEN_AMX                                                                                             \
+    (HASTEN_AVX512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&            \
+     __builtin_cpu_supports("amx-bf16") && HASTEN_TILE_PERMISSION)
 HASTEN_SUPPORTED(avx2, HASTEN_AVX2)
 HASTEN_SUPPORTED(avx512, HASTEN_AVX512)
 HASTEN_SUPPORTED(avx512bf16, HASTEN_AVX512&& __builtin_cpu_supports("avx512bf16"))
-HASTEN_SUPPORTED(amx, HASTEN_AVX512&& __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") &&
-                          HASTEN_TILE_PERMISSION)
+HASTEN_SUPPORTED(amx, HASTEN_AMX)
 #endif

@@ -15,13 +15,15 @@ compares names, order and size of all these structs.
 
 import ctypes
 import os
+import platform
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch  # its OpenMP runtime is loaded first, and the library shares it
 
-ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon_bf16", "neon", "scalar")  # best first
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon_bf16", "neon", "scalar")  # those of setup.py
 LIBRARY = Path(__file__).with_name("_cpu.so")
 
 POINTER, SIZE, FLAG, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float  # the types of fields
@@ -40,9 +42,12 @@ class Function:
         self.name, self.arguments = name, arguments
         self._of = {}  # by instruction set
 
-    def __call__(self, arguments: Arguments) -> None:
-        """Raises MemoryError, ValueError or RuntimeError for what the function returns."""
-        name = isa()
+    def __call__(self, arguments: Arguments, name: str | None = None) -> None:
+        """Calls it in the instruction set `name`, by default the one in use.
+
+        Raises MemoryError, ValueError or RuntimeError for what the function returns.
+        """
+        name = name or isa()
         found = self._of.get(name)
         if found is None:
             found = self._of[name] = self._find(name)
@@ -95,18 +100,38 @@ def compiled() -> tuple[str, ...]:
 
 @cache
 def isas() -> tuple[str, ...]:
-    """The instruction sets that the library was compiled for and this CPU has, best first."""
+    """The instruction sets that the library was compiled for and this CPU has."""
     library = _load()
     return tuple(isa for isa in compiled() if getattr(library, f"hasten_supported_{isa}")())
 
 
 @cache
+def rates() -> dict[str, float]:
+    """Operations per second of matrix products in each of them, measured at first use on this machine: CPUs differ in
+    which is the fastest. What multiplies vectors only is the same in those that have their width."""
+    from . import tuning
+    from .tile_product.cpu import rate
+
+    return tuning.remembered("products", lambda: {isa: rate(isa) for isa in isas()}, every_isa=True)
+
+
+@cache
 def isa() -> str:
-    """The instruction set in use: the best one, or the one that the environment variable HASTEN_CPU_ISA names."""
+    """The instruction set in use: the fastest one, or the one that the environment variable HASTEN_CPU_ISA names."""
     wanted = os.environ.get("HASTEN_CPU_ISA")
     if wanted and wanted not in isas():
         raise ValueError(f"HASTEN_CPU_ISA={wanted!r}: this machine has {', '.join(isas()) or 'no compiled kernels'}")
-    return wanted or isas()[0]
+    return wanted or max(rates(), key=rates().get)
+
+
+@cache
+def processor() -> str:
+    """The CPU's model, as the system names it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return f"{platform.machine()} {platform.processor()}".strip()
 
 
 def openmp_runtimes() -> list[str]:

@@ -97,6 +97,22 @@ def boundaries(cu_seqlens: torch.Tensor, T: int) -> list[int]:
     return bounds
 
 
+def bounds(cu_seqlens: torch.Tensor | None, q: torch.Tensor, on_device: bool) -> list[int] | torch.Tensor | None:
+    """cu_seqlens as an implementation takes them: as a list, or as a tensor `on_device` of q for kernels that read them
+    themselves. Only then values on a GPU are not looked at, which would wait for it."""
+    if cu_seqlens is None:
+        return None
+    if on_device and not cu_seqlens.is_cpu:
+        return cu_seqlens.contiguous()
+    values = boundaries(cu_seqlens, q.shape[1])
+    return cu_seqlens.contiguous().to(q.device) if on_device else values
+
+
+def reversed_bounds(bounds: list[int] | torch.Tensor, T: int) -> list[int] | torch.Tensor:
+    """The bounds of the same sequences from the last token to the first."""
+    return [T - bound for bound in reversed(bounds)] if isinstance(bounds, list) else T - bounds.flip(0)
+
+
 def per_sequence(form, tensors, decay, initial_state, bounds) -> tuple[torch.Tensor, torch.Tensor]:
     """form(*tensors, decay=, initial_state=) on each packed sequence alone;
     the outputs and the states of all of them."""

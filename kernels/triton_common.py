@@ -150,3 +150,9 @@ def sum_parts(p_part, o_n, m_n, i_b, rows, N, splits, BLOCK_S: tl.constexpr):
     o_s = tl.arange(0, BLOCK_S)[:, None]
     p_part += (o_s * rows + i_b).to(tl.int64) * N + o_n[None, :]  # [BLOCK_S, BLOCK_N]
     return tl.sum(tl.load(p_part, mask=(o_s < splits) & m_n[None, :], other=0.0), axis=0)
+
+
+@triton.jit
+def silu(b_x):
+    b_e = tl.exp(-tl.abs(b_x))  # at most 1
+    return b_x * tl.where(b_x < 0, b_e, 1.0) / (1.0 + b_e)

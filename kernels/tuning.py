@@ -9,7 +9,6 @@ A file may be deleted at any time.
 import hashlib
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,17 +21,18 @@ import torch
 from . import cpu
 
 
-def remembered(key: str, measure: Callable[[], Any]) -> Any:
+def remembered(key: str, measure: Callable[[], Any], *, every_isa: bool = False) -> Any:
     """What `measure` returned for this key on this machine: read from the file, or measured now and written to it.
 
     Args:
         key: names all that the measurement depends on but machine, threads and build: "linear 4096x4096 bfloat16".
         measure: returns what JSON can hold (tuples come back as lists). Its errors are the caller's,
             and nothing is kept then.
+        every_isa: whatever the instruction set in use is.
 
     A file that is missing, broken or not writable is no error: it is measured again.
     """
-    path = cache_file()
+    path = cache_file(every_isa)
     if path is None:
         return _as_read(measure())
     known = _read(path)
@@ -43,7 +43,7 @@ def remembered(key: str, measure: Callable[[], Any]) -> Any:
     return known[key]
 
 
-def cache_file() -> Path | None:
+def cache_file(every_isa: bool = False) -> Path | None:
     """Where measurements of this machine, its threads as they are now, and this build are kept;
     None where nothing is."""
     folder = os.environ.get("HASTEN_CACHE")
@@ -54,7 +54,7 @@ def cache_file() -> Path | None:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hasten")
         except RuntimeError:  # no home
             return None
-    instructions = "torch" if cpu.reason() else cpu.isa()
+    instructions = "any" if every_isa else "torch" if cpu.reason() else cpu.isa()
     return Path(folder, f"{instructions}-{torch.get_num_threads()}-threads-{_build_and_processor()}.json")
 
 
@@ -62,17 +62,8 @@ def cache_file() -> Path | None:
 def _build_and_processor() -> str:
     """A hash of the CPU's model, torch's version and the built library."""
     library = b"" if cpu.reason() else cpu.LIBRARY.read_bytes()
-    text = "\n".join([_processor(), torch.__version__, hashlib.sha256(library).hexdigest()])
+    text = "\n".join([cpu.processor(), torch.__version__, hashlib.sha256(library).hexdigest()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """The CPU's model, as the system names it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line
-    return f"{platform.machine()} {platform.processor()}"
 
 
 def _as_read(value: Any) -> Any:

@@ -62,4 +62,30 @@ inline Vec tanh(Vec x) {
     return size < 0.625f ? near : x < zero ? -far : far;
 }
 
+// a where it is larger, else b: NaN where b is NaN.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#elif defined(__x86_64__)
+    return _mm_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline Vec silu(Vec x) { return x / (exp(-x) + 1.f); }
+
+// log(1 + exp(x)) with a relative error below 5e-7, also where it is as small as exp(x).
+inline Vec softplus(Vec x) {
+    // log(1 + e) = 2 artanh(s)
+    const Vec zero = {}, e = exp(x < zero ? x : -x), s = e / (e + 2.f), square = s * s;
+    Vec p = zero + 0.2801201045513153f;
+    p = p * square + 0.28001800179481506f;
+    p = p * square + 0.4002152681350708f;
+    p = p * square + 0.666664183139801f;
+    return larger(zero, x) + (s * square * p + s * 2.f);
+}
+
 }  // namespace

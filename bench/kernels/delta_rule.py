@@ -4,6 +4,7 @@ prefill and decode step against the same in torch."""
 from functools import partial
 
 import torch
+from torch.nn.functional import softplus
 
 from hasten.kernels.recurrence.delta_rule import chunked, delta_rule, delta_rule_step
 
@@ -17,8 +18,9 @@ from .linear_attention import (
     cold_states,
     cold_tokens,
     flash_linear_attention,
-    log_decay,
+    inverse_softplus,
     operations,
+    time_steps,
 )
 
 HEADS = {"cpu": 16, "cuda": 32}
@@ -31,7 +33,14 @@ def cases(device: str) -> list[Case]:
 
 
 def _gates(T: int, heads: int, kind: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(1, T, heads, device=device), log_decay(kind, T, heads, device)
+    """beta, and log decays as Qwen3-Next and Kimi-Linear have them at their initialisation: down to -20 a token."""
+    rates = torch.empty(heads, device=device).uniform_(*{"scalar": (0.01, 16), "vector": (1, 16)}[kind])
+    if kind == "scalar":
+        decay = -rates * softplus(torch.randn(1, T, heads, device=device) + 1)
+    else:
+        bias = inverse_softplus(time_steps(heads * SIZE, device)).view(heads, SIZE)
+        decay = -rates[:, None] * softplus(torch.randn(1, T, heads, SIZE, device=device) + bias)
+    return torch.rand(1, T, heads, device=device), decay
 
 
 def _prefill(kind: str, dtype: torch.dtype, device: str) -> Case:

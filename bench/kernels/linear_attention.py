@@ -2,12 +2,13 @@
 and the decode step against torch."""
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import logsigmoid, scaled_dot_product_attention, softplus
 
 from hasten.kernels.recurrence.linear_attention import chunked, linear_attention, linear_attention_step
 
@@ -31,8 +32,22 @@ def cases(device: str) -> list[Case]:
 
 
 def log_decay(kind: str, T: int, heads: int, device: str) -> torch.Tensor:
-    shape = {"constant": (heads,), "scalar": (1, T, heads), "vector": (1, T, heads, SIZE)}[kind]
-    return -torch.rand(shape, device=device)
+    """As models have them: the slopes of MiniMax (lightning attention), Mamba-2 at its initialisation, GLA's gates."""
+    if kind == "constant":
+        return -(2 ** (-8 * torch.arange(1, heads + 1, device=device) / heads))
+    if kind == "scalar":
+        dt = softplus(torch.randn(1, T, heads, device=device) + inverse_softplus(time_steps(heads, device)))
+        return -torch.linspace(1, 16, heads, device=device) * dt
+    return logsigmoid(torch.randn(1, T, heads, SIZE, device=device)) / 16
+
+
+def time_steps(count: int, device: str) -> torch.Tensor:
+    """As Mamba initialises them: log-uniform from 0.001 to 0.1."""
+    return torch.exp(torch.rand(count, device=device) * math.log(100) + math.log(1e-3))
+
+
+def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.log(-torch.expm1(-x))
 
 
 def operations(T: int, heads: int, chunk: int = 64) -> int:

@@ -7,8 +7,6 @@ constexpr int MAX_WIDTH = 8;
 constexpr int64_t CHANNELS = 512;  // whose weights stay in the first cache while tokens pass
 constexpr int64_t TOKENS = 64;
 
-inline Vec silu(Vec x) { return x / (exp(-x) + 1.f); }
-
 // One token: `channels` of y from the inputs at from[w], null where there are none
 template <class T>
 void convolve(T* y, const T* const* from, const float* weight, int64_t stride, const float* bias, int64_t W,

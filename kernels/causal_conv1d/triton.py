@@ -11,15 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import NUM_WARPS, OPTIONS
+from ..triton_common import NUM_WARPS, OPTIONS, silu
 
 TILES = {True: {"BT": 16, "BD": 128}, False: {"BT": 64, "BD": 16}}  # by whether channels are contiguous
-
-
-@triton.jit
-def silu(b_x):
-    b_e = tl.exp(-tl.abs(b_x))  # at most 1
-    return b_x * tl.where(b_x < 0, b_e, 1.0) / (1.0 + b_e)
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])

@@ -7,7 +7,7 @@
 // logarithms: no factor exceeds 1, zeros need no care, and nothing cancels. A state is multiplied as S += (a - 1) S, for a
 // factor near 1 that was rounded once would bias a state that is multiplied by it thousands of times.
 #pragma once
-#include "matrix.h"
+#include "../matrix.h"
 #include "../vector_math.h"
 
 namespace {
@@ -127,11 +127,21 @@ inline void substitute(const Matrix& U, const Matrix& L, int64_t rows, int64_t w
     }
 }
 
+// Writes to every huge page of new memory: the system clears a page when it is first written to, which takes longer than
+// all else here. Threads that each do it for pages of their own do not wait for each other.
+inline void first_write(void* memory, int64_t bytes, int threads) {
+    constexpr int64_t PAGE = 2 << 20;
+    parallel(bytes / PAGE, 1, threads, [&](int64_t from, int64_t to) {
+        for (int64_t page = from; page < to; page++) ((volatile char*)memory)[page * PAGE + PAGE - 1] = 0;
+    });
+}
+
 // Whole sequences (3 where a decay is positive) by Work, which is made once per thread and takes up to Work::heads heads of a sequence at a time.
 template <class Work, class T>
 int run_chunks(void* o, const float* initial, float* final, const Shape& shape, const Inputs<T>& in, int threads) {
     int failed = 0;
-    const int64_t size = shape.K * (shape.V + in.ones);
+    const int64_t size = shape.K * (shape.V + in.ones), rows = in.bounds ? 1 : shape.N;
+    first_write(o, rows * shape.T * shape.Hv * shape.V * (in.wide ? sizeof(float) : sizeof(T)), threads);
     parallel(shape.N * shape.Hv, 1, threads, [&](int64_t from, int64_t to) {
         Work chunks(shape, in);
         if (!chunks.memory.memory) {

@@ -15,12 +15,30 @@ namespace {
 
 constexpr PairLanes PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+// Rows that will be read soon, and are prefetched a few lines at a time between other work: no hardware prefetcher
+// foresees pieces of one head of one token, and a thread waits for more than about a dozen at a time.
+struct Expected {
+    const char* row;
+    int64_t stride, size, rows, done;
+    template <class T> void set(const T* from, int64_t token_stride, int64_t count, int64_t components) {
+        row = (const char*)from, stride = sizeof(T) * token_stride, size = sizeof(T) * components, rows = count, done = 0;
+    }
+    int64_t prefetch_lines(int64_t count) {  // how many are left
+        for (; count > 0 && rows > 0; count--) {
+            prefetch(row + done);
+            done += 64;
+            if (done >= size) row += stride, rows--, done = 0;
+        }
+        return count;
+    }
+};
+
 template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTOR> {
     using Memory = TiledMemory<DELTA, VECTOR>;
     using Memory::C, Memory::shape, Memory::wide_k, Memory::wide_v, Memory::deep, Memory::across, Memory::held;
     using Memory::Q, Memory::K, Memory::KT, Memory::q, Memory::k, Memory::scores, Memory::overlaps;
     using Memory::since_q, Memory::since_k, Memory::halves, Memory::weights, Memory::corrections;
-    using Memory::keys_left, Memory::aged, Memory::until_end, Memory::values, Memory::U, Memory::inner, Memory::A, Memory::block, Memory::other, Memory::line;
+    using Memory::keys_left, Memory::aged, Memory::until_end, Memory::values, Memory::U, Memory::inner, Memory::A, Memory::block, Memory::line;
     using Memory::row_stride, Memory::plane, Memory::between, Memory::strength, Memory::kept, Memory::padded, Memory::block_of;
 
     const Inputs<bf16>& in;
@@ -31,6 +49,8 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     int64_t loaded;  // the head of q and k that is in Q, K, ...
     bool finite_k, finite, grows = false;  // grows: a decay is positive
     float beta[C], norm_q[C], norm_k[C], of_q[C], of_k[C];
+    Expected expected[4];  // what the next chunk reads
+    int64_t next_expected = 0;
 
     // A chunk of a head: `count` tokens from `token` on of batch row `row`
     struct Place { int64_t row, head, token, count; };
@@ -73,20 +93,27 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     void chunk(void* o, const TiledHead& head, const Place& at, const Place& next) {
         const int64_t rows = round_up(at.count, BLOCK);
         load_keys(at, rows);
-
         load_values(at, rows);
         load_strengths(at, rows);
         if (!finite) return one_by_one(o, head, at);
-        expect(q_of(next), shape.q.token, next.count, shape.K);
+        expect_next(at, next);
         if constexpr (VECTOR) vector_decays(at, rows);
         else scalar_decays(head, at, rows);
-
-        expect(k_of(next), shape.k.token, next.count, shape.K);
         if constexpr (DELTA) correct(head, at, rows);
-
-        expect(v_of(next), shape.v.token, next.count, shape.V);
         write_outputs(o, head, at);
         update_state(head, rows);
+    }
+
+    void expect_next(const Place& at, const Place& next) {
+        const bool other = next.token != at.token || next.head * shape.H / shape.Hv != loaded;
+        next_expected = 0;
+        expected[0].set(q_of(next), shape.q.token, other ? next.count : 0, shape.K);
+        expected[1].set(k_of(next), shape.k.token, other ? next.count : 0, shape.K);
+        expected[2].set(v_of(next), shape.v.token, next.count, shape.V);
+        expected[3].set(decay_of(next), shape.decay.token, VECTOR ? next.count : 0, shape.K);
+    }
+    void expect_lines(int64_t count) {
+        for (; next_expected < 4 && count > 0; next_expected += count > 0) count = expected[next_expected].prefetch_lines(count);
     }
 
     // `width` components, a multiple of BLOCK: where they lie, or a copy with zeros behind them
@@ -108,6 +135,18 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
         sums.add(left, right, depth);
         sums.finish(to);
     }
+    // use(n) for `count` blocks of products that begin(n) adds up: while the units work on block n + 1 and block n is on
+    // its way to memory, block n - 1 is used, which stands at sums_of(n - 1), as the one before it does at its own.
+    template <class Begin, class Use> void overlapped(int64_t count, const Begin& begin, const Use& use) {
+        sums.clear(), begin(0);
+        for (int64_t n = 0; n < count; n++) {
+            sums.finish(sums_of(n));
+            if (n + 1 < count) sums.clear(), begin(n + 1);
+            if (n) use(n - 1);
+        }
+        use(count - 1);
+    }
+    float* sums_of(int64_t n) const { return block + n % 4 * BLOCK_SUMS; }
     void one_column(float* to, const Tiles& left, const Tiles& right, int64_t depth) {
         BlockSums<1> column;
         column.clear();
@@ -209,6 +248,7 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     void weigh(int64_t i, const float* factors) {
         const Lanes zero = {};
         const float by_q = VECTOR ? 1.f : norm_q[i], by_k = -beta[i] * (VECTOR ? 1.f : norm_k[i]);
+        expect_lines(4);
         for (int64_t j = 0; j <= i / BLOCK; j++) {
             const int64_t at = i % BLOCK * BLOCK;
             Lanes w[2], l[2];
@@ -434,16 +474,21 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
                 const bf16* v = value_row(at, r, padded);
                 for (int64_t j = 0; j < wide_v; j += TILE) put(all.row(r) + j, lanes(v + j) * beta[r]);
             }
-            for (int64_t j = 0; j < across; j++) {
-                products(block, rows_from(VECTOR ? since_k : K, i), head.read.from(0, 2 * j), deep);
-                if (i) products(other, rows_from(corrections, i), values.from(0, 2 * j), i / BLOCK);
+            const int64_t products = i ? 2 : 1;
+            const auto begin = [&](int64_t n) {
+                const int64_t j = 2 * (n / products);
+                if (n % products == 0) sums.add(rows_from(VECTOR ? since_k : K, i), head.read.from(0, j), deep);
+                else sums.add(rows_from(corrections, i), values.from(0, j), i / BLOCK);
+            };
+            overlapped(products * across, begin, [&](int64_t n) {
+                const float* from = sums_of(n);
                 for (int64_t r = 0; r < BLOCK; r++)
                     for (int64_t h = 0; h < BLOCK; h += TILE) {
-                        float* const u = all.row(i + r) + j * BLOCK + h;
-                        const Lanes read = lanes(u) + lanes(block + r * BLOCK + h) * of_k[i + r];
-                        put(u, i ? read + lanes(other + r * BLOCK + h) : read);
+                        float* const u = all.row(i + r) + n / products * BLOCK + h;
+                        const float factor = n % products ? 1.f : of_k[i + r];
+                        put(u, lanes(u) + lanes(from + r * BLOCK + h) * factor);
                     }
-            }
+            });
             substitute(all.rows(i), {inner + i * BLOCK, BLOCK}, BLOCK, wide_v);
             for (int64_t r = 0; r < BLOCK; r += 2)
                 for (int64_t j = 0; j < wide_v; j += TILE)
@@ -456,48 +501,66 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledMemory<DELTA, VECTO
     // o = scale (Q S + weights U), divided by its last column where that is the normaliser
     void write_outputs(void* o, const TiledHead& head, const Place& at) {
         float factors[BLOCK];
-        for (int64_t i = 0; i < at.count; i += BLOCK)
-            for (int64_t j = across - 1; j >= 0; j--) {
-                products(block, rows_from(VECTOR ? since_q : Q, i), head.read.from(0, 2 * j), deep);
-                products(other, rows_from(weights, i), values.from(0, 2 * j), i / BLOCK + 1);
-                const int64_t count = smaller(BLOCK, at.count - i), width = smaller(BLOCK, shape.V - j * BLOCK);
-                for (int64_t r = 0; r < count; r++) {
-                    float* const row = block + r * BLOCK;
-                    for (int64_t h = 0; h < BLOCK; h += TILE)
-                        put(row + h, lanes(row + h) * of_q[i + r] + lanes(other + r * BLOCK + h));
-                    if (j + 1 == across)
-                        factors[r] = in.ones ? in.scale / (row[shape.V % BLOCK] + EPSILON) : in.scale;
-                    if (width <= 0) continue;
-                    const int64_t to = ((at.row * shape.T + at.token + i + r) * shape.Hv + at.head) * shape.V + j * BLOCK;
-                    if (in.wide) pack((float*)o + to, row, factors[r], width);
-                    else write_row((bf16*)o + to, row, factors[r], width);
+        const int64_t blocks = (at.count + BLOCK - 1) / BLOCK * across;
+        // Column after column of a row of blocks, the last one first: it may hold the normaliser.
+        const auto row = [&](int64_t n) { return n / 2 / across * BLOCK; };
+        const auto column = [&](int64_t n) { return across - 1 - n / 2 % across; };
+        const auto begin = [&](int64_t n) {
+            if (n % 2) sums.add(rows_from(weights, row(n)), values.from(0, 2 * column(n)), row(n) / BLOCK + 1);
+            else sums.add(rows_from(VECTOR ? since_q : Q, row(n)), head.read.from(0, 2 * column(n)), deep);
+        };
+        overlapped(2 * blocks, begin, [&](int64_t n) {
+            if (n % 2 == 0) return;
+            const int64_t i = row(n), j = column(n), count = smaller(BLOCK, at.count - i),
+                          width = smaller(BLOCK, shape.V - j * BLOCK);
+            for (int64_t r = 0; r < count; r++) {
+                const float *read = sums_of(n - 1) + r * BLOCK, *own = sums_of(n) + r * BLOCK;
+                const Lanes first = lanes(read) * of_q[i + r] + lanes(own),
+                            second = lanes(read + TILE) * of_q[i + r] + lanes(own + TILE);
+                if (j + 1 == across) {
+                    put(line, first), put(line + TILE, second);
+                    factors[r] = in.ones ? in.scale / (line[shape.V % BLOCK] + EPSILON) : in.scale;
                 }
+                if (width <= 0) continue;
+                expect_lines(1);
+                write(o, ((at.row * shape.T + at.token + i + r) * shape.Hv + at.head) * shape.V + j * BLOCK,
+                      first * factors[r], second * factors[r], width);
             }
+        });
     }
-    static void write_row(bf16* to, const float* from, float factor, int64_t width) {
-        if (width < BLOCK || (uintptr_t)to % 64) return pack(to, from, factor, width);
-        alignas(64) Pair row[TILE];
-        put_row(row, lanes(from) * factor, lanes(from + TILE) * factor);
+    // `width` of BLOCK components of o
+    void write(void* o, int64_t to, Lanes first, Lanes second, int64_t width) {
+        if (in.wide || width < BLOCK || (uintptr_t)((bf16*)o + to) % 64) {
+            put(line, first), put(line + TILE, second);
+            if (in.wide) memcpy((float*)o + to, line, sizeof(float) * width);
+            else pack((bf16*)o + to, line, 1.f, width);
+            return;
+        }
 #if defined(__x86_64__)
-        _mm512_stream_si512((__m512i*)to, _mm512_load_si512(row));  // past the caches: nothing reads it soon
+        // Past the caches: nothing reads it soon.
+        _mm512_stream_si512((__m512i*)((bf16*)o + to), (__m512i)_mm512_cvtne2ps_pbh(second, first));
 #else
-        memcpy(to, row, sizeof(row));
+        put_row((Pair*)((bf16*)o + to), first, second);
 #endif
     }
 
     // S += (decay of the chunk - 1) S + K U
     void update_state(const TiledHead& head, int64_t rows) {
         if constexpr (!VECTOR) age_values(rows);
-        for (int64_t c = 0; c < deep; c++)
-            for (int64_t j = 0; j < across; j++) {
-                products(block, keys_left.from(2 * c, 0), (VECTOR ? values : aged).from(0, 2 * j), rows / BLOCK);
-                for (int64_t r = 0; r < BLOCK; r++) {
-                    float* const s = Memory::state_row(head, c * BLOCK + r, j);
-                    for (int64_t h = 0; h < BLOCK; h += TILE)
-                        put(s + h, lanes(s + h) + lanes(s + h) * kept[c * BLOCK + r] + lanes(block + r * BLOCK + h));
-                    if (r % 2) Memory::round_state(head, c * BLOCK + r - 1, j);
-                }
+        const auto begin = [&](int64_t n) {
+            sums.add(keys_left.from(2 * (n / across), 0), (VECTOR ? values : aged).from(0, 2 * (n % across)), rows / BLOCK);
+        };
+        overlapped(deep * across, begin, [&](int64_t n) {
+            const int64_t c = n / across * BLOCK, j = n % across;
+            for (int64_t r = 0; r < BLOCK; r++) {
+                float* const s = Memory::state_row(head, c + r, j);
+                const float* added = sums_of(n) + r * BLOCK;
+                expect_lines(1);
+                for (int64_t h = 0; h < BLOCK; h += TILE)
+                    put(s + h, lanes(s + h) + lanes(s + h) * kept[c + r] + lanes(added + h));
+                if (r % 2) Memory::round_state(head, c + r - 1, j);
             }
+        });
     }
 
     // Where something is not finite, zeros that stand for no weight would spread it to tokens before.

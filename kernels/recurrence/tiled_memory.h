@@ -41,7 +41,7 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
     Tiles values, aged;  // v, or what the delta rule writes, as a right operand; the same when the chunk ends
     float *U, *inner; // of the delta rule: what it writes [C, V]; what tokens of one block correct in each other
     float *A;         // decays [C, K], where they are vectors
-    float *block, *other, *line, *plane;    // sums; a row of k, v or o; the state in rows
+    float *block, *line, *plane;       // sums, four blocks in turn; part of a row; the state in rows
     float *between, *strength, *until_end, *kept;  // [C], [C], [K]
     bf16* padded;
 
@@ -77,7 +77,7 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
         Q = tiles(rows, deep), K = tiles(rows, deep), KT = tiles(deep, rows);
         keys_left = tiles(2 * deep, blocks), aged = tiles(blocks, 2 * across), until_end = take(C);
         weights = tiles(rows, blocks), values = tiles(blocks, 2 * across);
-        scores = take(C * C), block = take(BLOCK_SUMS), other = take(BLOCK_SUMS), plane = take(wide_k * wide_v);
+        scores = take(C * C), block = take(4 * BLOCK_SUMS), plane = take(wide_k * wide_v);
         line = take(3 * (wide_k + wide_v)), padded = (bf16*)take(wide_k + wide_v);
         between = take(C + BLOCK), strength = take(C), kept = take(wide_k);
         if (DELTA) {

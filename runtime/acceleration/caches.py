@@ -24,7 +24,9 @@ def is_filled(cache: object) -> bool:
 
 def with_own_entries(value: object, layers: Collection[int]) -> object:
     """A copy of a cache whose entries for `layers`, all if there are none, are copies, so that a call can be repeated;
-    anything else as it is."""
+    that of a list of tensors, in which RWKV keeps its state; anything else as it is."""
+    if isinstance(value, list) and all(isinstance(entry, torch.Tensor) for entry in value):
+        return [entry.clone() for entry in value]
     if not isinstance(value, Cache):
         return value
     other = copy.copy(value)

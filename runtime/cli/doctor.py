@@ -99,7 +99,9 @@ def _library() -> Iterator[Check]:
         return
     yield Check("C++ kernels", f"built, and run here for {', '.join(cpu.isas())}")
     try:
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in cpu.rates().items())
         yield Check("instruction set", cpu.isa())
+        yield Check("matrix products", f"{rates} GFLOP/s in one thread")
     except ValueError as error:
         yield Check("instruction set", str(error), "broken")
 

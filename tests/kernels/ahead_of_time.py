@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from hasten.kernels import triton_common  # noqa: E402
 
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 SPILLS = 8  # bytes: the assembler may lay one or two values aside before a loop and fetch them after it
 TARGETS = {  # and the shared memory that one program may have
@@ -40,6 +48,7 @@ class Compiled:
     spills: dict[str, int]  # bytes, by kind of memory
     shared: int  # bytes of a program
     wide_loads: int  # loads of 16 bytes
+    code: str  # PTX, or AMD's assembly
 
 
 def compile_ahead(
@@ -70,11 +79,52 @@ def compile_ahead(
         if name not in constants and aligned(name) and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {"num_warps": num_warps or triton_common.THREADS // gpu.warp_size, **triton_common.OPTIONS}
+    return _compile(kernel, signature, constants, attributes, options, target, folder, f"{constants} {dtype}")
+
+
+def compile_call(kernel, arguments: tuple, options: dict, target: str, folder: Path) -> Compiled:
+    """As the call kernel[grid](*arguments, **options) compiles it; tensors may be on the device "meta"."""
+    signature, constants, attributes = {}, {}, {}
+    given = dict(zip((parameter.name for parameter in kernel.params), arguments, strict=False))
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = given[name] if name in given else options[name]
+        sized = type(value) is int and not parameter.do_not_specialize
+        if name not in given or value is None or (sized and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if sized and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    settings = {name: value for name, value in options.items() if name not in constants}
+    dtypes = {name: kind for name, kind in signature.items() if kind.startswith("*")}
+    return _compile(kernel, signature, constants, attributes, settings, target, folder, f"{options} {dtypes}")
+
+
+def _compile(kernel, signature, constants, attributes, options, target, folder, description) -> Compiled:
+    gpu, _ = TARGETS[target]
     made = triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
     code = made.asm.get("ptx") or made.asm["amdgcn"]
     wide_loads = len(re.findall(r"ld\.global\S*\.v4\.|(?:global|buffer)_load_dwordx4", code))
-    name = f"{kernel.fn.__name__} {constants} {dtype} for {target}"
-    return Compiled(name, *_usage(made, folder), made.metadata.shared, wide_loads)
+    name = f"{kernel.fn.__name__} {description} for {target}"
+    return Compiled(name, *_usage(made, folder), made.metadata.shared, wide_loads, code)
+
+
+def barriers(ptx: str, trips: tuple[int, ...]) -> int:
+    """Barriers that one program passes, where its loops, in the order in which they begin, run `trips` times."""
+    begins, loops, found = {}, {}, []
+    for i, line in enumerate(ptx.splitlines()):
+        if label := re.match(r"\s*(\$L__BB\w+):", line):
+            begins[label[1]] = i
+        elif (jump := re.search(r"\bbra\S*\s+(\$L__BB\w+)", line)) and jump[1] in begins:
+            loops[begins[jump[1]]] = i
+        elif "bar.sync" in line:
+            found.append(i)
+    spans = sorted(loops.items())
+    assert len(spans) == len(trips), f"{len(spans)} loops, {len(trips)} numbers of trips"
+    return sum(prod(n for (begin, end), n in zip(spans, trips, strict=True) if begin <= i <= end) for i in found)
 
 
 def _usage(made, folder: Path) -> tuple[int, dict[str, int]]:

@@ -20,6 +20,8 @@ from hasten.kernels.expert_linear import expert_linear
 from hasten.kernels.linear import linear
 from hasten.kernels.recurrence.delta_rule import delta_rule, delta_rule_step
 from hasten.kernels.recurrence.linear_attention import linear_attention, linear_attention_step
+from hasten.kernels.recurrence.selective_scan import selective_scan, selective_scan_step
+from hasten.kernels.recurrence.wkv import wkv
 from hasten.kernels.row_sparse_linear import row_sparse_linear
 from hasten.kernels.suffix_array import suffix_array
 from hasten.kernels.token_scores import token_scores
@@ -149,6 +151,35 @@ def recurrences(dtype):
             yield delta_rule, tuple(x[:1].clone() for x in (q, k, v, beta)), bounds | {"l2_norm": True}
 
 
+def scans(dtype):
+    for T, D, N in [(1, 1, 1), (1, 33, 16), (1, 70, 3), (5, 17, 33), (33, 32, 16), (70, 45, 8)]:
+        x, dt, z = torch.randn(3, 2, T, D).to(dtype)
+        A, (B, C), state = -torch.rand(D, N), torch.randn(2, 2, T, N).to(dtype), torch.randn(2, D, N)
+        more = {"D": torch.randn(D), "dt_bias": torch.randn(D), "dt_softplus": True}
+        for lay in (lambda x: x.clone(), lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+            tokens, gate = tuple(map(lay, (x, dt))), {"z": lay(z)}
+            arguments = (*tokens, A, lay(B), lay(C))
+            yield selective_scan, arguments, more | gate | {"initial_state": state, "return_state": True}
+            if T < 6:
+                yield selective_scan_step, (*arguments, state), more | gate
+        yield selective_scan, (x, dt.abs(), A, B, C), {}
+        if T > 2:
+            arguments = (x[:1].clone(), dt[:1].clone(), A, B[:1].clone(), C[:1].clone())
+            yield selective_scan, arguments, {"cu_seqlens": torch.tensor([0, 2, T]), "dt_softplus": True}
+
+
+def weighted_means(dtype):
+    for T, D in [(1, 1), (1, 33), (5, 70), (9, 64)]:
+        tensors, state = (*torch.randn(2, D), *torch.randn(2, 2, T, D).to(dtype)), torch.randn(3, 2, D).unbind()
+
+        def with_state(*arguments):
+            y, after = wkv(*arguments[:4], state=arguments[4:] or None, return_state=True)
+            return y, *after
+
+        yield with_state, tensors, {}
+        yield with_state, (*tensors, *state), {}
+
+
 def attention(dtype):
     for Q, H, G, T, D in [
         (1, 1, 1, 1, 1),
@@ -171,7 +202,7 @@ def main() -> None:
     calls = itertools.chain(
         *(
             kind(dtype)
-            for kind in (linears, experts, convolutions, recurrences, attention)
+            for kind in (linears, experts, convolutions, recurrences, scans, weighted_means, attention)
             for dtype in storage.DTYPE_CODES
         ),
         texts,

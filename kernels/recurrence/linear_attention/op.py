@@ -123,56 +123,48 @@ def _run(q, k, v, beta, decay, scale, initial_state, normalize, reverse, cu_seql
     name = backend.choose(q, "chunked")
     if name != "cpu":  # whose kernel looks
         sequence.check_signs(decay)
-    bounds = None if cu_seqlens is None else sequence.boundaries(cu_seqlens, q.shape[1])
+    bounds = sequence.bounds(cu_seqlens, q, name == "triton")
     if reverse:
         q, k, v, beta = (None if x is None else x.flip(1) for x in (q, k, v, beta))
         decay = decay if decay is None or decay.dim() == 1 else decay.flip(1)
-        if bounds:
-            bounds = [bounds[-1] - bound for bound in reversed(bounds)]
+        if bounds is not None:
+            bounds = sequence.reversed_bounds(bounds, q.shape[1])
             initial_state = None if initial_state is None else initial_state.flip(0)
-    implementation = {
-        "reference": reference.linear_attention,
-        "chunked": _chunked,
-        "cpu": cpu.launch,
-        "triton": _triton,
-    }
-    o, state = implementation[name](q, k, v, beta, decay, scale, initial_state, normalize, bounds, out_dtype)
+    forms = {"reference": reference.linear_attention, "chunked": _chunked, "cpu": cpu.launch, "triton": _triton}
+    o, state = forms[name](q, k, v, beta, decay, scale, initial_state, normalize, bounds, out_dtype)
     if reverse:
         o = o.flip(1)
-        state = state.flip(0) if bounds else state
+        state = state if bounds is None else state.flip(0)
     return o, state
 
 
 def _chunked(q, k, v, beta, decay, scale, initial_state, normalize, bounds, out_dtype):
     alone = partial(chunked.linear_attention, scale=1.0)
-    tensors = (q, k, _written(v, beta, normalize))
-    o, state = sequence.per_sequence(alone, tensors, decay, initial_state, bounds)
-    return _read(o, v, scale, normalize).to(out_dtype or v.dtype), state
+    values = _with_ones(v, normalize).to(sequence.state_dtype(v))
+    values = values if beta is None else values * beta.to(values.dtype)[..., None]
+    o, state = sequence.per_sequence(alone, (q, k, values), decay, initial_state, bounds)
+    return _read(o, scale, normalize, out_dtype or v.dtype), state
 
 
 def _triton(q, k, v, beta, decay, scale, initial_state, normalize, bounds, out_dtype):
     from .. import triton
 
-    values = _written(v, beta, normalize)
-    q, k = q.to(values.dtype), k.to(values.dtype)
-    o, state = triton.launch(q, k, values, None, decay, 1.0, initial_state, False, bounds)
-    return _read(o, v, scale, normalize).to(out_dtype or v.dtype), state
+    values, wide = _with_ones(v, normalize), torch.float32 if normalize else out_dtype
+    factor = 1.0 if normalize else scale
+    settings = {"delta": False, "out_dtype": wide}
+    o, state = triton.launch(q, k, values, beta, decay, factor, initial_state, False, bounds, **settings)
+    return _read(o, scale, True, out_dtype or v.dtype) if normalize else o, state
 
 
-def _written(v, beta, normalize):
-    """What a token writes: beta v, and beta for the normaliser, in the dtype of the state where there is either."""
-    if beta is None and not normalize:
-        return v
-    values = v.to(sequence.state_dtype(v))
-    if normalize:
-        values = torch.cat([values, values.new_ones(*v.shape[:3], 1)], -1)
-    return values if beta is None else values * beta.to(values.dtype)[..., None]
+def _with_ones(v, normalize):
+    """v, with the column of ones that makes the normaliser."""
+    return torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1) if normalize else v
 
 
-def _read(o, v, scale, normalize):
-    """o of what `_written` made of v, normalised."""
-    V = v.shape[3]
-    return scale * o[..., :V] / (o[..., V:] + reference.EPSILON) if normalize else scale * o
+def _read(o, scale, normalize, dtype):
+    """o in `dtype`, scaled, and divided by its last column if that is the normaliser."""
+    o = o[..., :-1] / (o[..., -1:] + reference.EPSILON) if normalize else o
+    return (scale * o).to(dtype)
 
 
 def _run_step(q, k, v, beta, state, decay, scale, normalize):
@@ -188,10 +180,10 @@ def _run_step(q, k, v, beta, state, decay, scale, normalize):
         return cpu.step(q, k, v, beta, state, decay, scale, normalize)
     from .. import triton
 
-    values = _written(v, beta, normalize)
-    q, k = q.to(values.dtype), k.to(values.dtype)
-    o = triton.step(q, k, values, None, state, decay, 1.0, False)
-    return _read(o, v, scale, normalize).to(v.dtype)
+    values, wide = _with_ones(v, normalize), torch.float32 if normalize else None
+    factor = 1.0 if normalize else scale
+    o = triton.step(q, k, values, beta, state, decay, factor, False, delta=False, out_dtype=wide)
+    return _read(o, scale, True, v.dtype) if normalize else o
 
 
 def _fake(q, k, v, beta, decay, scale, initial_state, normalize, reverse, cu_seqlens, out_dtype):

@@ -4,12 +4,16 @@ import inspect
 import sys
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
-from hasten.acceleration.edits import MarkStateful, ReplaceForward
+from hasten.acceleration.edits import Edit, MarkStateful, ReplaceForward
 from hasten.acceleration.forwards import Forward
+from hasten.acceleration.techniques.adapted_forwards import check_state, refuse_others, refuse_packed
 from hasten.acceleration.techniques.base import DECODE, PREFILL, Regime, Skip, Technique
 from hasten.acceleration.techniques.linear_attention_layers import LAYERS
 from hasten.errors import Refusal, UnsupportedModelError
@@ -21,21 +25,55 @@ class LinearAttentionLayer(Forward):
     def __init__(self, module: nn.Module, name: str):
         super().__init__(module, name)
         self.function = None
+        self.named = frozenset(inspect.signature(type(module).forward).parameters)
 
     def own(self, *arguments, **keywords):
         if self.function is None:  # made at the first call: a copy of the module is empty when this is copied
             self.function = LAYERS[type(self.module).__name__].make(self.module)
+        refuse_others({name: value for name, value in keywords.items() if name not in self.named})
+        self.check_convolution(*arguments, *keywords.values())
         return self.function(self.module, *arguments, **keywords)
+
+    def check_convolution(self, *values) -> None:
+        """Raises ValueError where a cache among a call's values holds a convolution's inputs of another shape."""
+        convolution = getattr(self.module, "conv1d", None) or getattr(self.module, "conv", None)
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        if convolution is None or cache is None or self.module.layer_idx >= len(cache.layers):
+            return
+        state = cache.get_conv_state(self.module.layer_idx, state_idx=0)
+        if state is not None:
+            x = next(value for value in values if isinstance(value, torch.Tensor))
+            width = max(state.shape[-1], convolution.kernel_size[0] - 1)
+            check_state("convolution state", state, [x.shape[0], convolution.in_channels, width])
 
     def __getstate__(self):
         return vars(self) | {"function": None}
 
 
+@dataclass(slots=True)
+class RefusePacked(Edit):
+    """Lets the model refuse packed sequences, also where it would not pass on to its layers what tells them apart."""
+
+    name: str = ""
+    handle: RemovableHandle | None = None
+
+    def apply(self, model: nn.Module) -> None:
+        self.handle = model.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
+
+    def undo(self, model: nn.Module) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def _refuse_packed(model: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+    refuse_packed(keywords)
+
+
 @dataclass(frozen=True, slots=True)
 class FastLinearAttention(Technique):
-    """Exact: linear-attention layers (lightning attention, gated delta rule, Kimi delta attention, Mamba-2) run
-    hasten's kernels instead of transformers' torch fallbacks, in prefill, in the continuation of a cached prefix and in
-    decode, with their state in float32.
+    """Exact: linear-attention layers (lightning attention, gated delta rule, Kimi delta attention, Mamba and Mamba-2,
+    mLSTM, RWKV, short convolutions) run hasten's kernels instead of transformers' torch fallbacks, in prefill, in the
+    continuation of a cached prefix and in decode, with their state in float32.
     """
 
     exact: ClassVar[bool] = True
@@ -44,8 +82,11 @@ class FastLinearAttention(Technique):
         return tuple(_found(anatomy)[0])
 
     def edits(self, anatomy, settings):
-        edits = [ReplaceForward(name, LinearAttentionLayer) for name in _found(anatomy)[0]]
-        return edits if getattr(anatomy.model, "_is_stateful", True) else [*edits, MarkStateful()]
+        found = _found(anatomy)[0]
+        edits = [*(ReplaceForward(name, LinearAttentionLayer) for name in found), RefusePacked()]
+        recurrent = any(LAYERS[type(layer).__name__].recurrent for layer in found.values())
+        known = getattr(anatomy.model, "_is_stateful", True)
+        return [*edits, MarkStateful()] if recurrent and not known else edits
 
     def skips(self, anatomy, settings):
         return _found(anatomy)[1]
@@ -104,11 +145,15 @@ def _missing(layer: type[nn.Module]) -> list[str]:
 
 def _package(layer: nn.Module) -> str | None:
     """The CUDA package whose kernels the layer runs. On a CPU those cannot run, whatever is installed."""
-    if next(layer.parameters()).device.type == "cpu":
+    weight = next(layer.parameters(), None)
+    if weight is None or weight.device.type == "cpu":
         return None
     module = sys.modules[type(layer).__module__]
     for function in LAYERS[type(layer).__name__].replaced:
-        closure = inspect.getclosurevars(getattr(module, function)).nonlocals
+        called = getattr(module, function)
+        if not called.__closure__ and called.__module__ == module.__name__:
+            continue  # transformers' own, without a package in its place
+        closure = inspect.getclosurevars(called).nonlocals
         if closure.get("is_new_implementation", True):
             return getattr(closure.get("implementation"), "__module__", "another package").partition(".")[0]
     return None

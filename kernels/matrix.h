@@ -1,6 +1,6 @@
 // Products of small float matrices that lie in the cache, in tiles of registers.
 #pragma once
-#include "../simd.h"
+#include "simd.h"
 
 namespace {
 

@@ -1,0 +1,5 @@
+"""The recurrence of RWKV-4."""
+
+from .op import wkv
+
+__all__ = ["wkv"]
