@@ -6,7 +6,9 @@ import os
 
 import aarch64
 import pytest
+import selective_scan_cases
 import torch
+import wkv_cases
 from harness import assert_close
 from recurrence_cases import DECAYS, HV, OPERATORS, STATES, definition, double, inputs, log_decay, run, step
 
@@ -17,6 +19,7 @@ from hasten.kernels.expert_linear import expert_linear
 from hasten.kernels.linear import linear
 from hasten.kernels.row_sparse_linear import row_sparse_linear
 from hasten.kernels.suffix_array import suffix_array
+from hasten.kernels.tile_product import cpu as tile_product
 from hasten.kernels.token_scores import token_scores
 from hasten.kernels.transpose import transpose
 
@@ -126,7 +129,28 @@ def test_normaliser_and_packed_sequences(machine, dtype):
     assert_close(final, expected_final, tolerance_of_states(machine, dtype))
 
 
+def test_selective_scan(machine, dtype, poisoned):
+    arguments, state = selective_scan_cases.inputs(50, 33, 17, dtype), torch.randn(2, 33, 17)
+    y, final = selective_scan_cases.definition(arguments, state)
+    found, found_final = selective_scan_cases.run(arguments, state)
+    assert_close(found, y)
+    assert_close(found_final, final)
+    assert_close(selective_scan_cases.step(arguments, state), y)
+    assert_close(state, final)
+
+
+def test_wkv(machine, dtype, poisoned):
+    tensors, state = wkv_cases.inputs(50, 33, dtype), wkv_cases.some_state(33)
+    for found, expected in zip(wkv_cases.run(tensors, state), wkv_cases.definition(tensors, state), strict=True):
+        assert_close(found, expected)
+
+
 # The other operators
+
+
+def test_tile_products(machine, poisoned):
+    a, b = torch.randn(70, 40).bfloat16(), torch.randn(40, 33).bfloat16()
+    assert_close(tile_product.launch(a, b), a.double() @ b.double())
 
 
 def linear_inputs(B, N, K, dtype):
