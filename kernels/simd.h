@@ -296,9 +296,9 @@ struct FlushDenormals {
     uint64_t before;
     FlushDenormals() {
         asm volatile("mrs %0, fpcr" : "=r"(before));
-        asm volatile("msr fpcr, %0" : : "r"(before | 1 << 24));
+        asm volatile("msr fpcr, %0" : : "r"(before | 1 << 24) : "memory");  // operands and results
     }
-    ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(before) : "memory"); }
 #endif
     FlushDenormals(const FlushDenormals&) = delete;
     FlushDenormals& operator=(const FlushDenormals&) = delete;

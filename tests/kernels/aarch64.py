@@ -1,7 +1,7 @@
 """The kernels compiled for aarch64 and run by a user-mode emulator, called by the public operators on this machine.
 
 Whatever an operator's launcher passes to a C function goes to a process of the emulator instead: the struct as it is,
-and the memory of every tensor whose address stands in it. What the process writes is copied back.
+and the memory of every tensor and number whose address stands in it. What the process writes is copied back.
 """
 
 import ast
@@ -81,6 +81,13 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
+@dataclass(frozen=True)
+class Memory:
+    begin: int
+    size: int
+    owner: object  # alive until the call
+
+
 @dataclass
 class Machine:
     """An emulated CPU.
@@ -95,18 +102,24 @@ class Machine:
     isa: str
     control: int = 0
     calls: int = 0
-    tensors: dict[int, torch.Tensor] = field(default_factory=dict)  # whose addresses were asked for
+    memory: dict[int, Memory] = field(default_factory=dict)  # of what addresses were asked for
 
     def patch(self, monkeypatch) -> None:
         """Has the public operators call this machine."""
-        ask = torch.Tensor.data_ptr
+        data_ptr, addressof = torch.Tensor.data_ptr, ctypes.addressof
 
-        def data_ptr(tensor):
-            found = ask(tensor)
-            self.tensors[found] = tensor
+        def of_tensor(tensor):
+            found, storage = data_ptr(tensor), tensor.untyped_storage()
+            self.memory[found] = Memory(storage.data_ptr(), storage.nbytes(), tensor)
             return found
 
-        monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
+        def of_number(number):
+            found = addressof(number)
+            self.memory[found] = Memory(found, ctypes.sizeof(number), number)
+            return found
+
+        monkeypatch.setattr(torch.Tensor, "data_ptr", of_tensor)
+        monkeypatch.setattr(ctypes, "addressof", of_number)
         monkeypatch.setattr(cpu, "reason", lambda: None)
         monkeypatch.setattr(cpu, "isa", lambda: self.isa)
         monkeypatch.setattr(cpu.Function, "__call__", lambda function, arguments: self.call(function, arguments))
@@ -117,12 +130,10 @@ class Machine:
         for at in pointer_fields(type(arguments)):
             address = ctypes.c_void_p.from_buffer(arguments, at).value
             if address:
-                storage = self.tensors[address].untyped_storage()
-                begin = storage.data_ptr()
-                index = list(buffers).index(begin) if begin in buffers else len(buffers)
-                buffers[begin] = storage
-                pointers.append((at, index, address - begin))
-        memory = [(ctypes.c_char * storage.nbytes()).from_address(begin) for begin, storage in buffers.items()]
+                found = self.memory[address]
+                buffers[found.begin] = found.size
+                pointers.append((at, list(buffers).index(found.begin), address - found.begin))
+        memory = [(ctypes.c_char * size).from_address(begin) for begin, size in buffers.items()]
         code, contents = self.run(
             f"hasten_{function.name}_{self.isa}",
             bytes(arguments),
@@ -132,7 +143,7 @@ class Machine:
         )
         for own, content in zip(memory, contents, strict=True):
             own[:] = content
-        self.tensors.clear()
+        self.memory.clear()
         if code == 2:
             raise MemoryError(f"no memory for {function.name}")
         if code:

@@ -6,7 +6,9 @@ import os
 
 import aarch64
 import pytest
+import selective_scan_cases
 import torch
+import wkv_cases
 from harness import assert_close
 from recurrence_cases import DECAYS, HV, OPERATORS, STATES, definition, double, inputs, log_decay, run, step
 
@@ -17,11 +19,12 @@ from hasten.kernels.expert_linear import expert_linear
 from hasten.kernels.linear import linear
 from hasten.kernels.row_sparse_linear import row_sparse_linear
 from hasten.kernels.suffix_array import suffix_array
+from hasten.kernels.tile_product import cpu as tile_product
 from hasten.kernels.token_scores import token_scores
 from hasten.kernels.transpose import transpose
 
 pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
-FLUSH, DEFAULT_NAN, TO_ZERO = 1 << 24, 1 << 25, 3 << 22  # bits of the control register
+CONTROLS = {"as it starts": 0, "flushed": 1 << 24, "one NaN": 1 << 25, "rounded to zero": 3 << 22}
 
 
 @pytest.fixture(scope="session")
@@ -90,10 +93,10 @@ def test_steps(machine, dtype, operator, layout, poisoned):
 @pytest.mark.parametrize("kind", ["token", "component"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_extreme_decays(machine, dtype, operator, kind):
-    T = 100
-    tensors = inputs(operator, T, dtype=dtype)
+    T, K, V = 100, 64, 32  # tiles without padding
+    tensors = inputs(operator, T, K, V, dtype)
     for values in ([-50.0, -0.01, -torch.inf], [-1e-6, -104.0]):
-        decay = log_decay(kind, 2, T, 24)
+        decay = log_decay(kind, 2, T, K)
         decay = torch.tensor(values)[torch.randint(len(values), decay.shape)]
         o, final = run(operator, tensors, decay)
         expected_o, expected_final = definition(operator, tensors, decay)
@@ -126,7 +129,28 @@ def test_normaliser_and_packed_sequences(machine, dtype):
     assert_close(final, expected_final, tolerance_of_states(machine, dtype))
 
 
+def test_selective_scan(machine, dtype, poisoned):
+    arguments, state = selective_scan_cases.inputs(50, 33, 17, dtype), torch.randn(2, 33, 17)
+    y, final = selective_scan_cases.definition(arguments, state)
+    found, found_final = selective_scan_cases.run(arguments, state)
+    assert_close(found, y)
+    assert_close(found_final, final)
+    assert_close(selective_scan_cases.step(arguments, state), y)
+    assert_close(state, final)
+
+
+def test_wkv(machine, dtype, poisoned):
+    tensors, state = wkv_cases.inputs(50, 33, dtype), wkv_cases.some_state(33)
+    for found, expected in zip(wkv_cases.run(tensors, state), wkv_cases.definition(tensors, state), strict=True):
+        assert_close(found, expected)
+
+
 # The other operators
+
+
+def test_tile_products(machine, poisoned):
+    a, b = torch.randn(70, 40).bfloat16(), torch.randn(40, 33).bfloat16()
+    assert_close(tile_product.launch(a, b), a.double() @ b.double())
 
 
 def linear_inputs(B, N, K, dtype):
@@ -214,10 +238,10 @@ def test_halves_are_rounded_to_nearest_even(machine, dtype, factor):
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("control", [0, FLUSH, DEFAULT_NAN, TO_ZERO])
+@pytest.mark.parametrize("control", CONTROLS)
 def test_control_is_restored_in_every_thread(machine, threads, control):
     """`Machine.run` looks at it."""
-    machine.control = control
+    machine.control = CONTROLS[control]
     torch.set_num_threads(2)
     x, weight, _ = linear_inputs(1, 256, 300, torch.float32)
     linear(x, weight)
