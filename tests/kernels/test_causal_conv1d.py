@@ -193,8 +193,8 @@ def test_updates_are_the_whole(isa):
     torch.testing.assert_close(torch.cat(steps, -1), causal_conv1d(x, weight, bias, activation="silu"))
 
 
-def test_silu_is_precise_over_the_float_range(isa):
-    x = torch.cat([torch.linspace(-86, 88, 100_003), torch.logspace(-38, 1, 1001), -torch.logspace(-38, 1, 1001)])
+def test_silu_is_precise_over_the_normal_floats(isa):
+    x = torch.cat([torch.linspace(-86, 88, 100_003), torch.logspace(-37, 1, 1001), -torch.logspace(-37, 1, 1001)])
     y = causal_conv1d(x.view(1, 1, -1), torch.ones(1, 1), activation="silu").flatten()
     expected = x.double() / (1 + (-x.double()).exp())
     assert ((y.double() - expected) / expected).abs().max() < 4e-7  # of exp 2e-7, and a sum, a quotient
