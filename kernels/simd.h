@@ -17,9 +17,9 @@
 #define HASTEN_JOIN_(name, isa) name##_##isa
 #define HASTEN_JOIN(name, isa) HASTEN_JOIN_(name, isa)
 #define HASTEN_PUBLIC extern "C" __attribute__((visibility("default")))
-// int hasten_<name>_<isa>(const Arguments&): 0, or 1 for a dtype that it does not know, 2 when there is no memory, 3 for
-// a value that is out of its range.
-// Beside it the size of the struct, for the test that holds it equal to its twin in Python (see cpu.py).
+// int hasten_<name>_<isa>(const Arguments&): 0, or 1 for a dtype that it does not know, 2 when there is no memory, 3
+// for a value that is out of its range. Beside it the size of the struct, for the test that holds it equal to its twin
+// in Python (see cpu.py).
 #define HASTEN_EXPORT(name, Arguments)                                                                    \
     HASTEN_PUBLIC int64_t HASTEN_JOIN(hasten_##name##_size, HASTEN_ISA)() { return sizeof(Arguments); }   \
     HASTEN_PUBLIC int HASTEN_JOIN(hasten_##name, HASTEN_ISA)
@@ -197,7 +197,8 @@ template <class T> struct Columns {
     static void in_order(Vec*) {}
 };
 
-// Two products and sums per lane, without converting to float. (CPUs with matrix units take longer for it than for that.)
+// Two products and sums per lane, without converting to float. (CPUs with matrix units take longer for it than for
+// that.)
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <> struct Dot<bf16> {
     using X = bf16;

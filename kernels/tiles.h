@@ -1,10 +1,10 @@
-// Products of bfloat16 matrices in tiles, summed in float: on the matrix units of CPUs that have them (AMX), else by dot
-// products of pairs (AVX512-BF16, NEON's BF16 extension). HASTEN_TILES says whether the instruction set has any of them;
-// elsewhere the float products of matrix.h are what is fastest.
+// Products of bfloat16 matrices in tiles, summed in float: on the matrix units of CPUs that have them (AMX), else by
+// dot products of pairs (AVX512-BF16, NEON's BF16 extension). HASTEN_TILES says whether the instruction set has any of
+// them; elsewhere the float products of matrix.h are what is fastest.
 //
 // A tile is TILE rows of 64 bytes. Of a left operand it holds TILE rows and 32 columns, as they are; of a right operand
-// 32 rows and TILE columns, where the two elements of a pair are neighbours along the sum: row p holds, column by column,
-// elements 2p and 2p + 1. A product is made in blocks of BLOCK x BLOCK sums.
+// 32 rows and TILE columns, where the two elements of a pair are neighbours along the sum: row p holds, column by
+// column, elements 2p and 2p + 1. A product is made in blocks of BLOCK x BLOCK sums.
 #pragma once
 #include "simd.h"
 
@@ -42,6 +42,7 @@ struct TileUnits {
     TileUnits() {
         Configuration all;
         for (int i = 0; i < 8; i++) all.row_bytes[i] = 64, all.rows[i] = TILE;
+        asm volatile("" : : "r"(&all) : "memory");  // all of it is to be in memory: the intrinsic names 8 bytes of it
         _tile_loadconfig(&all);
     }
     ~TileUnits() { _tile_release(); }
@@ -202,7 +203,8 @@ inline void put_pairs(Pair* to, Lanes even, Lanes odd) {
 }
 #endif
 
-// The tile of a right operand that is the transpose of a tile of a left one: 32 components of 16 rows become 16 columns.
+// The tile of a right operand that is the transpose of a tile of a left one: 32 components of 16 rows become 16
+// columns.
 inline void transpose(Pair* to, const Pair* from, int64_t stride = TILE) {
 #if defined(__AVX512F__)
     __m512i rows[TILE], quads[TILE];

@@ -1,11 +1,11 @@
 // The recurrence of linear attention and of the delta rule, in chunks and in steps: S = Diag(a) S + k u^T, o = scale
-// S^T q, where u is beta v, or for the delta rule beta (v - (Diag(a) S)^T k). With a normaliser, linear attention's v has
-// a last component of 1, which stays in the state, and o is divided by its own.
+// S^T q, where u is beta v, or for the delta rule beta (v - (Diag(a) S)^T k). With a normaliser, linear attention's v
+// has a last component of 1, which stays in the state, and o is divided by its own.
 //
 // A thread takes one head of one sequence and goes through its chunks in order; all that a chunk needs lies in the
 // thread's cache, in float. Decays enter as products of the factors a themselves, never as differences of summed
-// logarithms: no factor exceeds 1, zeros need no care, and nothing cancels. A state is multiplied as S += (a - 1) S, for a
-// factor near 1 that was rounded once would bias a state that is multiplied by it thousands of times.
+// logarithms: no factor exceeds 1, zeros need no care, and nothing cancels. A state is multiplied as S += (a - 1) S,
+// for a factor near 1 that was rounded once would bias a state that is multiplied by it thousands of times.
 #pragma once
 #include "../matrix.h"
 #include "../vector_math.h"
@@ -156,8 +156,8 @@ inline void substitute(const Matrix& U, const Matrix& L, int64_t rows, int64_t w
     }
 }
 
-// Writes to every huge page of new memory: the system clears a page when it is first written to, which takes longer than
-// all else here. Threads that each do it for pages of their own do not wait for each other.
+// Writes to every huge page of new memory: the system clears a page when it is first written to, which takes longer
+// than all else here. Threads that each do it for pages of their own do not wait for each other.
 inline void first_write(void* memory, int64_t bytes, int threads) {
     constexpr int64_t PAGE = 2 << 20;
     parallel(bytes / PAGE, 1, threads, [&](int64_t from, int64_t to) {
@@ -165,7 +165,8 @@ inline void first_write(void* memory, int64_t bytes, int threads) {
     });
 }
 
-// Whole sequences (3 where a decay is positive) by Work, which is made once per thread and takes up to Work::heads heads of a sequence at a time.
+// Whole sequences (3 where a decay is positive) by Work, which is made once per thread and takes up to Work::heads
+// heads of a sequence at a time.
 template <class Work, class T>
 int run_chunks(void* o, const float* initial, float* final, const Shape& shape, const Inputs<T>& in, int threads) {
     int failed = 0;

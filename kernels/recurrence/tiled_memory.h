@@ -15,16 +15,19 @@ struct TiledHead {
     float* powers;  // of a constant decay: exp(g d) at [C - d], zeros for d < 0
 };
 
-template <bool DELTA, bool VECTOR> struct TiledMemory {
-    // Tokens of a chunk. Longer ones move less state, and matrix units make their larger triangles cheap.
+// Tokens of a chunk. Longer ones move less state, and matrix units make their larger triangles cheap.
 #if defined(__AMX_BF16__)
-    static constexpr int64_t C = DELTA || VECTOR ? 64 : 128;
+constexpr int64_t LONG = 128, SHORT = 64;
 #else
-    static constexpr int64_t C = 64;
+constexpr int64_t LONG = 64, SHORT = 64;
 #endif
+
+struct TiledMemory {
     static constexpr int64_t MOST_HEADS = 8, CACHE = 768 << 10;  // of the states that are worked on in turn
 
     const Shape& shape;
+    const bool delta, vector;      // the delta rule; decays that are vectors
+    const int64_t C;               // tokens of a chunk
     const int64_t wide_k, wide_v;  // of the state, in whole blocks
     const int64_t deep, across;    // the same in blocks
     const int64_t row_stride;      // of q, k and A
@@ -46,32 +49,32 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
     bf16 *padded, *gathered_q, *gathered_k, *gathered_v;  // a row; rows of tokens, where those of components are given
 
     static int64_t wide(int64_t size) { return round_up(size, BLOCK); }
-    static int64_t bytes_of_head(int64_t k, int64_t v) { return 6 * k * v + 4 * (2 * C + BLOCK); }
-    static int64_t heads_for(int64_t k, int64_t v) {
-        const int64_t fit = CACHE / bytes_of_head(k, v);
+    int64_t fitting_heads() const {
+        const int64_t fit = CACHE / (6 * wide_k * wide_v + 4 * (2 * C + BLOCK));
         return fit < 1 ? 1 : smaller(fit, MOST_HEADS);
     }
 
-    TiledMemory(const Shape& shape, int64_t ones)
-        : shape(shape), wide_k(wide(shape.K)), wide_v(wide(shape.V + ones)), deep(wide_k / BLOCK),
-          across(wide_v / BLOCK), row_stride(odd_lines(wide_k)), heads(heads_for(wide_k, wide_v)), memory(lay_out(nullptr)) {
+    TiledMemory(const Shape& shape, int64_t ones, bool delta, bool vector)
+        : shape(shape), delta(delta), vector(vector), C(delta || vector ? SHORT : LONG), wide_k(wide(shape.K)),
+          wide_v(wide(shape.V + ones)), deep(wide_k / BLOCK), across(wide_v / BLOCK), row_stride(odd_lines(wide_k)),
+          heads(fitting_heads()), memory(lay_out(0)) {
         if (!memory.memory) return;
-        memset(memory.memory, 0, lay_out(nullptr));
-        lay_out((char*)memory.memory);
+        memset(memory.memory, 0, lay_out(0));
+        lay_out((uintptr_t)memory.memory);
     }
 
-    // Points all of the above into `from`; how many bytes they take.
-    int64_t lay_out(char* from) {
-        char* unused = from;
+    // Points all of the above to the memory at the address `from`; how many bytes they take.
+    int64_t lay_out(uintptr_t from) {
+        uintptr_t unused = from;
         const auto take = [&](int64_t count) {
-            char* const taken = unused;
+            const uintptr_t taken = unused;
             unused += round_up(4 * count, 64);
             return (float*)taken;
         };
         const auto tiles = [&](int64_t rows, int64_t columns) {
             return Tiles{(Pair*)take(rows * columns * TILE_PAIRS), columns};
         };
-        constexpr int64_t rows = C / TILE, blocks = C / BLOCK;
+        const int64_t rows = C / TILE, blocks = C / BLOCK;
         for (int64_t i = 0; i < heads; i++)
             held[i] = {take(wide_k * wide_v), tiles(deep, 2 * across), take(2 * C + BLOCK)};
         Q = tiles(rows, deep), K = tiles(rows, deep), KT = tiles(deep, rows);
@@ -85,11 +88,11 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
         gathered_q = rows_of(shape.q, wide_k), gathered_k = rows_of(shape.k, wide_k);
         gathered_v = rows_of(shape.v, wide(shape.V));
         between = take(C + BLOCK), strength = take(C), kept = take(wide_k);
-        if (DELTA) {
+        if (delta) {
             corrections = tiles(rows, blocks);
             overlaps = take(C * C), U = take(C * odd_lines(wide_v)), inner = take(C * BLOCK);
         }
-        if (VECTOR) {
+        if (vector) {
             since_q = tiles(rows, deep), since_k = tiles(rows, deep);
             halves = tiles(2 * rows, deep);
             q = take(C * row_stride), k = take(C * row_stride), A = take(C * row_stride);
@@ -97,7 +100,7 @@ template <bool DELTA, bool VECTOR> struct TiledMemory {
         return unused - from;
     }
 
-    static float* block_of(float* blocks, int64_t row, int64_t column) {
+    float* block_of(float* blocks, int64_t row, int64_t column) const {
         return blocks + (row * (C / BLOCK) + column) * BLOCK_SUMS;
     }
     float* state_row(const TiledHead& head, int64_t c, int64_t column) const {

@@ -1,4 +1,5 @@
-// A product of bfloat16 matrices, summed in float, by the fastest products of the instruction set: see tiles.h, matrix.h.
+// A product of bfloat16 matrices, summed in float, by the fastest products of the instruction set: see tiles.h,
+// matrix.h.
 #include "../matrix.h"
 #include "../tiles.h"
 
@@ -45,7 +46,8 @@ int multiply(const TileProductArguments& in) {
     Scratch memory(sizeof(float) * (rows * (deep + columns) + deep * columns));
     if (!memory.memory) return 2;
     memset(memory.memory, 0, sizeof(float) * (rows * (deep + columns) + deep * columns));
-    const Matrix left = {(float*)memory.memory, deep}, right = {left.row(rows), columns}, sums = {right.row(deep), columns};
+    const Matrix left = {(float*)memory.memory, deep}, right = {left.row(rows), columns};
+    const Matrix sums = {right.row(deep), columns};
     for (int64_t i = 0; i < in.M; i++)
         for (int64_t p = 0; p < in.K; p++) left.row(i)[p] = to_float(((const bf16*)in.a)[i * in.K + p]);
     for (int64_t p = 0; p < in.K; p++)
