@@ -323,6 +323,7 @@ def test_bench_runs_cases_as_a_table_and_json(monkeypatch, tmp_path):
         "dtype",
         "device",
         "backend",
+        "machine",
         "baseline",
         "seconds",
         "baseline_seconds",

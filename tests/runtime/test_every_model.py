@@ -30,7 +30,7 @@ SAMPLE = {
     "pictures in every step": ("image-text", "idefics"),
 }
 IMAGES_AS_TOKENS = ("llava", "qwen2_vl")
-LINEAR_ATTENTION = ("mamba2", "bamba", "qwen3_next")
+LINEAR_ATTENTION = ("mamba2", "bamba", "qwen3_next", "lfm2")
 
 
 @pytest.mark.parametrize("name", SAMPLE)
