@@ -118,10 +118,10 @@ def rates() -> dict[str, float]:
 @cache
 def isa() -> str:
     """The instruction set in use: the fastest one, or the one that the environment variable HASTEN_CPU_ISA names."""
-    wanted = os.environ.get("HASTEN_CPU_ISA")
-    if wanted and wanted not in isas():
-        raise ValueError(f"HASTEN_CPU_ISA={wanted!r}: this machine has {', '.join(isas()) or 'no compiled kernels'}")
-    return wanted or max(rates(), key=rates().get)
+    found, wanted = isas(), os.environ.get("HASTEN_CPU_ISA")  # asking for the sets also asks Linux for the tiles of AMX
+    if wanted and wanted not in found:
+        raise ValueError(f"HASTEN_CPU_ISA={wanted!r}: this machine has {', '.join(found) or 'no compiled kernels'}")
+    return wanted or max(found, key=lambda name: rates().get(name, 0))
 
 
 @cache

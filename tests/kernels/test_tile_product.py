@@ -36,6 +36,16 @@ class TestTheChoice:
             )
             assert cpu.isa.__wrapped__() == fastest
 
+    def test_holds_in_a_process_that_only_reads_it(self, tmp_path):
+        code = (
+            "import torch; from hasten.kernels.tile_product.cpu import launch; x = torch.ones(32, 32).bfloat16();"
+            "print(launch(x, x).sum().item())"
+        )
+        for _ in range(2):
+            environment = os.environ | {"HASTEN_CACHE": str(tmp_path)}
+            done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+            assert done.stdout == "32768.0\n", (done.returncode, done.stderr)
+
     def test_every_set_is_measured(self):
         rates = cpu.rates.__wrapped__()
         assert tuple(rates) == cpu.isas() and min(rates.values()) > 0
