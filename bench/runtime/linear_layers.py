@@ -42,7 +42,7 @@ from hasten.model_facts import progress
 
 logger = logging.getLogger("hasten.bench")
 
-PREFILL, CONTINUATION = 4096, 2048
+PREFILL = 4096
 SCANNED = 512  # tokens of a selective scan, for which transformers needs milliseconds each
 COLD = 1 << 28  # bytes of states of each side, more than the last cache holds
 DTYPE = torch.bfloat16
@@ -267,24 +267,6 @@ def _minimax_cache(layer: nn.Module) -> modeling_minimax.MiniMaxCache:
     return cache
 
 
-def minimax_continuation() -> tuple:
-    """The recurrence of CONTINUATION tokens after a cached prefix. The layer itself continues right on both sides; in a
-    model of transformers 5.23 the layers of full attention beside it do not."""
-    layer = minimax()
-    x = _hidden(layer, CONTINUATION)
-    layer = without_projections(layer, x)
-    state = torch.randn(1, 64, 128, 128)  # neither side writes to it; transformers keeps it in the model's dtype
-    states = {DTYPE: state.to(DTYPE), torch.float32: state}
-
-    def call(function, dtype):
-        cache = _minimax_cache(layer)
-        cache.set_linear_cache(layer.layer_idx, states[dtype])
-        return function(x, None, None, cache)[0]
-
-    mine = fast(layer)
-    return lambda: call(layer, DTYPE), lambda: call(mine, torch.float32)
-
-
 def minimax_step(position: int) -> tuple:
     """The recurrence of one token after `position` others, whose state the side's own prefill left in the cache."""
     layer = minimax()
@@ -331,7 +313,6 @@ COMPARISONS = [
     Comparison("recurrence: xLSTM 7B, float32, decode step", lambda: xlstm_cell(1), 100),
     Comparison("recurrence: MiniMax, prefill 4096", lambda: minimax_prefill(bare=True)),
     Comparison("layer: MiniMax, prefill 4096", lambda: minimax_prefill(bare=False), 3),
-    Comparison("recurrence: MiniMax, continuation 2048", minimax_continuation, 3),
     Comparison("recurrence: MiniMax, decode step after 64", lambda: minimax_step(64), 200),
     Comparison("recurrence: MiniMax, decode step after 16384", lambda: minimax_step(16384), 200),
 ]
