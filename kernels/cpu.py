@@ -112,7 +112,9 @@ def rates() -> dict[str, float]:
     from . import tuning
     from .tile_product.cpu import rate
 
-    return tuning.remembered("products", lambda: {isa: rate(isa) for isa in isas()}, every_isa=True)
+    return tuning.remembered(
+        " ".join(["products", *isas()]), lambda: {isa: rate(isa) for isa in isas()}, every_isa=True
+    )
 
 
 @cache

@@ -56,15 +56,18 @@ template <class T, bool DELTA> struct Chunks {
         for (int64_t token = begin; token < end; token += CHUNK) {
             const int64_t count = smaller(CHUNK, end - token), rows = count <= 16 ? 16 : count <= 32 ? 32 : CHUNK;
             load_chunk(row, head, token, count, rows);
-            if (!finite) {  // zeros that stand for no weight would spread it to tokens before
-                for (int64_t i = 0; i < count; i++) steps.run(o, S.data, S.stride, 1, row, head, token + i);
+            if (!finite) {
+                one_by_one(o, row, head, token, count);
                 continue;
             }
             const int64_t next = token + CHUNK, ahead = smaller(CHUNK, end - next);
             expect(in.q_at(shape, row, head, next), shape.q, ahead, shape.K);
             if (vector) vector_decays(rows);
             else scalar_decays(rows);
-            if (DELTA) correct(rows);
+            if (DELTA && !correct(rows)) {
+                one_by_one(o, row, head, token, count);
+                continue;
+            }
             product(O, Q, S, rows, wide_v, false, [&](int64_t) { return wide_k; });
             expect(in.k_at(shape, row, head, next), shape.k, ahead, shape.K);
             product(O, P, U, rows, wide_v, true, [](int64_t r) { return r + TILE_ROWS; });
@@ -190,13 +193,23 @@ template <class T, bool DELTA> struct Chunks {
     }
 
     // U = beta (U - K S) and what its own chunk's tokens wrote before: (I - L) U = ... by forward substitution
-    void correct(int64_t rows) {
+    // Whether all of it is finite: products may overflow, and a decay may be NaN.
+    bool correct(int64_t rows) {
         for (int64_t i = 0; i < rows; i++) {
             multiply(K.row(i), -beta[i], wide_k);
             multiply(U.row(i), beta[i], wide_v);
         }
         product(U, K, S, rows, wide_v, true, [&](int64_t) { return wide_k; });
         substitute(U, L, rows, wide_v);
+        Vec found = {};
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < wide_v; j += WIDTH) found += load(U.row(i) + j) * 0.f;
+        return sum(found) == 0;
+    }
+
+    // Where something is not finite, zeros that stand for no weight would spread it to tokens before.
+    void one_by_one(void* o, int64_t row, int64_t head, int64_t token, int64_t count) {
+        for (int64_t i = 0; i < count; i++) steps.run(o, S.data, S.stride, 1, row, head, token + i);
     }
 };
 

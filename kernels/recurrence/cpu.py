@@ -85,7 +85,7 @@ def launch(
     q, k, v, beta, log_decay = _readable(q, k, v, beta, decay)
     N = q.shape[0] if bounds is None else len(bounds) - 1
     initial = None if initial_state is None else initial_state.contiguous()
-    packed = None if bounds is None else torch.tensor(bounds)
+    packed = None if bounds is None else torch.tensor(bounds, device="cpu")
     o = v.new_empty(v.shape, dtype=out_dtype)
     storage.ask_for_huge_pages(o)
     final = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3] + normalize, dtype=torch.float32)
@@ -141,7 +141,12 @@ def _readable(q, k, v, beta, decay) -> tuple:
 
 def _components_contiguous(x: torch.Tensor) -> torch.Tensor:
     """x [..., D] itself if the last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Of x [B, T, H, D]; that of a single component is 1, whatever torch says."""
+    return (*x.stride()[:3], 1 if x.shape[3] == 1 else x.stride(3))
 
 
 def _steppable(state: torch.Tensor) -> torch.Tensor:
@@ -174,9 +179,9 @@ def _arguments(o, q, k, v, beta, decay, scale, state, unit, normalize) -> Recurr
             Hv=Hv,
             K=K,
             V=V,
-            q=q.stride(),
-            k=k.stride(),
-            v=v.stride(),
+            q=_strides(q),
+            k=_strides(k),
+            v=_strides(v),
             beta=() if beta is None else beta.stride(),
             decay=_decay_strides(decay),
             state=state.stride(),

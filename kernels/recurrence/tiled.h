@@ -51,13 +51,15 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledDecays {
         expect_next(at, next);
         if (vector) vector_decays(at, rows);
         else scalar_decays(head, at, rows);
-        if (delta) correct(head, at, rows);
+        if (delta && !correct(head, at, rows)) return one_by_one(o, head, at);
         write_outputs(o, head, at);
         update_state(head, rows);
     }
 
     // U = beta (V - K S) and what its own chunk's tokens wrote before, block after block: (I - L) U = ...
-    void correct(const TiledHead& head, const Place& at, int64_t rows) {
+    // Whether all of it is finite: products may overflow, and a decay may be NaN.
+    bool correct(const TiledHead& head, const Place& at, int64_t rows) {
+        Lanes found = {};
         const Matrix all = {U, odd_lines(wide_v)};
         for (int64_t i = 0; i < rows; i += BLOCK) {
             for (int64_t r = i; r < i + BLOCK; r++) {
@@ -81,10 +83,13 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledDecays {
             });
             substitute(all.rows(i), {inner + i * BLOCK, BLOCK}, BLOCK, wide_v);
             for (int64_t r = 0; r < BLOCK; r += 2)
-                for (int64_t j = 0; j < wide_v; j += TILE)
-                    put_pairs(values.row(i / DEPTH * TILE + r / 2, j / TILE), lanes(all.row(i + r) + j),
-                              lanes(all.row(i + r + 1) + j));
+                for (int64_t j = 0; j < wide_v; j += TILE) {
+                    const Lanes even = lanes(all.row(i + r) + j), odd = lanes(all.row(i + r + 1) + j);
+                    put_pairs(values.row(i / DEPTH * TILE + r / 2, j / TILE), even, odd);
+                    found += (even + odd) * 0.f;
+                }
         }
+        return total(found) == 0;
     }
     static Tiles rows_from(const Tiles& left, int64_t row) { return left.from(row / TILE, 0); }
 

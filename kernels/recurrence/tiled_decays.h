@@ -112,7 +112,7 @@ struct TiledDecays : TiledLoads {
             for (int64_t c = 0; c < wide_k; c += TILE) dot += lanes(query + c) * lanes(key + c);
             block_of(scores, i / BLOCK, i / BLOCK)[i % BLOCK * (BLOCK + 1)] = total(dot);
         }
- for (int64_t tile = 0; tile < rows / TILE; tile++) {
+        for (int64_t tile = 0; tile < rows / TILE; tile++) {
             halve_tile<1>(tile);
             halve_tile<2>(tile);
             halve_tile<4>(tile);

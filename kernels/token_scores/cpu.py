@@ -38,7 +38,7 @@ def launch(
     """query [B, Q, H, D], contiguous, key [B, G, T, D] with a last stride of 1, mask bool [B, 1 or Q, T], contiguous,
     or None -> float32 [B, T]; no size is 0."""
     (B, Q, H, D), (G, T) = query.shape, key.shape[1:3]
-    scores = torch.empty(B, T)
+    scores = torch.empty(B, T, dtype=torch.float32, device="cpu")
     _token_scores(
         TokenScoresArguments(
             dtype=storage.DTYPE_CODES[query.dtype],

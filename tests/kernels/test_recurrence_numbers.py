@@ -103,6 +103,27 @@ def test_what_is_not_finite_stays_at_its_token_and_after(isa, dtype, operator, k
         assert state[0].isfinite().all() == (i == 0), "only q is not in the state"
 
 
+@pytest.mark.parametrize("kind", ["head", "token", "component"])
+def test_a_decay_that_is_no_number_spoils_nothing_before_it(isa, dtype, operator, kind):
+    tensors, decay = inputs(operator, 40, dtype=dtype), log_decay(kind, 2, 40, 24)
+    where = (1,) if kind == "head" else (0, 20, 1)
+    decay[where] = torch.nan
+    o, state = run(operator, tensors, decay)
+    expected, final = definition(operator, tensors, decay)
+    assert torch.equal(o.isfinite(), expected.isfinite()) and torch.equal(state.isfinite(), final.isfinite())
+
+
+def test_keys_that_overflow_spoil_nothing_before_them(isa, dtype):
+    if dtype == torch.float16:
+        pytest.skip("float16 has no such numbers")
+    tensors = inputs("delta_rule", 40, dtype=dtype)
+    tensors[1] /= 8
+    tensors[1][:, 20] *= 1e25
+    o, _ = run("delta_rule", tensors, l2_norm=False)
+    expected, _ = definition("delta_rule", [x[:, :20] for x in tensors], l2_norm=False)
+    assert_close(o[:, :20], expected, 2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_a_column_that_is_not_finite_leaves_the_others(isa, dtype, operator):
     tensors, decay = inputs(operator, 70, dtype=dtype), log_decay("token", 2, 70, 24)
     tensors[2][0, 30, 1, 5] = torch.nan

@@ -316,6 +316,14 @@ def test_a_scale_that_is_no_finite_number(operator, choice):
                 function(q, k, v, *beta, **settings)
 
 
+def test_strides_of_a_single_component(isa, dtype, operator):
+    for sizes in ((1, 4), (4, 1)):
+        tensors = inputs(operator, 40, *sizes, dtype)
+        expected = run(operator, tensors)
+        tensors[:3] = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors[:3]]
+        assert all(torch.equal(x, y) for x, y in zip(run(operator, tensors), expected, strict=True))
+
+
 def test_bad_beta():
     q, k, v, beta = inputs("delta_rule", 9)
     with pytest.raises(ValueError, match=r"beta: expected shape \[2, 9, 4\], got shape \[2, 9\]"):

@@ -46,6 +46,15 @@ class TestTheChoice:
             done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
             assert done.stdout == "32768.0\n", (done.returncode, done.stderr)
 
+    def test_does_not_depend_on_defaults_of_torch(self):
+        code = (
+            "import torch; torch.set_default_dtype(torch.bfloat16); torch.set_default_device('meta');"
+            "from hasten.kernels import cpu; print(cpu.isa())"
+        )
+        environment = os.environ | {"HASTEN_CACHE": ""}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() in cpu.isas(), (done.returncode, done.stderr)
+
     def test_every_set_is_measured(self):
         rates = cpu.rates.__wrapped__()
         assert tuple(rates) == cpu.isas() and min(rates.values()) > 0

@@ -70,7 +70,7 @@ def step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus, refuse_positive) -> 
 
 def _run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, state, bounds, refuse_positive):
     A, D, dt_bias = _floats(A), _floats(D), _floats(dt_bias)
-    packed = None if bounds is None else torch.tensor(bounds)
+    packed = None if bounds is None else torch.tensor(bounds, device="cpu")
     dt, B, C, z = _readable(dt), _readable(B), _readable(C), _readable(z)
     rows, T, channels = x.shape
     y = x.new_empty(rows, T, channels)
