@@ -1,9 +1,9 @@
 // The recurrence's chunks with products of bfloat16 tiles, summed in float.
 //
-// q, k and v are bfloat16 already. What is computed from them and multiplied again is rounded once: q and k under norms
-// and decays, weights within the chunk, what the delta rule writes, the state that a chunk reads. The state itself
-// stays float, so that no rounding is carried from chunk to chunk, and what the tokens of a block correct in each other
-// is solved in float.
+// q, k and v are bfloat16 already. What is computed from them and multiplied again is rounded once: q and k under
+// decays of components, weights within the chunk, values that age until it ends, what the delta rule writes, the state
+// that a chunk reads. The state itself stays float, so that no rounding is carried from chunk to chunk, and what the
+// tokens of a block correct in each other is solved in float.
 //
 // A thread takes the same chunk of several heads in turn: their rows are neighbours in memory, and heads that share q
 // and k share what is made of them.
@@ -38,7 +38,7 @@ template <bool DELTA, bool VECTOR> struct TiledChunks : TiledDecays {
         }
         for (int64_t i = 0; i < count; i++) get_state(held[i], final + i * size, shape.K, width, width);
 #if defined(__x86_64__)
-        _mm_sfence();  // after what write_row streamed
+        _mm_sfence();  // after what write() streamed
 #endif
     }
 

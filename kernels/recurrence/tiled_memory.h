@@ -39,10 +39,11 @@ struct TiledMemory {
     Tiles Q, K, KT;
     float *q, *k, *scores, *overlaps;
     // Left operands: q and k times the decay since the chunk began, q and k of one level of halving, weights of the
-    // chunk's tokens, what blocks of them correct in later ones, k transposed times the decay until the chunk ends.
+    // chunk's tokens, what blocks of them correct in later ones, k transposed (where decays are vectors, times the
+    // decay until the chunk ends).
     Tiles since_q, since_k, halves, weights, corrections, keys_left;
     Tiles values, aged;  // v, or what the delta rule writes, as a right operand; the same when the chunk ends
-    float *U, *inner; // of the delta rule: what it writes [C, V]; what tokens of one block correct in each other
+    float *U, *inner;  // of the delta rule: what it writes [C, V]; what tokens of one block correct in each other
     float *A;         // decays [C, K], where they are vectors
     float *block, *line, *plane;       // sums, four blocks in turn; part of a row; the state in rows
     float *between, *strength, *until_end, *kept;  // [C], [C], [K]
